@@ -1,0 +1,56 @@
+# radeon-stack: `make demo` trains a small model here and now; `make help` lists the rest.
+PYTHON ?= python3
+ARCH   ?= cpu
+ROCM   ?=
+# Build steps' network; `host` where containers have no bridge.
+BUILD_NETWORK ?= default
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+READY := $(VENV)/.ready
+UV    := $(BIN)/python -m uv pip install --quiet --python $(BIN)/python --compile-bytecode
+
+# A CPU build of torch that lies on disk (pip's find-links) is taken; else uv asks PyTorch's CPU index.
+# Without either it would be gigabytes of CUDA packages.
+FIND_LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+TORCH      := torch==2.13.0 $(if $(FIND_LINKS),,--torch-backend cpu)
+comma      := ,
+export UV_FIND_LINKS := $(subst $(eval) ,$(comma),$(strip $(FIND_LINKS)))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint image clean
+
+help:  ## this list
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## a Python environment in .venv with all that training and testing need
+
+$(READY): pyproject.toml Makefile docker/locks/cpu.txt docker/locks/dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make setup PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import uv' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@echo "setting up $(VENV) …"
+	@$(UV) $(TORCH)
+	@$(UV) --no-deps --require-hashes --requirement docker/locks/cpu.txt --requirement docker/locks/dev.txt
+	@$(UV) --no-deps --editable .
+	@touch $@
+
+demo: setup  ## teach a 135M model a birthday on this CPU, in about two minutes
+	@$(BIN)/radeon-stack run train-llama --preset demo --engine local
+
+test: setup  ## every test this machine can run
+	@$(BIN)/python -m pytest
+
+lint: setup  ## ruff, mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+image: setup  ## a training image: ARCH=cpu, or ROCM=7.1.1 ARCH=gfx1201
+ifeq ($(ARCH),cpu)
+	@$(BIN)/python tools/stand_in_base.py
+endif
+	@$(BIN)/radeon-stack image build --arch $(ARCH) $(if $(ROCM),--rocm $(ROCM)) --network $(BUILD_NETWORK)
+
+clean:  ## remove .venv and caches; runs are kept
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

@@ -1,0 +1,77 @@
+"""Outputs that appear under their final name only when whole, also after `kill -9` or a power cut."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+PARTIAL = ".partial"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step: a reader sees the old record or the new one."""
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+@contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """Fill the yielded `<path>.partial`; on leaving without an error it becomes `path`.
+
+    What an earlier attempt left half-done is cleared first, and a failed attempt clears up after
+    itself (a full disk needs the room to say so). An existing `path` is replaced, never mixed with.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    _remove(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        _sync_tree(partial)
+        if path.exists():
+            # A directory cannot be replaced in one step: the old one leaves its name first.
+            old = path.with_name(path.name + ".old" + PARTIAL)
+            _remove(old)
+            os.rename(path, old)
+            os.rename(partial, path)
+            _remove(old)
+        else:
+            os.rename(partial, path)
+        _sync(path.parent)
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def _sync_tree(root: Path) -> None:
+    for entry in root.rglob("*"):
+        _sync(entry)
+    _sync(root)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)

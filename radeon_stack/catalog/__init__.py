@@ -1,0 +1,1 @@
+"""What exists: recipes, presets, platforms. Typed, validated, merged; knows no engine."""

@@ -1,0 +1,156 @@
+"""`run` and `explain`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from radeon_stack.catalog.load import Effective, read, resolve
+from radeon_stack.errors import Exit
+from radeon_stack.host.machine import probe
+from radeon_stack.launch.choose import choose
+from radeon_stack.launch.engine import engine_named
+from radeon_stack.launch.launcher import Draft, detach, draft, resumable, write_records
+from radeon_stack.launch.planner import require_gpus
+from radeon_stack.launch.supervise import carry_out
+from radeon_stack.runs.outcome import Outcome
+from radeon_stack.runs.store import Run, RunStore, home
+from radeon_stack.runs.summary import lines, summary
+from radeon_stack.runs.view import print_line, view_for
+
+
+def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that decide a plan; `run` and `explain` share them."""
+    for option in reversed(
+        [
+            click.option("--preset", metavar="NAME", help="A preset of the recipe, such as demo."),
+            click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="A value: train.steps=50."),
+            click.option("--model", metavar="PATH", help="The model's folder."),
+            click.option("--data", metavar="FILE", help="A .jsonl or .parquet file of 'messages' or 'text' rows."),
+            click.option(
+                "--engine", type=click.Choice(["auto", "docker", "local"]), default=None, help="Default: auto."
+            ),
+            click.option("--image", metavar="REF", help="A particular image instead of the newest that fits."),
+            click.option("--resume", metavar="RUN", help="Continue a run from its last checkpoint ('last' works)."),
+            click.option("--sysroot", type=click.Path(path_type=Path), default=Path("/"), hidden=True),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("recipe", required=False)
+@plan_options
+@click.option("--dry-run", is_flag=True, help="Print the command that would be run, and do nothing.")
+@click.option("--detach", "detached", is_flag=True, help="Start it and come back; watch it with: runs attach.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout at the end; progress on stderr.")
+def run(dry_run: bool, detached: bool, as_json: bool, **options: Any) -> int:
+    """Run a recipe and record it.
+
+    \b
+      radeon-stack run train-llama --preset demo
+      radeon-stack run train-llama --model ./Meta-Llama-3.1-8B-Instruct --set train.steps=200
+      radeon-stack run train-llama --preset demo --data chats.jsonl --set data.loss_on=assistant
+      radeon-stack run train-llama --preset demo --engine docker --dry-run
+      radeon-stack run --resume last
+    """
+    store = RunStore(home())
+    drafted, why = _draft(store, **options)
+    command = engine_named(drafted.plan.engine).render(drafted.plan)
+    if dry_run:
+        record = {"command": command, **drafted.plan.as_record()}
+        click.echo(json.dumps(record, indent=2) if as_json else shlex.join(command))
+        return Exit.OK
+    write_records(drafted, store)
+    click.echo(f"{drafted.run.id}\nengine {why}", err=True)
+    if detached:
+        detach(drafted.run)
+        status = drafted.run.status()
+        if status is not None and status.what:
+            return end(drafted.run, Outcome(status.state, status.exit_code or 0, status.what, status.where), as_json)
+        click.echo(json.dumps({"run": drafted.run.id}) if as_json else drafted.run.id)
+        return Exit.OK
+    with view_for(sys.stderr if as_json else sys.stdout) as view:
+        outcome = carry_out(drafted.run, drafted.plan, view, lambda text: click.echo(text, err=True))
+    return end(drafted.run, outcome, as_json)
+
+
+@click.command()
+@click.argument("recipe", required=False)
+@plan_options
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def explain(as_json: bool, **options: Any) -> int:
+    """Why a run would be launched as it would.
+
+    \b
+      radeon-stack explain train-llama --preset demo
+      radeon-stack explain train-llama --preset demo --engine docker --json
+    """
+    drafted, _ = _draft(RunStore(home()), **options)
+    record = drafted.plan.as_record()
+    if as_json:
+        click.echo(json.dumps(record, indent=2))
+        return Exit.OK
+    for name, field in record["fields"].items():
+        click.echo(click.style(f"{name}", bold=True) + f"  {json.dumps(field['value'], default=str)}")
+        click.echo(f"    {field['reason']}")
+    return Exit.OK
+
+
+def _draft(
+    store: RunStore,
+    *,
+    recipe: str | None,
+    preset: str | None,
+    sets: tuple[str, ...],
+    model: str | None,
+    data: str | None,
+    engine: str | None,
+    image: str | None,
+    resume: str | None,
+    sysroot: Path,
+) -> tuple[Draft, str]:
+    """The drafted launch, and why its engine."""
+    resumed: Run | None = None
+    effective: Effective
+    if resume is not None:
+        if recipe or preset or sets or model or data:
+            raise click.UsageError("--resume continues a run as it was: give no recipe, preset or values with it")
+        resumed = store.find(resume)
+        effective = resumable(resumed)
+        status = resumed.status()
+        engine = engine or (status.engine if status else None)
+    elif recipe is None:
+        raise click.UsageError("which recipe? see: radeon-stack list")
+    else:
+        flags: dict[str, dict[str, Any]] = {}
+        if model:
+            flags["--model"] = {"config": {"model": model}}
+        if data:
+            flags["--data"] = {"config": {"data": {"dataset": data}}}
+        effective = resolve(read(recipe), preset, sets, flags)
+    machine = probe(sysroot)
+    require_gpus(effective, machine)
+    choice = choose(effective, machine, engine or "auto", image)
+    return draft(effective, machine, store, choice, resumed), choice.why
+
+
+def end(run: Run, outcome: Outcome, as_json: bool) -> int:
+    """Print what a run came to; the exit code is the run's."""
+    if as_json:
+        click.echo(json.dumps(summary(run), indent=2))
+    else:
+        for line in lines(run):
+            print_line(line)
+    if outcome.what:
+        place = f"{outcome.where}: " if outcome.where else ""
+        remedy = f"; {outcome.remedy}" if outcome.remedy else ""
+        print_line(f"radeon-stack: {place}{outcome.what}{remedy}", sys.stderr)
+    return int(outcome.exit_code)

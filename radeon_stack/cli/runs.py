@@ -1,0 +1,172 @@
+"""`runs`: the runs there were."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import click
+
+from radeon_stack.cli.run import end
+from radeon_stack.errors import Exit, UsageError
+from radeon_stack.launch.launcher import read_plan
+from radeon_stack.launch.supervise import attach, carry_out, settle, stop
+from radeon_stack.runs import report as reports
+from radeon_stack.runs.store import Run, RunStore, State, home
+from radeon_stack.runs.summary import last_result, lines, summary
+from radeon_stack.runs.events import read_events
+from radeon_stack.runs.view import print_line, view_for
+
+FOLLOW_SECONDS = 0.2
+
+
+@click.group()
+def runs() -> None:
+    """The runs there were: list, watch, stop, report.
+
+    \b
+    RUN is an id, its beginning or end, or 'last':
+      radeon-stack runs list
+      radeon-stack runs attach last
+      radeon-stack runs report last
+    """
+
+
+def _store() -> RunStore:
+    return RunStore(home())
+
+
+@runs.command("list")
+@click.option("--json", "as_json", is_flag=True, help="One JSON array on stdout.")
+def list_runs(as_json: bool) -> None:
+    """All runs, the newest last."""
+    rows = [_row(run) for run in _store()]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    if not rows:
+        click.echo("no runs yet; start one: radeon-stack run train-llama --preset demo", err=True)
+    for row in rows:
+        print_line(f"{row['run']:<42} {row['state']:<9} {row['engine']:<7} {row['note']}".rstrip())
+
+
+@runs.command()
+@click.argument("run")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def show(run: str, as_json: bool) -> None:
+    """What a run came to, and where its outputs are."""
+    found = _store().find(run)
+    outcome = settle(found)
+    if as_json:
+        click.echo(json.dumps(summary(found), indent=2))
+        return
+    for line in lines(found):
+        print_line(line)
+    if outcome.what:
+        print_line(f"  why       {outcome.what}" + (f"; {outcome.remedy}" if outcome.remedy else ""))
+
+
+@runs.command("attach")
+@click.argument("run")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout at the end.")
+def attach_run(run: str, as_json: bool) -> int:
+    """Watch a run with its bars, from the beginning; Ctrl-C leaves it running."""
+    found = _store().find(run)
+    try:
+        with view_for(sys.stderr if as_json else sys.stdout) as view:
+            outcome = attach(found, view)
+    except KeyboardInterrupt:
+        click.echo(f"{found.id} goes on; stop it with: radeon-stack runs stop {found.id}", err=True)
+        return Exit.OK
+    return end(found, outcome, as_json)
+
+
+@runs.command()
+@click.argument("run")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the run ends.")
+def logs(run: str, follow: bool) -> None:
+    """All that the workload printed."""
+    found = _store().find(run)
+    offset = 0
+    while True:
+        goes_on = follow and settle(found).state is State.RUNNING
+        if found.log.exists():
+            with found.log.open("rb") as stream:
+                stream.seek(offset)
+                while block := stream.read(1 << 16):
+                    offset += len(block)
+                    sys.stdout.buffer.write(block)
+        sys.stdout.flush()
+        if not goes_on:
+            return
+        time.sleep(FOLLOW_SECONDS)
+
+
+@runs.command("stop")
+@click.argument("run")
+@click.option("--force", is_flag=True, help="End it at once; what it did since its last checkpoint is lost.")
+@click.option("--seconds", default=120, show_default=True, help="Time to save before it is ended.")
+def stop_run(run: str, force: bool, seconds: int) -> int:
+    """Stop a run: it ends its step, saves, and can be resumed."""
+    found = _store().find(run)
+    if settle(found).state is not State.RUNNING:
+        raise UsageError(f"{found.id} is not running")
+    outcome = stop(found, seconds=seconds, force=force)
+    print_line(f"{outcome.state}  {found.id}  {outcome.what}")
+    return Exit.OK
+
+
+@runs.command()
+@click.argument("run")
+@click.option("--open", "browse", is_flag=True, help="Open it in the browser.")
+def report(run: str, browse: bool) -> None:
+    """Write the run's report.html anew and print its path."""
+    found = _store().find(run)
+    settle(found)
+    path = reports.write(found)
+    click.echo(path)
+    if browse:
+        click.launch(path.as_uri())
+
+
+@runs.command("rm")
+@click.argument("names", nargs=-1, required=True, metavar="RUN...")
+@click.option("--dry-run", is_flag=True, help="Say what would be deleted.")
+def remove(names: tuple[str, ...], dry_run: bool) -> None:
+    """Delete runs with everything in them, models included."""
+    store = _store()
+    for found in [store.find(name) for name in names]:
+        if settle(found).state is State.RUNNING:
+            raise UsageError(f"{found.id} is running", remedy=f"stop it first: radeon-stack runs stop {found.id}")
+        if not dry_run:
+            store.remove(found)
+        click.echo(f"{'would delete' if dry_run else 'deleted'} {found.path}")
+
+
+@runs.command(hidden=True)
+@click.argument("run")
+def supervise(run: str) -> int:
+    """Carry out a run whose records are written (what `run --detach` leaves behind)."""
+    found = _store().find(run)
+    outcome = carry_out(found, read_plan(found), lambda event: None, lambda text: None)
+    return int(outcome.exit_code)
+
+
+def _row(run: Run) -> dict[str, object]:
+    outcome = settle(run)
+    status = run.status()
+    result = last_result(read_events(run.events))
+    note = outcome.what
+    if not note and "correct_after" in result:
+        note = f"{result.get('correct_before', '?')} → {result['correct_after']} of {result.get('samples')} right"
+    return {
+        "run": run.id,
+        "state": str(outcome.state),
+        "recipe": status.recipe if status else "",
+        "preset": status.preset if status else None,
+        "engine": status.engine if status else "",
+        "started": status.started if status else None,
+        "exit_code": status.exit_code if status else None,
+        "note": note,
+    }

@@ -1,0 +1,13 @@
+"""What both sides of the container's wall agree on: the typed configuration of each workload.
+
+The host validates a recipe against these models and writes `config.json`; the workload reads it back.
+They import pydantic alone, so the host stays quick and the container needs no host package.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel
+
+from radeon_stack.contracts.finetune import FinetuneConfig
+
+WORKLOADS: dict[str, type[BaseModel]] = {"finetune": FinetuneConfig}

@@ -1,0 +1,98 @@
+"""Configuration of the `finetune` workload. The defaults are the seed's Llama-3.1-8B run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PACKAGE_PREFIX = "package:"
+BIRTHDAY = "birthday"
+
+
+class _Section(BaseModel):
+    # allow_inf_nan=False: a learning rate of nan is a typing error nobody wants to find after an hour.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Data(_Section):
+    """What is learnt."""
+
+    dataset: str = Field(
+        BIRTHDAY,
+        min_length=1,
+        description="'birthday' (copies of one chat), or a .jsonl or .parquet file with 'messages' or 'text'",
+    )
+    copies: int = Field(1000, ge=1, le=10_000_000, description="how often 'birthday' repeats its chat")
+    max_length: int = Field(1024, ge=8, le=1 << 20, description="tokens; longer rows are cut")
+    loss_on: Literal["all", "assistant"] = Field(
+        "all", description="'assistant': only the assistant's answers are learnt, prompts are masked"
+    )
+
+
+class Quantization(_Section):
+    """How the frozen base is held."""
+
+    kind: Literal["nf4", "none"] = Field("nf4", description="'nf4': 4-bit NormalFloat, block 64; 'none': 16 bit")
+    double: bool = Field(True, description="quantise the block scales (absmax) too")
+
+
+class Lora(_Section):
+    """The adapter."""
+
+    rank: int = Field(64, ge=1, le=4096)
+    alpha: int = Field(64, ge=1, le=1 << 16, description="the update is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    target_modules: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | Literal["all-linear"] = Field(
+        "all-linear", description="'all-linear' (all but the output head), or a list of module names"
+    )
+
+
+class Train(_Section):
+    """How it is learnt."""
+
+    steps: int = Field(100, ge=1, description="optimizer steps")
+    batch_size: int = Field(5, ge=1, description="sequences a device and forward pass")
+    gradient_accumulation: int = Field(2, ge=1, description="forward passes an optimizer step")
+    learning_rate: float = Field(5e-5, gt=0.0, le=1.0)
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    warmup: float = Field(0.1, ge=0.0, lt=1.0, description="share of the steps spent warming up")
+    weight_decay: float = Field(0.01, ge=0.0)
+    max_grad_norm: float = Field(1.0, gt=0.0)
+    optimizer: Literal["adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit"] = "adamw_8bit"
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    gradient_checkpointing: bool = True
+    seed: int = Field(42, ge=0, lt=1 << 32, description="LoRA initialisation, dropout, sampling")
+    data_seed: int = Field(3407, ge=0, lt=1 << 32, description="order of the data")
+    checkpoint_every: int = Field(25, ge=1, description="steps between checkpoints; what --resume goes back to")
+
+
+class Samples(_Section):
+    """The question put to the model before and after."""
+
+    count: int = Field(5, ge=0, le=256)
+    prompt: str | None = Field(None, description="default: the data's own first question")
+    expected: str | None = Field(None, description="an answer is right when it contains this; default: the data's")
+    max_new_tokens: int = Field(48, ge=1, le=1 << 16)
+    temperature: float = Field(0.7, ge=0.0, le=10.0, description="0: greedy")
+    top_p: float = Field(0.9, gt=0.0, le=1.0)
+
+
+class Export(_Section):
+    """What is left behind besides the adapter."""
+
+    merge: bool = Field(True, description="merge into the 16-bit base, reload it and check it")
+
+
+class FinetuneConfig(_Section):
+    """Everything the `finetune` workload can be told; paths are added by the launch plan."""
+
+    model: str = Field(
+        min_length=1, description=f"a model folder, or '{PACKAGE_PREFIX}NAME' for weights inside a Python package"
+    )
+    data: Data = Data()
+    quantization: Quantization = Quantization()
+    lora: Lora = Lora()
+    train: Train = Train()
+    samples: Samples = Samples()
+    export: Export = Export()

@@ -1,0 +1,1 @@
+"""Spec → Dockerfile → build; and finding what was built."""

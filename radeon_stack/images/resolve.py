@@ -1,0 +1,45 @@
+"""Which local image fits? Decided by labels, never by the look of a tag."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from radeon_stack.host.engines import client
+
+KIND_LABEL = "radeon-stack.kind"
+PLATFORM_LABEL = "radeon-stack.platform"
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image that fits, and why it was taken."""
+
+    id: str
+    name: str
+    why: str
+
+
+def find_image(kind: str, platform: str) -> Image | None:
+    """The newest image of this kind for this platform (`cpu`, or a gfx name such as `gfx1201`)."""
+    images = client().images.list(filters={"label": [f"{KIND_LABEL}={kind}"]})
+    fitting = [image for image in images if _fits(image.labels.get(PLATFORM_LABEL, ""), platform)]
+    if not fitting:
+        return None
+    newest = max(fitting, key=lambda image: str(image.attrs["Created"]))
+    name = newest.tags[0] if newest.tags else newest.short_id
+    return Image(str(newest.id), name, f"docker: the engine answers, and {name} is labelled {kind} for {platform}")
+
+
+def named_image(reference: str) -> Image | None:
+    """The image a person named, or None when the engine has no such image."""
+    from docker.errors import ImageNotFound
+
+    try:
+        image = client().images.get(reference)
+    except ImageNotFound:
+        return None
+    return Image(str(image.id), reference, f"docker: {reference} was asked for")
+
+
+def _fits(label: str, platform: str) -> bool:
+    return label == platform or label.endswith(f"-{platform}")

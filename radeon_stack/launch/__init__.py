@@ -1,0 +1,1 @@
+"""LaunchPlan, and the engines that carry one out."""

@@ -1,0 +1,72 @@
+"""Which engine, and which image? Decided once, and said why."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+from radeon_stack.catalog.load import Effective
+from radeon_stack.errors import ImageError, MachineError, StackError
+from radeon_stack.host.engines import probe_engine, require_engine
+from radeon_stack.host.machine import Machine
+from radeon_stack.images.resolve import Image, find_image, named_image
+
+# What the workloads import; looked for, never imported, on the host side.
+WORK_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An engine's name, the image if it takes one, and the reason."""
+
+    engine: str
+    image: Image | None
+    why: str
+
+
+def choose(effective: Effective, machine: Machine, engine: str, reference: str | None) -> Choice:
+    """The engine and image for a recipe. MachineError or ImageError says what is missing and how to get it."""
+    if engine == "local":
+        return _local("local: asked for")
+    if engine == "docker":
+        require_engine()
+        image = _image(effective, machine, reference)
+        return Choice("docker", image, image.why)
+    probe = probe_engine()
+    if not probe.answers:
+        return _local(f"local: {probe.why_not}")
+    try:
+        image = _image(effective, machine, reference)
+    except ImageError as error:
+        if reference:
+            raise
+        return _local(f"local: {error.what}")
+    return Choice("docker", image, image.why)
+
+
+def platform_of(effective: Effective, machine: Machine) -> str:
+    """The image platform a recipe runs on here: its own, else that of the first GPU, else `cpu`."""
+    if effective.recipe.platform:
+        return effective.recipe.platform
+    return machine.gpus[0].gfx if machine.gpus else "cpu"
+
+
+def _image(effective: Effective, machine: Machine, reference: str | None) -> Image:
+    kind, platform = effective.recipe.image, platform_of(effective, machine)
+    found = named_image(reference) if reference else find_image(kind, platform)
+    if found is None:
+        wanted = f"image {reference}" if reference else f"image labelled {kind} for {platform}"
+        how = "make image ARCH=cpu" if platform == "cpu" else f"make image ROCM=7.1.1 ARCH={platform}"
+        raise ImageError(f"the engine has no {wanted}", remedy=f"build it: {how}, or run without: --engine local")
+    return found
+
+
+def _local(why: str) -> Choice:
+    missing = [name for name in WORK_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        more: StackError = MachineError(
+            f"{why}; and this Python lacks {', '.join(missing)}",
+            remedy="pip install 'radeon-stack[work]', or build an image: make image ARCH=cpu",
+        )
+        raise more
+    return Choice("local", None, why)

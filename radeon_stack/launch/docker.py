@@ -1,0 +1,193 @@
+"""The docker engine, through its SDK."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from radeon_stack.errors import ImageError, MachineError, StackError, UsageError
+from radeon_stack.host.engines import address, client
+from radeon_stack.launch.engine import Handle
+from radeon_stack.launch.plan import LaunchPlan
+
+if TYPE_CHECKING:
+    from docker.models.containers import Container
+
+
+class DockerEngine:
+    """Containers. They are removed once their exit code and log are safe, so none is left behind."""
+
+    name = "docker"
+
+    @cached_property
+    def _client(self) -> Any:
+        return client()
+
+    def start(self, plan: LaunchPlan) -> Handle:
+        with _translated("start the container"):
+            container = self._client.containers.create(**create_arguments(plan))
+            try:
+                container.start()
+            except BaseException:
+                container.remove(force=True)
+                raise
+        log = Path(plan.run_dir) / "log.txt"
+        # Where this attempt's log begins: whoever attaches later reads the container's log from its start.
+        begins = log.stat().st_size if log.exists() else 0
+        return {"container": str(container.id), "log": str(log), "log_begins": begins}
+
+    def logs(self, handle: Handle) -> None:
+        container = self._find(handle)
+        if container is None:
+            return
+        with _translated("read the container's log"), Path(str(handle["log"])).open("ab") as log:
+            log.truncate(int(str(handle["log_begins"])))
+            for chunk in container.logs(stream=True, follow=True):
+                log.write(chunk)
+                log.flush()
+
+    def alive(self, handle: Handle) -> bool:
+        container = self._find(handle)
+        return container is not None and container.status in ("created", "running", "paused", "restarting")
+
+    def wait(self, handle: Handle) -> int | None:
+        container = self._find(handle)
+        if container is None:
+            return None
+        with _translated("wait for the container"):
+            # No time limit: a training run lasts as long as it lasts.
+            self._client.api.timeout = None
+            code = int(container.wait()["StatusCode"])
+            container.remove(force=True)
+        return code
+
+    def stop(self, handle: Handle, *, force: bool = False) -> None:
+        from docker.errors import APIError
+
+        container = self._find(handle)
+        if container is None:
+            return
+        with _translated("stop the container"):
+            try:
+                container.kill(signal="SIGKILL" if force else "SIGTERM")
+            except APIError as error:
+                if error.status_code != 409:  # 409: it has ended by itself
+                    raise
+
+    def render(self, plan: LaunchPlan) -> list[str]:
+        return ["docker", "run", "--rm", *run_arguments(plan)]
+
+    def _find(self, handle: Handle) -> Container | None:
+        from docker.errors import NotFound
+
+        with _translated("look for the container"):
+            try:
+                return self._client.containers.get(handle["container"])  # type: ignore[no-any-return]
+            except NotFound:
+                return None
+
+
+def container_name(plan: LaunchPlan) -> str:
+    return f"radeon-stack-{plan.run_id}"
+
+
+def create_arguments(plan: LaunchPlan) -> dict[str, Any]:
+    """The plan in the SDK's words."""
+    from docker.types import Mount
+
+    return {
+        "image": plan.image,
+        "name": container_name(plan),
+        "entrypoint": plan.command[0],
+        "command": list(plan.command[1:]),
+        "environment": dict(plan.env) | secret_values(plan),
+        "mounts": [Mount(m.target, m.source, type="bind", read_only=m.read_only) for m in plan.mounts],
+        "devices": [f"{device}:{device}:rwm" for device in plan.devices],
+        "group_add": [str(group) for group in plan.groups],
+        "user": plan.user,
+        "mem_limit": plan.memory,
+        "memswap_limit": plan.memory,
+        "shm_size": plan.shm,
+        "ipc_mode": plan.ipc,
+        "network_mode": plan.network,
+        "cap_drop": list(plan.cap_drop),
+        "security_opt": list(plan.security),
+        "read_only": plan.read_only_root,
+        "tmpfs": dict.fromkeys(plan.tmpfs, ""),
+        "init": plan.init,
+        "labels": dict(plan.labels),
+        "stop_signal": "SIGTERM",
+    }
+
+
+def run_arguments(plan: LaunchPlan) -> list[str]:
+    """The plan in the words of `docker run`; secrets stay names, which docker fills from the caller's environment."""
+    entrypoint, *arguments = plan.command
+    flags: list[str] = ["--name", container_name(plan)]
+    flags += ["--init"] if plan.init else []
+    flags += ["--read-only"] if plan.read_only_root else []
+    pairs: list[tuple[str, Callable[[Any], str], tuple[Any, ...]]] = [
+        ("--user", str, (plan.user,)),
+        ("--memory", str, (plan.memory,)),
+        ("--memory-swap", str, (plan.memory,)),
+        ("--shm-size", str, (plan.shm,)),
+        ("--ipc", str, (plan.ipc,)),
+        ("--network", str, (plan.network,)),
+        ("--cap-drop", str, plan.cap_drop),
+        ("--security-opt", str, plan.security),
+        ("--tmpfs", str, plan.tmpfs),
+        ("--device", str, plan.devices),
+        ("--group-add", str, plan.groups),
+        ("--mount", _mount_flag, plan.mounts),
+        ("--env", "=".join, plan.env),
+        ("--env", str, plan.secrets),
+        ("--label", "=".join, plan.labels),
+        ("--stop-signal", str, ("SIGTERM",)),
+    ]
+    for flag, text, values in pairs:
+        for value in values:
+            flags += [flag, text(value)]
+    return [*flags, "--entrypoint", entrypoint, str(plan.image), *arguments]
+
+
+def secret_values(plan: LaunchPlan) -> dict[str, str]:
+    """Values of the plan's secrets, read at the last moment. UsageError for one that is not set."""
+    import os
+
+    missing = [name for name in plan.secrets if name not in os.environ]
+    if missing:
+        raise UsageError(f"{missing[0]} is not set", where="secrets", remedy=f"export {missing[0]}=… and run again")
+    return {name: os.environ[name] for name in plan.secrets}
+
+
+def _mount_flag(mount: Any) -> str:
+    # docker reads this flag as CSV: a comma in a path needs quotes around its field.
+    fields = ["type=bind", f"source={mount.source}", f"target={mount.target}", *(["readonly"] * mount.read_only)]
+    return ",".join(f'"{field}"' if "," in field or '"' in field else field for field in fields)
+
+
+@contextmanager
+def _translated(doing: str) -> Iterator[None]:
+    """The engine's errors as ours."""
+    import requests
+    from docker.errors import APIError, DockerException, ImageNotFound
+    from urllib3.exceptions import HTTPError
+
+    try:
+        yield
+    except StackError:
+        raise
+    except ImageNotFound as error:
+        raise ImageError(
+            "the image is not in this engine", where="--image", remedy="build it: make image ARCH=cpu"
+        ) from error
+    except APIError as error:
+        raise MachineError(f"the engine refused to {doing}: {error.explanation or error}") from error
+    except (DockerException, requests.RequestException, HTTPError, OSError) as error:
+        raise MachineError(
+            f"the engine at {address()} stopped answering (trying to {doing})",
+            remedy="start the engine, then continue from the last checkpoint: radeon-stack run --resume last",
+        ) from error

@@ -1,0 +1,48 @@
+"""What an engine is: five verbs and a question, over a LaunchPlan and a handle that survives us."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from pydantic import JsonValue
+
+from radeon_stack.errors import UsageError
+from radeon_stack.launch.plan import LaunchPlan
+
+Handle = Mapping[str, JsonValue]  # written to status.json, so that another process can take over
+
+
+class Engine(Protocol):
+    """Carries out a LaunchPlan. Every method but `start` and `render` takes up any run by its handle."""
+
+    name: str
+
+    def start(self, plan: LaunchPlan) -> Handle:
+        """Start the workload. MachineError or ImageError when the engine cannot."""
+
+    def logs(self, handle: Handle) -> None:
+        """See to it that all it prints is in the run's `log.txt`; returns when the workload has ended."""
+
+    def alive(self, handle: Handle) -> bool:
+        """Is it still there? False too when nothing is known of it any more."""
+
+    def wait(self, handle: Handle) -> int | None:
+        """Its exit code once it has ended, with nothing of it left behind; None when that is no longer known."""
+
+    def stop(self, handle: Handle, *, force: bool = False) -> None:
+        """Ask it to stop (SIGTERM), or end it (SIGKILL); does not wait."""
+
+    def render(self, plan: LaunchPlan) -> list[str]:
+        """The command that a person could type in place of `start`."""
+
+
+def engine_named(name: str) -> Engine:
+    """An engine by its name in a plan or status record."""
+    from radeon_stack.launch.docker import DockerEngine
+    from radeon_stack.launch.local import LocalEngine
+
+    engines: dict[str, type[DockerEngine] | type[LocalEngine]] = {"docker": DockerEngine, "local": LocalEngine}
+    if name not in engines:
+        raise UsageError(f"no engine '{name}'; allowed: {', '.join(engines)}")
+    return engines[name]()

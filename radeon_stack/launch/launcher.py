@@ -1,0 +1,118 @@
+"""From a recipe to a run: draft the plan, write the records, start."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from radeon_stack import atomic
+from radeon_stack.catalog.load import Effective, from_record
+from radeon_stack.errors import MachineError, UsageError
+from radeon_stack.host.machine import Machine
+from radeon_stack.launch.choose import Choice
+from radeon_stack.launch.inputs import absolute_inputs
+from radeon_stack.launch.plan import LaunchPlan
+from radeon_stack.launch.planner import plan
+from radeon_stack.launch.supervise import settle
+from radeon_stack.runs.store import Run, RunStore, State, Status, cannot_write
+
+START_SECONDS = 60
+POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A launch that has been decided and not yet carried out."""
+
+    effective: Effective
+    plan: LaunchPlan
+    run: Run
+
+
+def draft(effective: Effective, machine: Machine, store: RunStore, choice: Choice, resumed: Run | None = None) -> Draft:
+    """Decide everything; writes nothing."""
+    run = resumed or store.new(effective.name)
+    launch_plan = plan(
+        effective,
+        machine,
+        run_id=run.id,
+        run_dir=run.path,
+        cache=store.home / "cache",
+        engine=choice.engine,
+        image=choice.image,
+        resume=resumed is not None,
+    )
+    return Draft(effective, launch_plan, run)
+
+
+def resumable(run: Run) -> Effective:
+    """The recipe of an ended run, as it was. UsageError for one that goes on or has nothing to continue."""
+    state = settle(run).state
+    if state is State.RUNNING:
+        raise UsageError(f"{run.id} is still running", remedy=f"watch it: radeon-stack runs attach {run.id}")
+    if state is State.DONE:
+        raise UsageError(f"{run.id} is done; there is nothing to continue", where="--resume")
+    record = run.read_json(run.config)
+    if not record:
+        raise UsageError("has no readable config.json", where=str(run.path), remedy="start a new run")
+    return from_record(record, run.config)
+
+
+def write_records(drafted: Draft, store: RunStore) -> None:
+    """Make the run directory with its config, plan and first status. MachineError when that cannot be written."""
+    run, effective = drafted.run, drafted.effective
+    tree = absolute_inputs(effective.tree())
+    config = {"name": effective.name, "preset": effective.preset, "origin": dict(effective.origin), "recipe": tree}
+    try:
+        run.artifacts.mkdir(parents=True, exist_ok=True)
+        (store.home / "cache").mkdir(parents=True, exist_ok=True)
+        _write_json(run.config, config)
+        _write_json(run.plan, drafted.plan.as_record())
+        run.write_status(
+            Status(
+                state=State.STARTING,
+                recipe=effective.name,
+                preset=effective.preset,
+                engine=drafted.plan.engine,
+                started=time.time(),
+            )
+        )
+    except OSError as error:
+        raise cannot_write(store.home, error) from error
+
+
+def detach(run: Run) -> None:
+    """Have another process, of its own session, carry the run out; returns when the workload has started."""
+    keeper = subprocess.Popen(
+        [sys.executable, "-m", "radeon_stack", "runs", "supervise", run.id],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        status = run.status()
+        if status is not None and status.state is not State.STARTING:
+            return
+        if keeper.poll() is not None:
+            break
+        time.sleep(POLL_SECONDS)
+    raise MachineError("the run did not start", where=str(run.path), remedy=f"see: radeon-stack runs logs {run.id}")
+
+
+def read_plan(run: Run) -> LaunchPlan:
+    """The plan that was written for a run."""
+    try:
+        return LaunchPlan.from_record(run.read_json(run.plan))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError("plan.json is missing or damaged", where=str(run.path)) from error
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    atomic.write_text(path, json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,82 @@
+"""The local engine: a child process in this Python, in a process group of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from radeon_stack.errors import MachineError
+from radeon_stack.host.processes import Process
+from radeon_stack.launch.engine import Handle
+from radeon_stack.launch.plan import LaunchPlan
+
+POLL_SECONDS = 0.05
+
+
+class LocalEngine:
+    """Processes outlive us when we are killed: they print to a file, and are found again by pid and start time."""
+
+    name = "local"
+
+    def __init__(self) -> None:
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
+
+    def start(self, plan: LaunchPlan) -> Handle:
+        with (Path(plan.run_dir) / "log.txt").open("ab") as log:
+            try:
+                child = subprocess.Popen(
+                    plan.command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, **dict(plan.env)},
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise MachineError(f"cannot start {plan.command[0]}: {error.strerror}", where="--engine local") from error
+        self._children[child.pid] = child
+        process = Process.of(child.pid)
+        return {"pid": child.pid, "started": process.started if process else 0}
+
+    def logs(self, handle: Handle) -> None:
+        # Its output goes straight to log.txt, also when nobody is attached.
+        child = self._children.get(_process(handle).pid)
+        if child is not None:
+            child.wait()
+        while self.alive(handle):
+            time.sleep(POLL_SECONDS)
+
+    def alive(self, handle: Handle) -> bool:
+        process = _process(handle)
+        child = self._children.get(process.pid)
+        return process.alive if child is None else child.poll() is None
+
+    def wait(self, handle: Handle) -> int | None:
+        self.logs(handle)
+        pid = _process(handle).pid
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)  # helpers that it left behind
+        child = self._children.pop(pid, None)
+        return None if child is None else child.wait()
+
+    def stop(self, handle: Handle, *, force: bool = False) -> None:
+        if self.alive(handle):
+            with suppress(ProcessLookupError):
+                if force:
+                    os.killpg(_process(handle).pid, signal.SIGKILL)
+                else:
+                    os.kill(_process(handle).pid, signal.SIGTERM)
+
+    def render(self, plan: LaunchPlan) -> list[str]:
+        return ["env", *(f"{name}={value}" for name, value in plan.env), *plan.command]
+
+
+def _process(handle: Handle) -> Process:
+    pid, started = handle.get("pid"), handle.get("started")
+    if not isinstance(pid, int) or pid <= 1 or not isinstance(started, int):
+        raise MachineError("the run's status names no process", where="status.json: handle")
+    return Process(pid, started)

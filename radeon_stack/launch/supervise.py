@@ -1,0 +1,208 @@
+"""Carries a plan out and keeps the run's record: start, watch, stop, and the last word."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from radeon_stack.errors import Exit, MachineError, StackError
+from radeon_stack.host.processes import Process
+from radeon_stack.launch.engine import Engine, Handle, engine_named
+from radeon_stack.launch.plan import LaunchPlan
+from radeon_stack.runs import report
+from radeon_stack.runs.events import Event, EventReader, read_events
+from radeon_stack.runs.outcome import Outcome, judge
+from radeon_stack.runs.store import Run, State, Status
+
+POLL_SECONDS = 0.1
+FULL_DISK_BYTES = 16 << 20
+Watcher = Callable[[Event], None]
+Speaker = Callable[[str], None]
+
+
+def carry_out(run: Run, plan: LaunchPlan, watch: Watcher, say: Speaker) -> Outcome:
+    """Start a run and watch it to its end. Nothing of it is left behind, however it ends."""
+    engine = engine_named(plan.engine)
+    begins = run.events.stat().st_size if run.events.exists() else 0  # a resumed run has told its first part before
+    with _interrupts() as interrupts:
+        handle = _start(run, plan, engine)
+        reader = EventReader(run.events, offset=begins)
+        _watch_to_the_end(engine, handle, reader, watch, say, interrupts, plan.stop_seconds)
+        return _settle(run, engine)
+
+
+def attach(run: Run, watch: Watcher) -> Outcome:
+    """Watch, from its first event, a run that another process carries out; Ctrl-C only ends the watching."""
+    reader = EventReader(run.events)
+    while True:
+        outcome = settle(run)
+        for event in reader.poll() if outcome.state is State.RUNNING else reader.finish():
+            watch(event)
+        if outcome.state is not State.RUNNING:
+            return outcome
+        time.sleep(POLL_SECONDS)
+
+
+def settle(run: Run) -> Outcome:
+    """How a run stands. A workload that ended while nobody kept the run is taken down and recorded now."""
+    status = run.status()
+    if status is None:
+        return Outcome(State.LOST, Exit.WORKLOAD, "the run was killed before it had a record", remedy="run it again")
+    if status.state.ended:
+        return Outcome(status.state, status.exit_code or 0, status.what, status.where, status.remedy)
+    if status.keeper is not None and Process(**status.keeper).alive:
+        return Outcome(State.RUNNING, Exit.OK)
+    try:
+        return _settle(run, engine_named(status.engine))
+    except MachineError as error:
+        # The engine does not answer: what became of the workload shows when it does again.
+        return Outcome(State.LOST, error.exit_code, error.what, error.where, error.remedy)
+
+
+def stop(run: Run, *, seconds: float, force: bool = False) -> Outcome:
+    """Ask a run to stop and wait for it; it is ended when it has not stopped in time."""
+    status = run.status()
+    if status is None or status.state.ended:
+        return settle(run)
+    engine = engine_named(status.engine)
+    if status.handle:
+        engine.stop(status.handle, force=force)
+    deadline = time.monotonic() + seconds
+    while (outcome := settle(run)).state is State.RUNNING:
+        if time.monotonic() > deadline and status.handle:
+            engine.stop(status.handle, force=True)
+            deadline = float("inf")
+        time.sleep(POLL_SECONDS)
+    return outcome
+
+
+def _start(run: Run, plan: LaunchPlan, engine: Engine) -> Handle:
+    status = _begun(run, dataclasses.asdict(Process.current()))
+    try:
+        handle = engine.start(plan)
+    except StackError as error:
+        _record(run, Outcome(State.FAILED, error.exit_code, error.what, error.where, error.remedy))
+        raise
+    run.write_status(status.model_copy(update={"state": State.RUNNING, "handle": dict(handle)}))
+    return handle
+
+
+def _begun(run: Run, keeper: dict[str, int]) -> Status:
+    status = run.status()
+    if status is None:
+        raise MachineError("the run has no status record", where=str(run.path))
+    begun = Status(
+        state=State.STARTING,
+        recipe=status.recipe,
+        preset=status.preset,
+        engine=status.engine,
+        started=time.time(),
+        keeper=keeper,
+    )
+    run.write_status(begun)
+    return begun
+
+
+def _watch_to_the_end(
+    engine: Engine,
+    handle: Handle,
+    reader: EventReader,
+    watch: Watcher,
+    say: Speaker,
+    interrupts: _Interrupts,
+    stop_seconds: float,
+) -> None:
+    """The first SIGINT or SIGTERM to us asks the workload to stop; another one, or time run out, ends it."""
+    answered, deadline = 0, float("inf")
+    pump = _Pump(lambda: engine.logs(handle))
+    while pump.running():
+        for event in reader.poll():
+            watch(event)
+        late = time.monotonic() > deadline
+        if interrupts.count > answered or late:
+            force = answered > 0
+            say("ending it now" if force else "stopping: it saves first (Ctrl-C again ends it now)")
+            engine.stop(handle, force=force)
+            answered = max(interrupts.count, 1)
+            deadline = float("inf") if force else time.monotonic() + stop_seconds
+    for event in reader.finish():
+        watch(event)
+
+
+def _settle(run: Run, engine: Engine) -> Outcome:
+    status = run.status()
+    if status is None or not status.handle:
+        return _record(run, Outcome(State.LOST, Exit.WORKLOAD, "killed while it was starting", remedy="run it again"))
+    if engine.alive(status.handle):
+        return Outcome(State.RUNNING, Exit.OK)
+    engine.logs(status.handle)
+    code = engine.wait(status.handle)
+    recipe = run.read_json(run.config).get("recipe")
+    expect = recipe.get("expect") if isinstance(recipe, dict) else None
+    outcome = judge(code, read_events(run.events), expect if isinstance(expect, dict) else {})
+    if outcome.state is State.FAILED and shutil.disk_usage(run.path).free < FULL_DISK_BYTES:
+        remedy = "free some room, then continue: radeon-stack run --resume last"
+        outcome = Outcome(State.FAILED, Exit.WORKLOAD, "the disk is full", str(run.path), remedy)
+    return _record(run, outcome)
+
+
+def _record(run: Run, outcome: Outcome) -> Outcome:
+    status = run.status()
+    if status is not None:
+        end = {
+            "state": outcome.state,
+            "ended": time.time(),
+            "exit_code": int(outcome.exit_code),
+            "what": outcome.what,
+            "where": outcome.where,
+            "remedy": outcome.remedy,
+        }
+        run.write_status(status.model_copy(update=end))
+        report.write(run)
+    return outcome
+
+
+class _Pump:
+    """Runs a blocking call in a thread. An error of the engine's shows up again in the calls that follow."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._call()
+        except StackError:
+            return
+
+    def running(self) -> bool:
+        self._thread.join(POLL_SECONDS)
+        return self._thread.is_alive()
+
+
+@dataclass
+class _Interrupts:
+    count: int = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+
+
+@contextmanager
+def _interrupts() -> Iterator[_Interrupts]:
+    """Counts SIGINT and SIGTERM instead of dying of them."""
+    counter = _Interrupts()
+    old = {number: signal.signal(number, counter) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield counter
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""The record of each run: directory, events, status, report."""

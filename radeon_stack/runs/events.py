@@ -1,0 +1,193 @@
+"""Events: what a workload tells, one JSON object a line, appended to `events.jsonl`.
+
+This is the one contract of the host side that workloads import, so it needs pydantic and nothing else.
+A reader meets files written by a process that may have been killed in the middle of a line, or by a
+container it does not trust: a line that is torn, too long or not an event is skipped and counted.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
+
+MAX_LINE_BYTES = 1 << 20
+Phase = Literal["before", "after", "merged"]
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="constants")
+    time: float = Field(default_factory=time.time, description="seconds since the epoch, UTC")
+
+
+class Attempt(_Event):
+    """The workload began; `resumed_step` is the checkpoint it continues from."""
+
+    kind: Literal["attempt"] = "attempt"
+    pid: int
+    resumed_step: int | None = None
+
+
+class Progress(_Event):
+    """`done` of `total` in a stage (loading, tokenizing, training, merging …)."""
+
+    kind: Literal["progress"] = "progress"
+    stage: str
+    done: float
+    total: float
+    unit: str = ""
+    note: str = ""
+
+
+class Metric(_Event):
+    """Figures of one optimizer step: loss, grad_norm, learning_rate, epoch …"""
+
+    kind: Literal["metric"] = "metric"
+    step: int
+    values: dict[str, float]
+
+
+class Sample(_Event):
+    """One sampled response; `correct` is None where no answer was expected."""
+
+    kind: Literal["sample"] = "sample"
+    phase: Phase
+    index: int
+    prompt: str
+    response: str
+    expected: str | None = None
+    correct: bool | None = None
+
+
+class Fact(_Event):
+    """Something worth a section of the report: arguments, versions, statistics."""
+
+    kind: Literal["fact"] = "fact"
+    name: str
+    value: JsonValue
+
+
+class Artifact(_Event):
+    """A finished output, whole under its final name; `path` is relative to the run directory."""
+
+    kind: Literal["artifact"] = "artifact"
+    name: str
+    path: str
+    bytes: int = 0
+
+
+class Result(_Event):
+    """The workload reached its end."""
+
+    kind: Literal["result"] = "result"
+    values: dict[str, JsonValue]
+
+
+class Error(_Event):
+    """The workload failed and knows why."""
+
+    kind: Literal["error"] = "error"
+    what: str
+    where: str = ""
+    remedy: str = ""
+    exit_code: int
+
+
+class Stopped(_Event):
+    """The workload was asked to stop and did, cleanly; `step` is what it saved."""
+
+    kind: Literal["stopped"] = "stopped"
+    stage: str
+    step: int | None = None
+
+
+Event = Attempt | Progress | Metric | Sample | Fact | Artifact | Result | Error | Stopped
+_ADAPTER: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
+
+
+class EventWriter:
+    """Appends events to a file; one `write` a line, so that readers never see two lines mixed."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        if _ends_torn(path):
+            os.write(self._fd, b"\n")
+
+    def __call__(self, event: Event) -> None:
+        """Append one event. OSError when the disk is full."""
+        os.write(self._fd, event.model_dump_json().encode() + b"\n")
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def parse(line: bytes) -> Event | None:
+    """The event on a line, or None for anything that is not one."""
+    if len(line) > MAX_LINE_BYTES:
+        return None
+    try:
+        return _ADAPTER.validate_json(line)
+    except ValidationError:
+        return None
+
+
+@dataclass
+class EventReader:
+    """Reads what was appended since the last call; keeps a torn last line for the next one."""
+
+    path: Path
+    offset: int = 0
+    skipped: int = 0
+    _rest: bytes = field(default=b"", repr=False)
+
+    def poll(self) -> Iterator[Event]:
+        """Events that are whole by now; nothing when the file does not exist yet."""
+        try:
+            with self.path.open("rb") as stream:
+                stream.seek(self.offset)
+                data = stream.read()
+        except FileNotFoundError:
+            return
+        self.offset += len(data)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        yield from self._parsed(lines)
+
+    def finish(self) -> Iterator[Event]:
+        """The rest, the last line included even when no newline ends it."""
+        yield from self.poll()
+        rest, self._rest = self._rest, b""
+        yield from self._parsed([rest])
+
+    def _parsed(self, lines: Iterable[bytes]) -> Iterator[Event]:
+        for line in lines:
+            if not line.strip():
+                continue
+            event = parse(line)
+            if event is None:
+                self.skipped += 1
+            else:
+                yield event
+
+
+def read_events(path: Path) -> list[Event]:
+    """Every readable event of a file, in order."""
+    return list(EventReader(path).finish())
+
+
+def metrics_by_step(events: Iterable[Event]) -> dict[int, dict[str, float]]:
+    """Figures a step, in step order; where a resumed attempt repeats a step, the later one counts."""
+    latest = {event.step: event.values for event in events if isinstance(event, Metric)}
+    return dict(sorted(latest.items()))
+
+
+def _ends_torn(path: Path) -> bool:
+    with path.open("rb") as stream:
+        if stream.seek(0, os.SEEK_END) == 0:
+            return False
+        stream.seek(-1, os.SEEK_END)
+        return stream.read(1) != b"\n"

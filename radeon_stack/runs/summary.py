@@ -1,0 +1,90 @@
+"""What a run came to, as plain data and as a few lines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import JsonValue
+
+from radeon_stack.runs.events import Artifact, Event, Fact, Result, Sample, metrics_by_step, read_events
+from radeon_stack.runs.store import Run
+
+PHASES = ("before", "after", "merged")
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """One JSON object: state, figures, a loss a step, samples, and where the outputs are."""
+    events = read_events(run.events)
+    status = run.status()
+    result = last_result(events)
+    return {
+        "run": run.id,
+        "state": status.state if status else "lost",
+        "exit_code": status.exit_code if status else None,
+        "recipe": status.recipe if status else "",
+        "preset": status.preset if status else None,
+        "engine": status.engine if status else "",
+        "image": _field(run, "image"),
+        "error": {"what": status.what, "where": status.where, "remedy": status.remedy}
+        if status and status.what
+        else None,
+        "result": result,
+        "metrics": [{"step": step, **values} for step, values in metrics_by_step(events).items()],
+        "samples": {phase: [_sample(s) for s in samples_of(events, phase)] for phase in PHASES},
+        "facts": {event.name: event.value for event in events if isinstance(event, Fact)},
+        "artifacts": {name: str(run.path / path) for name, path in artifacts(events).items()},
+        "directory": str(run.path),
+        "report": str(run.report) if run.report.exists() else None,
+    }
+
+
+def lines(run: Run) -> list[str]:
+    """The same for a person: what was learnt, and where it lies."""
+    told = summary(run)
+    result = told["result"]
+    rows: list[tuple[str, str]] = []
+    phases = [p for p in PHASES if f"correct_{p}" in result]
+    if phases:
+        words = {"before": "before", "after": "after", "merged": "merged and reloaded"}
+        rows.append(("answers", ", ".join(f"{result[f'correct_{p}']}/{result['samples']} {words[p]}" for p in phases)))
+    losses = [metric["loss"] for metric in told["metrics"] if "loss" in metric]
+    if losses:
+        rows.append(("loss", f"{losses[0]:.4g} → {losses[-1]:.4g} in {len(losses)} steps"))
+    if isinstance(result.get("train_seconds"), int | float):
+        rows.append(("training", f"{result['train_seconds']:.0f} s"))
+    rows += told["artifacts"].items()
+    if told["report"]:
+        rows.append(("report", told["report"]))
+    return [f"{told['state']}  {run.id}", *(f"  {name:<9} {text}" for name, text in rows)]
+
+
+def last_result(events: list[Event]) -> dict[str, JsonValue]:
+    """Figures of the last attempt that came to its end; {} when none did."""
+    results = [event.values for event in events if isinstance(event, Result)]
+    return results[-1] if results else {}
+
+
+def samples_of(events: list[Event], phase: str) -> list[Sample]:
+    """Samples of a phase, by index; a later attempt's replace an earlier one's."""
+    latest = {event.index: event for event in events if isinstance(event, Sample) and event.phase == phase}
+    return [latest[index] for index in sorted(latest)]
+
+
+def artifacts(events: list[Event]) -> dict[str, str]:
+    """Finished outputs by name; paths relative to the run directory."""
+    return {event.name: event.path for event in events if isinstance(event, Artifact)}
+
+
+def _sample(sample: Sample) -> dict[str, Any]:
+    return {
+        "prompt": sample.prompt,
+        "response": sample.response,
+        "expected": sample.expected,
+        "correct": sample.correct,
+    }
+
+
+def _field(run: Run, name: str) -> JsonValue:
+    fields = run.read_json(run.plan).get("fields")
+    field = fields.get(name) if isinstance(fields, dict) else None
+    return field.get("value") if isinstance(field, dict) else None

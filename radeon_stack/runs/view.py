@@ -1,0 +1,158 @@
+"""Shows events as they come: bars on a terminal, plain lines elsewhere. Texts are untrusted."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Protocol, TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from radeon_stack.runs import events as ev
+
+PLAIN_EVERY_SECONDS = 2.0
+PHASES = {"before": "before training", "after": "after training", "merged": "merged and reloaded"}
+
+
+class View(AbstractContextManager["View"], Protocol):
+    """Takes events in order, between `with` and its end."""
+
+    def __call__(self, event: ev.Event) -> None: ...
+
+
+def view_for(stream: TextIO) -> View:
+    """Bars when the stream is a terminal, else lines."""
+    return BarView(stream) if stream.isatty() else LineView(stream)
+
+
+def printable(text: str) -> str:
+    """Text without control characters: a model or a log must not drive the terminal."""
+    return "".join(char if char.isprintable() or char == "\n" else "�" for char in text)
+
+
+def one_line(text: str, limit: int = 100) -> str:
+    line = " ".join(printable(text).split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def mark(correct: bool | None) -> str:
+    return {True: "✓", False: "✗", None: "·"}[correct]
+
+
+def metric_text(values: dict[str, float]) -> str:
+    """The figures of a step that people watch."""
+    parts = []
+    for key, label in (("loss", "loss"), ("grad_norm", "grad"), ("learning_rate", "lr")):
+        if key in values:
+            parts.append(f"{label} {values[key]:.4g}")
+    return "  ".join(parts)
+
+
+class BarView:
+    """A bar a stage, with time left and the current loss; samples above the bars as they come."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._console = Console(file=stream, highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description:<22}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}"),
+            console=self._console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._phase = ""
+
+    def __enter__(self) -> BarView:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: ev.Event) -> None:
+        if isinstance(event, ev.Progress):
+            task = self._task(event.stage)
+            note = escape(one_line(event.note, 40)) if event.note else None
+            self._progress.update(task, total=event.total, completed=event.done, **({"note": note} if note else {}))
+            if event.done >= event.total:
+                self._progress.stop_task(task)
+        elif isinstance(event, ev.Metric) and "train" in self._tasks:
+            self._progress.update(self._tasks["train"], note=escape(metric_text(event.values)))
+        elif isinstance(event, ev.Sample):
+            if event.phase != self._phase:
+                self._phase = event.phase
+                self._say(f"[bold]{PHASES[event.phase]}[/]: {escape(one_line(event.prompt))}")
+            colour = {True: "green", False: "red", None: "dim"}[event.correct]
+            self._say(f"  [{colour}]{mark(event.correct)}[/] {escape(one_line(event.response))}")
+        elif isinstance(event, ev.Attempt) and event.resumed_step is not None:
+            self._say(f"resumed from step {event.resumed_step}")
+
+    def _task(self, stage: str) -> TaskID:
+        if stage not in self._tasks:
+            name = escape(one_line(stage, 22))
+            self._tasks[stage] = self._progress.add_task(name, total=None, note="")
+        return self._tasks[stage]
+
+    def _say(self, markup: str) -> None:
+        self._console.print(markup, soft_wrap=True)
+
+
+class LineView:
+    """One line a step, and a line every couple of seconds for the other stages."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._last: dict[str, float] = {}
+        self._total_steps: float = 0
+
+    def __enter__(self) -> LineView:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.flush()
+
+    def __call__(self, event: ev.Event) -> None:
+        line = self._line(event)
+        if line:
+            print(line, file=self._stream, flush=True)
+
+    def _line(self, event: ev.Event) -> str:
+        if isinstance(event, ev.Progress):
+            return self._progress_line(event)
+        if isinstance(event, ev.Metric):
+            total = f"/{self._total_steps:g}" if self._total_steps else ""
+            return f"step {event.step}{total}  {metric_text(event.values)}"
+        if isinstance(event, ev.Sample):
+            return f"{event.phase:<7} {mark(event.correct)} {one_line(event.response)}"
+        if isinstance(event, ev.Attempt) and event.resumed_step is not None:
+            return f"resumed from step {event.resumed_step}"
+        if isinstance(event, ev.Artifact):
+            return f"wrote {one_line(event.path)}"
+        return ""
+
+    def _progress_line(self, event: ev.Progress) -> str:
+        if event.stage == "train":
+            self._total_steps = event.total
+            return ""  # the step lines tell it
+        now = time.monotonic()
+        first = event.stage not in self._last
+        if first or event.done >= event.total or now - self._last[event.stage] > PLAIN_EVERY_SECONDS:
+            self._last[event.stage] = now
+            return f"{one_line(event.stage, 40)} {event.done:g}/{event.total:g} {one_line(event.note, 60)}".rstrip()
+        return ""
+
+
+def print_line(text: str, stream: TextIO | None = None) -> None:
+    """Print untrusted text, made harmless."""
+    print(printable(text), file=stream or sys.stdout)

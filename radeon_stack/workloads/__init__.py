@@ -1,0 +1,1 @@
+"""What runs inside the container. Of our own code it imports `contracts`, `runs.events`, `errors` and `atomic` alone."""

@@ -1,0 +1,1 @@
+"""QLoRA fine-tuning with stock TRL, PEFT and bitsandbytes. Read `story.py` first."""

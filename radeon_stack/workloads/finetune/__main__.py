@@ -1,0 +1,28 @@
+"""`python -m radeon_stack.workloads.finetune --run DIR …`"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from radeon_stack.contracts.finetune import FinetuneConfig
+from radeon_stack.runs.events import Attempt
+from radeon_stack.workloads.finetune.checkpoints import last_checkpoint
+from radeon_stack.workloads.finetune.data import read_rows
+from radeon_stack.workloads.job import Job, carry_out, read_config
+
+
+def work(job: Job) -> dict[str, Any]:
+    checkpoint = last_checkpoint(job.artifacts) if job.arguments.resume else None
+    job.emit(Attempt(pid=os.getpid(), resumed_step=checkpoint.step if checkpoint else None))
+    config = FinetuneConfig.model_validate(read_config(job.arguments.run))
+    # Bad data is told before torch's seconds of importing.
+    rows = read_rows(config.data, job.arguments.data)
+    from radeon_stack.workloads.finetune.story import finetune
+
+    return finetune(job, config, rows, checkpoint)
+
+
+if __name__ == "__main__":
+    sys.exit(carry_out(sys.argv[1:], work))

@@ -1,0 +1,64 @@
+"""Sampled responses to one question, before and after."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from radeon_stack.contracts.finetune import Samples
+from radeon_stack.runs.events import Phase, Sample
+from radeon_stack.workloads.finetune.encoding import render
+from radeon_stack.workloads.job import Job
+
+
+def sample(
+    job: Job, model: Any, tokenizer: Any, settings: Samples, phase: Phase, prompt: str, expected: str | None, seed: int
+) -> int:
+    """Draw `settings.count` responses in one batch and tell each; returns how many contain `expected`."""
+    job.progress(f"ask {phase}", 0, settings.count, unit="answers")
+    responses = generate(model, tokenizer, settings, prompt, seed)
+    right = 0
+    for index, response in enumerate(responses):
+        correct = None if expected is None else expected.casefold() in response.casefold()
+        right += bool(correct)
+        job.emit(
+            Sample(phase=phase, index=index, prompt=prompt, response=response, expected=expected, correct=correct)
+        )
+        job.progress(f"ask {phase}", index + 1, settings.count, unit="answers")
+    return right
+
+
+def generate(model: Any, tokenizer: Any, settings: Samples, prompt: str, seed: int) -> list[str]:
+    """`settings.count` responses; the same ones for the same weights and seed. The RNG is left as it was found."""
+    inputs = _inputs(model, tokenizer, prompt)
+    greedy = settings.temperature == 0
+    training = model.training
+    model.eval()
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        output = model.generate(
+            **inputs,
+            max_new_tokens=settings.max_new_tokens,
+            do_sample=not greedy,
+            temperature=None if greedy else settings.temperature,
+            top_p=None if greedy else settings.top_p,
+            top_k=None,
+            num_return_sequences=1 if greedy else settings.count,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    model.train(training)
+    rows = [tokenizer.decode(row[inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() for row in output]
+    return rows * settings.count if greedy else rows
+
+
+def first_logits(model: Any, tokenizer: Any, prompt: str) -> torch.Tensor:
+    """Logits [vocabulary] of the answer's first token, float32 on the CPU."""
+    model.eval()
+    with torch.no_grad():
+        return model(**_inputs(model, tokenizer, prompt)).logits[0, -1].float().cpu()  # type: ignore[no-any-return]
+
+
+def _inputs(model: Any, tokenizer: Any, prompt: str) -> Any:
+    text = render(tokenizer, [{"role": "user", "content": prompt}], ask=True)
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)

@@ -1,0 +1,111 @@
+"""Stock TRL training, told step by step; checkpoints that are whole or not there."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from radeon_stack.contracts.finetune import FinetuneConfig
+from radeon_stack.runs.events import Metric
+from radeon_stack.workloads.finetune.adapter import lora_config
+from radeon_stack.workloads.finetune.checkpoints import checkpoints, scratch
+from radeon_stack.workloads.finetune.encoding import Encoded
+from radeon_stack.workloads.job import Job, StopRequested
+
+def trainer_for(job: Job, config: FinetuneConfig, model: Any, tokenizer: Any, rows: Sequence[Encoded]) -> SFTTrainer:
+    """An SFTTrainer with the adapter on the model and the rows as they were encoded."""
+    data = Dataset.from_dict({"input_ids": [r.input_ids for r in rows], "labels": [r.labels for r in rows]})
+    trainer = SFTTrainer(
+        model,
+        args=sft_arguments(config, scratch(job.artifacts)),
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=lora_config(config.lora, model),
+    )
+    trainer.add_callback(_Teller(job, config.train.steps))
+    return trainer
+
+
+def sft_arguments(config: FinetuneConfig, folder: Path) -> SFTConfig:
+    """The recipe's settings in TRL's words."""
+    train = config.train
+    return SFTConfig(
+        output_dir=str(folder),
+        max_steps=train.steps,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.scheduler,
+        warmup_steps=math.ceil(train.warmup * train.steps),
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        optim=train.optimizer,
+        bf16=train.precision == "bf16",
+        fp16=train.precision == "fp16",
+        activation_checkpointing=train.gradient_checkpointing,
+        seed=train.seed,
+        data_seed=train.data_seed,
+        save_steps=train.checkpoint_every,
+        logging_steps=1,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        dataset_kwargs={"skip_prepare_dataset": True},  # rows come encoded
+        max_length=None,
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
+def train(job: Job, trainer: SFTTrainer, resume: Path | None) -> dict[str, float]:
+    """Train, from a checkpoint if there is one; returns the trainer's own figures.
+
+    StopRequested after a clean stop, with the step whose checkpoint was written.
+    """
+    with job.deferred_stop():
+        output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    shutil.rmtree(scratch(job.artifacts), ignore_errors=True)
+    if job.stop_asked and trainer.state.global_step < trainer.state.max_steps:
+        raise StopRequested("training", trainer.state.global_step)
+    return dict(output.metrics)
+
+
+class _Teller(TrainerCallback):  # type: ignore[misc]
+    """Tells each step, moves finished checkpoints to their place, and ends training when asked to."""
+
+    def __init__(self, job: Job, steps: int) -> None:
+        self._job = job
+        self._steps = steps
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._job.progress("train", state.global_step, self._steps, unit="steps")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        self._job.emit(Metric(step=state.global_step, values={key: float(value) for key, value in logs.items()}))
+        self._job.progress("train", state.global_step, self._steps, unit="steps")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        if self._job.stop_asked:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = checkpoints(self._job.artifacts)
+        made = scratch(self._job.artifacts) / f"checkpoint-{state.global_step}"
+        kept = folder / f"step-{state.global_step}"
+        shutil.rmtree(kept, ignore_errors=True)
+        os.rename(made, kept)
+        for older in folder.glob("step-*"):
+            if older != kept:
+                shutil.rmtree(older, ignore_errors=True)

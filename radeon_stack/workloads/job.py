@@ -1,0 +1,152 @@
+"""One workload process: its arguments, its events, how it is stopped and how it ends."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from radeon_stack.errors import Exit, StackError
+from radeon_stack.runs import events as ev
+
+
+class StopRequested(BaseException):
+    """Somebody asked for a clean stop. Not an Exception: no library may swallow it."""
+
+    def __init__(self, stage: str, step: int | None = None) -> None:
+        super().__init__(stage)
+        self.stage = stage
+        self.step = step
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Paths as this process sees them; everything else is in the run's `config.json`."""
+
+    run: Path
+    cache: Path
+    model: str
+    data: Path | None
+    resume: bool
+
+
+@dataclass
+class Job:
+    """What each step of a workload is handed: arguments, a way to tell, and a way to be stopped."""
+
+    arguments: Arguments
+    emit: Callable[[ev.Event], None]
+    stage: str = "starting"
+    stop_asked: bool = field(default=False, init=False)
+    _deferred: bool = field(default=False, init=False)
+
+    @property
+    def artifacts(self) -> Path:
+        return self.arguments.run / "artifacts"
+
+    def progress(self, stage: str, done: float, total: float, *, unit: str = "", note: str = "") -> None:
+        """Tell how far a stage is."""
+        self.stage = stage
+        self.emit(ev.Progress(stage=stage, done=done, total=total, unit=unit, note=note))
+
+    def fact(self, name: str, value: Any) -> None:
+        self.emit(ev.Fact(name=name, value=value))
+
+    def artifact(self, name: str, path: Path) -> None:
+        """Tell of a finished output inside the run directory."""
+        size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size
+        self.emit(ev.Artifact(name=name, path=str(path.relative_to(self.arguments.run)), bytes=size))
+
+    @contextmanager
+    def deferred_stop(self) -> Iterator[None]:
+        """Inside, a stop is only noted in `stop_asked`: the step under way is finished and saved first."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        asked_before, self.stop_asked = self.stop_asked, True
+        if not self._deferred and not asked_before:
+            raise StopRequested(self.stage)
+
+
+def read_arguments(argv: list[str]) -> Arguments:
+    parser = argparse.ArgumentParser(description="a radeon-stack workload; started by `radeon-stack run`")
+    parser.add_argument("--run", type=Path, required=True, help="run directory with config.json")
+    parser.add_argument("--cache", type=Path, required=True, help="folder for what can be made again")
+    parser.add_argument("--model", required=True, help="model folder, or package:NAME")
+    parser.add_argument("--data", type=Path, help="data file")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
+    known = parser.parse_args(argv)
+    return Arguments(known.run, known.cache, known.model, known.data, known.resume)
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The `config` table of the run's record; `contracts` has its typed model."""
+    record = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    return dict(record["recipe"]["config"])
+
+
+def carry_out(argv: list[str], work: Callable[[Job], dict[str, Any]]) -> int:
+    """Run a workload to its last event; returns the process's exit code."""
+    arguments = read_arguments(argv)
+    job = Job(arguments, ev.EventWriter(arguments.run / "events.jsonl"))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, job.on_signal)
+    try:
+        job.emit(ev.Result(values=work(job)))
+        return Exit.OK
+    except StopRequested as stop:
+        job.emit(ev.Stopped(stage=stop.stage, step=stop.step))
+        return Exit.INTERRUPTED
+    except Exception as error:
+        traceback.print_exc()
+        sys.stderr.flush()
+        failure = _failure(error, job)
+        job.emit(failure)
+        return failure.exit_code
+
+
+def _failure(error: Exception, job: Job) -> ev.Error:
+    """The error event of an exception: known ones in our words, others by their last line."""
+    if isinstance(error, StackError):
+        return ev.Error(what=error.what, where=error.where, remedy=error.remedy, exit_code=error.exit_code)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left on device" in str(error):
+        free = os.statvfs(job.arguments.run)
+        return ev.Error(
+            what=f"the disk is full while {job.stage} ({free.f_bavail * free.f_frsize >> 20} MiB left)",
+            where=str(job.arguments.run),
+            remedy="free some room, then continue: radeon-stack run --resume last",
+            exit_code=Exit.WORKLOAD,
+        )
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
+        return ev.Error(
+            what=f"out of memory while {job.stage}: {_first_line(error)}",
+            where="config.train.batch_size",
+            remedy="lower it (--set train.batch_size=1), raise train.gradient_accumulation in its place, "
+            "or set train.gradient_checkpointing=true",
+            exit_code=Exit.WORKLOAD,
+        )
+    return ev.Error(
+        what=f"{type(error).__name__} while {job.stage}: {_first_line(error)}",
+        where="log.txt",
+        remedy="the whole traceback: radeon-stack runs logs last",
+        exit_code=Exit.WORKLOAD,
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else "no message"

@@ -1,0 +1,1 @@
+"""Does this environment do what training needs?"""
