@@ -68,9 +68,3 @@ class CheckError(StackError):
     """A check or a comparison did not hold."""
 
     exit_code = Exit.CHECK
-
-
-class Interrupted(StackError):
-    """Stopped on request, cleanly."""
-
-    exit_code = Exit.INTERRUPTED

@@ -109,9 +109,8 @@ def resolve(
 
 def from_record(record: Mapping[str, Any], path: Path) -> Effective:
     """The effective recipe that a run wrote down in its `config.json`."""
-    tree = record.get("recipe")
-    layers = Layers(dict(tree) if isinstance(tree, Mapping) else {}, {})
-    preset = record.get("preset")
+    recipe, preset = record.get("recipe"), record.get("preset")
+    layers = Layers({**recipe} if isinstance(recipe, dict) else {}, {})
     source = RecipeFile(str(record.get("name")), path, {})
     return _checked(source, preset if isinstance(preset, str) else None, layers)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 
@@ -53,9 +54,9 @@ def show(recipe: str, preset: str | None, sets: tuple[str, ...], as_json: bool) 
         click.echo(f"{key:<{width}}  {shown!s:<32}  {origin.replace(file, effective.path.name)}")
 
 
-def _summary(name: str) -> dict[str, object]:
+def _summary(name: str) -> dict[str, Any]:
     """What a recipe says of itself; a broken one is listed with its error."""
-    entry: dict[str, object] = {"name": name, "summary": "", "presets": {}, "error": ""}
+    entry: dict[str, Any] = {"name": name, "summary": "", "presets": {}, "error": ""}
     try:
         source: RecipeFile = read(name)
         entry["summary"] = resolve(source).recipe.summary

@@ -13,9 +13,9 @@ from radeon_stack.errors import Exit, UsageError
 from radeon_stack.launch.launcher import read_plan
 from radeon_stack.launch.supervise import attach, carry_out, settle, stop
 from radeon_stack.runs import report as reports
+from radeon_stack.runs.events import read_events
 from radeon_stack.runs.store import Run, RunStore, State, home
 from radeon_stack.runs.summary import last_result, lines, summary
-from radeon_stack.runs.events import read_events
 from radeon_stack.runs.view import print_line, view_for
 
 FOLLOW_SECONDS = 0.2

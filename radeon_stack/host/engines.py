@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from radeon_stack.errors import MachineError
-
-if TYPE_CHECKING:
-    import docker
 
 PROBE_SECONDS = 5
 
@@ -32,13 +29,13 @@ def address() -> str:
     return os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
 
 
-def client(timeout: int = 60) -> docker.DockerClient:
-    """A client for the engine. MachineError when its address makes no sense."""
-    import docker
+def client(timeout: int = 60) -> Any:
+    """A `docker.DockerClient` for the engine. MachineError when its address makes no sense."""
+    from docker.client import DockerClient
     from docker.errors import DockerException
 
     try:
-        return docker.DockerClient(base_url=address(), timeout=timeout, version="auto")
+        return DockerClient(base_url=address(), timeout=timeout, version="auto")
     except (DockerException, ValueError) as error:
         raise MachineError(*_unreachable(_reason(error))) from error
 

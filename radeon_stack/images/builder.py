@@ -63,7 +63,7 @@ def build(command: list[str], show: Callable[[str], None]) -> None:
             show(lines[-1])
     if child.returncode:
         why = next((line for line in reversed(lines) if line.strip()), "it said nothing")
-        raise BuildError(f"docker build failed (exit {child.returncode}): {why}", remedy="the lines above have the step")
+        raise BuildError(f"docker build failed (exit {child.returncode}): {why}", remedy="the step is told above")
 
 
 def default_ca(environ: dict[str, str]) -> Path | None:

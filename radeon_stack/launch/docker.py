@@ -85,7 +85,7 @@ class DockerEngine:
 
         with _translated("look for the container"):
             try:
-                return self._client.containers.get(handle["container"])  # type: ignore[no-any-return]
+                return self._client.containers.get(handle["container"])
             except NotFound:
                 return None
 

@@ -37,7 +37,9 @@ class LocalEngine:
                     start_new_session=True,
                 )
             except OSError as error:
-                raise MachineError(f"cannot start {plan.command[0]}: {error.strerror}", where="--engine local") from error
+                raise MachineError(
+                    f"cannot start {plan.command[0]}: {error.strerror}", where="--engine local"
+                ) from error
         self._children[child.pid] = child
         process = Process.of(child.pid)
         return {"pid": child.pid, "started": process.started if process else 0}

@@ -18,6 +18,7 @@ from radeon_stack.launch.plan import LaunchPlan, Mount
 
 ROOM = "/radeon-stack"  # everything of ours inside a container is below this folder
 VENV_PYTHON = "/opt/venv/bin/python"  # the contract of rocm/pytorch images
+SCRATCH = "/tmp"  # noqa: S108 - the container's own, in memory
 STOP_SECONDS = 120  # an optimizer step of a large model and its checkpoint fit
 NO_CONTAINER = "a child process, no container: it has what you have"
 
@@ -55,7 +56,10 @@ def plan(
     container = _container(effective, machine, paths, image) if image else _no_container()
     values = {**common, **container}
     values["command"] = (command, "the recipe's workload; paths as it sees them")
-    values["env"] = (_environment(effective, inside), "recipe, and caches below the cache folder; hub access only with a network")
+    values["env"] = (
+        _environment(effective, inside),
+        "the recipe's, and where caches are; no hub without a network",
+    )
     return LaunchPlan(
         **{name: value for name, (value, _) in values.items()},
         reasons={name: reason for name, (_, reason) in values.items()},
@@ -128,17 +132,23 @@ def _container(effective: Effective, machine: Machine, paths: _Paths, image: Ima
     gpus = machine.gpus[: resources.gpus.max]
     asked = [Mount(_existing(m.source), m.target, m.read_only) for m in effective.recipe.mounts]
     return {
-        "mounts": ((*paths.mounts, *asked), "run and cache to write, model and data to read, and what the recipe names"),
+        "mounts": (
+            (*paths.mounts, *asked),
+            "run and cache to write, model and data to read, and what the recipe names",
+        ),
         "groups": (_groups(machine, gpus), "the device nodes' own numeric groups: names mean other numbers inside"),
         "user": (f"{machine.uid}:{machine.gid}", "the caller, so that the caller owns what is written"),
         "memory": (resources.memory, "the recipe's limit: a run does not take the machine down"),
         "shm": (resources.shm, "data loaders and RCCL need a large /dev/shm; the default is 64 MiB"),
         "ipc": (resources.ipc, "a private /dev/shm of the right size serves; host ipc is never needed"),
-        "network": (resources.network, "the recipe asks for none" if resources.network == "none" else "the recipe asks"),
+        "network": (
+            resources.network,
+            "the recipe asks for none" if resources.network == "none" else "the recipe asks",
+        ),
         "cap_drop": (("ALL",), "training needs no capability"),
         "security": (("no-new-privileges",), "nothing inside can gain rights"),
         "read_only_root": (True, "only the run, the cache and /tmp are written"),
-        "tmpfs": (("/tmp",), "scratch that leaves with the container"),
+        "tmpfs": ((SCRATCH,), "scratch that leaves with the container"),
         "init": (True, "signals reach the workload, and no zombie stays"),
         "labels": (
             (("radeon-stack.run", paths.mounts[0].source), ("radeon-stack.recipe", effective.name)),

@@ -143,7 +143,9 @@ class RunStore:
         """The run called `last`, or the one whose id is, begins or ends with `wanted`."""
         runs = list(self)
         if not runs:
-            raise UsageError(f"no runs in {self.folder}", remedy="start one: radeon-stack run train-llama --preset demo")
+            raise UsageError(
+                f"no runs in {self.folder}", remedy="start one: radeon-stack run train-llama --preset demo"
+            )
         if wanted == "last":
             return runs[-1]
         exact = [run for run in runs if run.id == wanted]

@@ -10,7 +10,15 @@ from typing import Protocol, TextIO
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from radeon_stack.runs import events as ev
 
@@ -81,8 +89,9 @@ class BarView:
     def __call__(self, event: ev.Event) -> None:
         if isinstance(event, ev.Progress):
             task = self._task(event.stage)
-            note = escape(one_line(event.note, 40)) if event.note else None
-            self._progress.update(task, total=event.total, completed=event.done, **({"note": note} if note else {}))
+            self._progress.update(task, total=event.total, completed=event.done)
+            if event.note:
+                self._progress.update(task, note=escape(one_line(event.note, 40)))
             if event.done >= event.total:
                 self._progress.stop_task(task)
         elif isinstance(event, ev.Metric) and "train" in self._tasks:

@@ -1,1 +1,1 @@
-"""What runs inside the container. Of our own code it imports `contracts`, `runs.events`, `errors` and `atomic` alone."""
+"""What runs inside the container; it shares `contracts`, `runs.events`, `errors` and `atomic` with the host side."""

@@ -123,7 +123,7 @@ def _failure(error: Exception, job: Job) -> ev.Error:
     """The error event of an exception: known ones in our words, others by their last line."""
     if isinstance(error, StackError):
         return ev.Error(what=error.what, where=error.where, remedy=error.remedy, exit_code=error.exit_code)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left on device" in str(error):
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in str(error):
         free = os.statvfs(job.arguments.run)
         return ev.Error(
             what=f"the disk is full while {job.stage} ({free.f_bavail * free.f_frsize >> 20} MiB left)",

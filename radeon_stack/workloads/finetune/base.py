@@ -73,7 +73,9 @@ def load_for_training(job: Job, folder: Path, quantization: Quantization, dtype:
 def load_16bit(job: Job, folder: Path, dtype: torch.dtype, stage: str, *, on: torch.device) -> Any:
     """The model of a folder in 16 bit."""
     with _bars(job, stage):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": on}, attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map={"": on}, attn_implementation="sdpa"
+        )
 
 
 def keep_trainable_layout(model: torch.nn.Module) -> None:
@@ -95,8 +97,9 @@ def describe(model: Any, folder: Path, source: str) -> dict[str, Any]:
     packed = sum(m.weight.numel() for m in linear4bit)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters()) - packed + quantized
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return {
-        "class": type(model).__name__ if not hasattr(model, "get_base_model") else type(model.get_base_model()).__name__,
+        "class": type(inner).__name__,
         "source": source if source.startswith(PACKAGE_PREFIX) else folder.name,
         "parameters": total,
         "trainable": trainable,

@@ -29,5 +29,9 @@ def scratch(artifacts: Path) -> Path:
 
 def last_checkpoint(artifacts: Path) -> Checkpoint | None:
     """The newest whole checkpoint."""
-    found = (Checkpoint(int(match[1]), path) for path in checkpoints(artifacts).glob("step-*") if (match := _NAME.match(path.name)))
+    found = (
+        Checkpoint(int(match[1]), path)
+        for path in checkpoints(artifacts).glob("step-*")
+        if (match := _NAME.match(path.name))
+    )
     return max(found, default=None)

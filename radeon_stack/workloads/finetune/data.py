@@ -11,6 +11,14 @@ from typing import Any
 from radeon_stack.contracts.finetune import BIRTHDAY, Data
 from radeon_stack.errors import UsageError
 
+_KINDS = {
+    "str": "text",
+    "list": "list",
+    "dict": "JSON object",
+    "bool": "truth value",
+    "int": "number",
+    "float": "number",
+}
 ROLES = ("system", "user", "assistant", "tool")
 MAX_LINE_BYTES = 16 << 20
 
@@ -133,8 +141,8 @@ def _filled(value: Any, where: str) -> str:
 def _kind(value: Any) -> str:
     if value is None:
         return "nothing"
-    if value in ("", [], {}):
-        return "an empty " + {"str": "text", "list": "list", "dict": "object"}[type(value).__name__]
-    names = {str: "blank text" if isinstance(value, str) and not value.strip() else "a text", list: "a list"}
-    names |= {dict: "an object", bool: "true/false", int: "a number", float: "a number"}
-    return names.get(type(value), type(value).__name__)
+    if isinstance(value, str | list | dict) and not value:
+        return f"an empty {_KINDS[type(value).__name__]}"
+    if isinstance(value, str) and not value.strip():
+        return "blank text"
+    return f"a {_KINDS.get(type(value).__name__, 'number')}"

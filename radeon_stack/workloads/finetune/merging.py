@@ -59,7 +59,9 @@ def check_tensors(job: Job, base: Path, merged: Path, targeted: set[str]) -> dic
     for number, name in enumerate(sorted(after)):
         old, new = _tensor(before[name], name), _tensor(after[name], name)
         if old.shape != new.shape:
-            raise CheckError(f"tensor {name} changed its shape: {list(old.shape)} → {list(new.shape)}", where=str(merged))
+            raise CheckError(
+                f"tensor {name} changed its shape: {list(old.shape)} → {list(new.shape)}", where=str(merged)
+            )
         difference = (old.float() - new.float()).abs().max().item()
         if difference:
             changed.add(name)
@@ -67,7 +69,9 @@ def check_tensors(job: Job, base: Path, merged: Path, targeted: set[str]) -> dic
         job.progress("check tensors", number + 1, len(after), unit="tensors")
     wrong = sorted(targeted ^ changed)
     if wrong:
-        verb = "is unchanged although LoRA targeted it" if wrong[0] in targeted else "changed although nothing targeted it"
+        verb = (
+            "is unchanged although LoRA targeted it" if wrong[0] in targeted else "changed although nothing targeted it"
+        )
         raise CheckError(f"tensor {wrong[0]} {verb} ({len(wrong)} such)", where=str(merged))
     return {
         "tensors": len(after),
@@ -94,4 +98,4 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 def _tensor(file: Path, name: str) -> torch.Tensor:
     with safe_open(file, framework="pt") as tensors:
-        return tensors.get_tensor(name)  # type: ignore[no-any-return]
+        return tensors.get_tensor(name)

@@ -22,9 +22,7 @@ def sample(
     for index, response in enumerate(responses):
         correct = None if expected is None else expected.casefold() in response.casefold()
         right += bool(correct)
-        job.emit(
-            Sample(phase=phase, index=index, prompt=prompt, response=response, expected=expected, correct=correct)
-        )
+        job.emit(Sample(phase=phase, index=index, prompt=prompt, response=response, expected=expected, correct=correct))
         job.progress(f"ask {phase}", index + 1, settings.count, unit="answers")
     return right
 
@@ -56,7 +54,7 @@ def first_logits(model: Any, tokenizer: Any, prompt: str) -> torch.Tensor:
     """Logits [vocabulary] of the answer's first token, float32 on the CPU."""
     model.eval()
     with torch.no_grad():
-        return model(**_inputs(model, tokenizer, prompt)).logits[0, -1].float().cpu()  # type: ignore[no-any-return]
+        return model(**_inputs(model, tokenizer, prompt)).logits[0, -1].float().cpu()
 
 
 def _inputs(model: Any, tokenizer: Any, prompt: str) -> Any:

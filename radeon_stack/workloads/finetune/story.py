@@ -33,9 +33,7 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
 
     folder = base.base_folder(job)
     tokenizer = base.load_tokenizer(folder)
-    encoded = encode_rows(
-        job, tokenizer, rows.rows, max_length=config.data.max_length, loss_on=config.data.loss_on
-    )
+    encoded = encode_rows(job, tokenizer, rows.rows, max_length=config.data.max_length, loss_on=config.data.loss_on)
     tokens = sum(len(row.input_ids) for row in encoded)
     job.fact(
         "data",
@@ -114,4 +112,3 @@ def train_arguments(args: Any) -> dict[str, Any]:
         for key, value in sorted(args.to_dict().items())
         if isinstance(value, str | int | float | bool | list | dict) and value not in ("", [], {})
     }
-

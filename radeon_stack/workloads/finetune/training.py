@@ -21,6 +21,7 @@ from radeon_stack.workloads.finetune.checkpoints import checkpoints, scratch
 from radeon_stack.workloads.finetune.encoding import Encoded
 from radeon_stack.workloads.job import Job, StopRequested
 
+
 def trainer_for(job: Job, config: FinetuneConfig, model: Any, tokenizer: Any, rows: Sequence[Encoded]) -> SFTTrainer:
     """An SFTTrainer with the adapter on the model and the rows as they were encoded."""
     data = Dataset.from_dict({"input_ids": [r.input_ids for r in rows], "labels": [r.labels for r in rows]})
@@ -78,7 +79,7 @@ def train(job: Job, trainer: SFTTrainer, resume: Path | None) -> dict[str, float
     return dict(output.metrics)
 
 
-class _Teller(TrainerCallback):  # type: ignore[misc]
+class _Teller(TrainerCallback):
     """Tells each step, moves finished checkpoints to their place, and ends training when asked to."""
 
     def __init__(self, job: Job, steps: int) -> None:
