@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from radeon_stack.errors import Exit
 from radeon_stack.host.machine import probe
 from radeon_stack.launch.choose import choose
 from radeon_stack.launch.engine import engine_named
-from radeon_stack.launch.launcher import Draft, detach, draft, resumable, write_records
+from radeon_stack.launch.launcher import Draft, detach, draft, paste_lines, resumable, write_records
 from radeon_stack.launch.planner import require_gpus
 from radeon_stack.launch.supervise import carry_out
 from radeon_stack.runs.outcome import Outcome
@@ -48,7 +47,7 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command()
 @click.argument("recipe", required=False)
 @plan_options
-@click.option("--dry-run", is_flag=True, help="Print the command that would be run, and do nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the commands that would be run, and do nothing.")
 @click.option("--detach", "detached", is_flag=True, help="Start it and come back; watch it with: runs attach.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout at the end; progress on stderr.")
 def run(dry_run: bool, detached: bool, as_json: bool, **options: Any) -> int:
@@ -63,10 +62,9 @@ def run(dry_run: bool, detached: bool, as_json: bool, **options: Any) -> int:
     """
     store = RunStore(home())
     drafted, why = _draft(store, **options)
-    command = engine_named(drafted.plan.engine).render(drafted.plan)
     if dry_run:
-        record = {"command": command, **drafted.plan.as_record()}
-        click.echo(json.dumps(record, indent=2) if as_json else shlex.join(command))
+        record = {"command": engine_named(drafted.plan.engine).render(drafted.plan), **drafted.plan.as_record()}
+        click.echo(json.dumps(record, indent=2) if as_json else "\n".join(paste_lines(drafted, store)))
         return Exit.OK
     write_records(drafted, store)
     click.echo(f"{drafted.run.id}\nengine {why}", err=True)

@@ -50,7 +50,7 @@ def data_file(dataset: str, *, where: str) -> Path | None:
 def _require(folder: Path, patterns: tuple[str, ...], what: str, where: str) -> None:
     if not any(next(folder.glob(pattern), None) for pattern in patterns):
         raise UsageError(
-            f"the model folder {folder} has no {what}", where=where, remedy="download the whole model, every file of it"
+            f"the model folder {folder} lacks {what}", where=where, remedy="download the whole model, every file of it"
         )
 
 

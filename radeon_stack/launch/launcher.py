@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from radeon_stack.catalog.load import Effective, from_record
 from radeon_stack.errors import MachineError, UsageError
 from radeon_stack.host.machine import Machine
 from radeon_stack.launch.choose import Choice
+from radeon_stack.launch.engine import engine_named
 from radeon_stack.launch.inputs import absolute_inputs
 from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.launch.planner import plan
@@ -66,12 +68,10 @@ def resumable(run: Run) -> Effective:
 def write_records(drafted: Draft, store: RunStore) -> None:
     """Make the run directory with its config, plan and first status. MachineError when that cannot be written."""
     run, effective = drafted.run, drafted.effective
-    tree = absolute_inputs(effective.tree())
-    config = {"name": effective.name, "preset": effective.preset, "origin": dict(effective.origin), "recipe": tree}
     try:
         run.artifacts.mkdir(parents=True, exist_ok=True)
         (store.home / "cache").mkdir(parents=True, exist_ok=True)
-        _write_json(run.config, config)
+        _write_json(run.config, config_record(effective))
         _write_json(run.plan, drafted.plan.as_record())
         run.write_status(
             Status(
@@ -84,6 +84,24 @@ def write_records(drafted: Draft, store: RunStore) -> None:
         )
     except OSError as error:
         raise cannot_write(store.home, error) from error
+
+
+def config_record(effective: Effective) -> dict[str, Any]:
+    """`config.json`: the recipe as it is run, and where each value came from."""
+    tree = absolute_inputs(effective.tree())
+    return {"name": effective.name, "preset": effective.preset, "origin": dict(effective.origin), "recipe": tree}
+
+
+def paste_lines(drafted: Draft, store: RunStore) -> list[str]:
+    """Shell lines that do by hand what `run` does: make the run's directory, then the launch itself."""
+    run = drafted.run
+    config = json.dumps(config_record(drafted.effective))
+    launch = engine_named(drafted.plan.engine).render(drafted.plan)
+    return [
+        shlex.join(["mkdir", "-p", str(run.artifacts), str(store.home / "cache")]),
+        f"{shlex.join(['printf', '%s', config])} > {shlex.quote(str(run.config))}",
+        shlex.join(launch),
+    ]
 
 
 def detach(run: Run) -> None:

@@ -150,12 +150,13 @@ class EventReader:
         try:
             with self.path.open("rb") as stream:
                 stream.seek(self.offset)
-                data = stream.read()
+                while block := stream.read(MAX_LINE_BYTES):
+                    self.offset += len(block)
+                    *lines, rest = (self._rest + block).split(b"\n")
+                    self._rest = rest[: MAX_LINE_BYTES + 1]  # an endless line is dropped, not gathered
+                    yield from self._parsed(lines)
         except FileNotFoundError:
             return
-        self.offset += len(data)
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        yield from self._parsed(lines)
 
     def finish(self) -> Iterator[Event]:
         """The rest, the last line included even when no newline ends it."""

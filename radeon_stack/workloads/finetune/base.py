@@ -83,7 +83,7 @@ def keep_trainable_layout(model: torch.nn.Module) -> None:
 
     A forward pass in eval mode without gradients (such as sampling before training) repacks each layer for good, and
     the repacked product has no backward: gradients to everything below it are dropped, with no more than a warning
-    (bitsandbytes 0.50.2, `Linear4bit.forward` and `matmul_4bit`). tests/unit/test_workload_gradients.py shows it.
+    (bitsandbytes 0.50.2, `Linear4bit.forward` and `matmul_4bit`). tests/work/test_training.py shows it.
     """
     for module in model.modules():
         if isinstance(module, Linear4bit):

@@ -75,7 +75,7 @@ def _jsonl(file: Path) -> Iterator[tuple[str, int, Any]]:
             if not line.strip():
                 continue
             try:
-                yield "line", number, json.loads(line)
+                yield "line", number, json.loads(line.rstrip())
             except UnicodeDecodeError as error:
                 raise UsageError(f"not UTF-8 at byte {error.start} of the line", where=where) from error
             except json.JSONDecodeError as error:

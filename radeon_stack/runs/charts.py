@@ -1,0 +1,105 @@
+"""Line charts as inline SVG: no library, no script, colours from the page's own variables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 640, 240
+LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 40
+MAX_POINTS = 600
+TICKS = 5
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Maps values to pixels, linearly or by their logarithm."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high, at = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
+        share = 0.5 if high == low else (at - low) / (high - low)
+        return self.start + share * (self.end - self.start)
+
+
+def line_chart(title: str, points: Sequence[Point], *, x_label: str = "step", log: bool = False) -> str:
+    """An `<svg>` of one line. Points that are not finite (or not positive, for `log`) are left out."""
+    drawn = thinned([p for p in points if all(map(math.isfinite, p)) and (p[1] > 0 or not log)])
+    if not drawn:
+        return f'<p class="none">{escape(title)}: nothing was measured.</p>'
+    xs, ys = [x for x, _ in drawn], [y for _, y in drawn]
+    x_scale = Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT)
+    y_ticks = log_ticks(min(ys), max(ys)) if log else linear_ticks(min(ys), max(ys))
+    y_scale = Scale(min(*y_ticks, *ys), max(*y_ticks, *ys), HEIGHT - BOTTOM, TOP, log)
+    path = " ".join(f"{'L' if i else 'M'}{x_scale(x):.1f} {y_scale(y):.1f}" for i, (x, y) in enumerate(drawn))
+    return "".join(
+        [
+            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title, quote=True)}">',
+            *(_y_tick(y_scale(tick), tick) for tick in y_ticks),
+            *(_x_tick(x_scale(tick), tick) for tick in whole_ticks(min(xs), max(xs))),
+            f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_label)}</text>',
+            f'<path class="line" d="{path}"/>',
+            *(_dot(x_scale(x), y_scale(y), f"{x_label} {x:g}: {y:.4g}") for x, y in drawn if len(drawn) <= 120),
+            "</svg>",
+        ]
+    )
+
+
+def thinned(points: list[Point], most: int = MAX_POINTS) -> list[Point]:
+    """At most `most` points, evenly taken, the first and last among them."""
+    if len(points) <= most:
+        return points
+    step = (len(points) - 1) / (most - 1)
+    return [points[round(i * step)] for i in range(most)]
+
+
+def linear_ticks(low: float, high: float) -> list[float]:
+    """Round numbers that span the values: 1, 2 or 5 times a power of ten apart."""
+    if high == low:
+        return [low]
+    # Halved first: the difference of two huge values must not overflow.
+    raw = (high / 2 - low / 2) * 2 / TICKS
+    if not math.isfinite(raw) or raw == 0:
+        return [low, high]
+    power = 10.0 ** math.floor(math.log10(raw))
+    if power == 0:
+        return [low, high]
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)
+    first = math.floor(low / step)
+    if not math.isfinite(first * step) or (first + 1) * step == first * step:
+        return [low, high]
+    return [(first + i) * step for i in range(math.ceil(high / step) - first + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten from below the lowest to above the highest value; both positive."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    stride = max(1, (last - first) // TICKS)
+    return [10.0**exponent for exponent in range(max(first, -300), min(last, 300) + 1, stride)] or [low]
+
+
+def whole_ticks(low: float, high: float) -> list[float]:
+    """Ticks of a step axis: whole numbers inside the range."""
+    return sorted({float(round(tick)) for tick in linear_ticks(low, high) if low <= round(tick) <= high} | {low, high})
+
+
+def _y_tick(y: float, value: float) -> str:
+    line = f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+    return f'{line}<text class="axis" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>'
+
+
+def _x_tick(x: float, value: float) -> str:
+    return f'<text class="axis" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{value:g}</text>'
+
+
+def _dot(x: float, y: float, told: str) -> str:
+    return f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="2.5"><title>{escape(told)}</title></circle>'

@@ -1,0 +1,223 @@
+"""Whole runs through the local engine: killed, resumed, stopped, detached, and given bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from radeon_stack.errors import Exit
+from radeon_stack.host.processes import Process
+from radeon_stack.runs import events as ev
+from radeon_stack.runs.store import Run, RunStore, State
+from tests.conftest import Cli, wait_for
+
+pytestmark = pytest.mark.work
+LOCAL = ("--engine", "local")
+
+
+def losses(told: Any) -> dict[int, float]:
+    return {metric["step"]: metric["loss"] for metric in told["metrics"] if "loss" in metric}
+
+
+def started(arguments: list[str]) -> subprocess.Popen[str]:
+    """`radeon-stack …` in the background, attached."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "radeon_stack", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def the_run(home: Path) -> Run:
+    return wait_for(lambda: next(iter(RunStore(home)), None), what="the run's directory")
+
+
+def step_reached(run: Run, step: int) -> bool:
+    return any(isinstance(event, ev.Metric) and event.step >= step for event in ev.read_events(run.events))
+
+
+def workload(run: Run) -> Process:
+    def known() -> Process | None:
+        status = run.status()
+        return Process(**status.handle) if status and status.handle else None  # type: ignore[arg-type]
+
+    return wait_for(known, what="the workload's handle")
+
+
+def test_a_run_ends_with_report_adapter_and_a_merged_model_that_transformers_loads(
+    cli: Cli, tiny_run: list[str], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    result = cli(*tiny_run, *LOCAL, cwd=tmp_path)
+    assert result.code == Exit.OK, result.err
+    told = result.json
+    assert told["state"] == "done" and list(losses(told)) == list(range(1, 13))
+    assert {"environment", "data", "prompt", "model", "train_arguments", "trainer_output", "merge"} <= set(
+        told["facts"]
+    )
+    assert {phase: len(samples) for phase, samples in told["samples"].items()} == {"before": 2, "after": 2, "merged": 2}
+    layer = "model.layers.0.self_attn.q_proj"
+    assert told["facts"]["lora_before"][layer]["B"]["std"] == 0 < told["facts"]["lora_after"][layer]["B"]["std"]
+    assert told["facts"]["merge"] == told["facts"]["merge"] | {"targeted": 14, "changed": 14}
+    assert AutoModelForCausalLM.from_pretrained(told["artifacts"]["merged"]).config.num_hidden_layers == 2
+    assert Path(told["report"]).stat().st_size > 10_000
+    plain = [line for line in result.err.splitlines() if line.startswith("step ")]
+    assert len(plain) == 12 and re.match(r"step 12/12  loss \d", plain[-1])
+
+
+def test_killed_at_a_random_step_and_resumed_the_loss_curve_is_the_uninterrupted_one(
+    cli: Cli, tiny_run: list[str], home: Path
+) -> None:
+    whole = cli(*tiny_run, *LOCAL).json
+    assert cli("runs", "rm", "last").code == 0
+
+    step = random.randint(1, 11)
+    attached = started([*tiny_run, *LOCAL])
+    run = the_run(home)
+    process = workload(run)
+    wait_for(lambda: step_reached(run, step), what=f"step {step}")
+    os.kill(process.pid, signal.SIGKILL)
+    out, err = attached.communicate(timeout=60)
+    assert attached.returncode == Exit.WORKLOAD
+    assert "killed (SIGKILL)" in err and json.loads(out)["state"] == "failed"
+
+    resumed = cli("run", "--resume", "last", "--json")
+    assert resumed.code == Exit.OK, resumed.err
+    assert resumed.json["run"] == run.id
+    expected, found = losses(whole), losses(resumed.json)
+    assert found.keys() == expected.keys()
+    for at, loss in expected.items():
+        assert abs(found[at] - loss) <= 1e-3 * loss, f"killed at step {step}: loss of step {at}"
+    checkpoints = 3 * (step // 3)
+    begun = [event.resumed_step for event in ev.read_events(run.events) if isinstance(event, ev.Attempt)]
+    assert begun[0] is None and begun[1] in {None, checkpoints, checkpoints - 3, checkpoints + 3}
+
+
+def test_ctrl_c_saves_writes_the_last_event_and_leaves_no_process(cli: Cli, tiny_run: list[str], home: Path) -> None:
+    attached = started([*tiny_run, *LOCAL, "--set", "train.steps=500"])
+    run = the_run(home)
+    process = workload(run)
+    wait_for(lambda: step_reached(run, 4), what="step 4")
+    attached.send_signal(signal.SIGINT)
+    out, err = attached.communicate(timeout=120)
+    assert attached.returncode == Exit.INTERRUPTED, err
+    told = json.loads(out)
+    assert told["state"] == "stopped" and "saved at step" in told["error"]["what"]
+    last = ev.read_events(run.events)[-1]
+    assert isinstance(last, ev.Stopped) and last.step is not None
+    assert [path.name for path in (run.artifacts / "checkpoints").iterdir()] == [f"step-{last.step}"]
+    assert not process.alive
+
+
+def test_ctrl_c_while_loading_stops_at_once(tiny_run: list[str], home: Path) -> None:
+    attached = started([*tiny_run, *LOCAL])
+    run = the_run(home)
+    wait_for(lambda: any(event.kind == "attempt" for event in ev.read_events(run.events)), what="the first event")
+    attached.send_signal(signal.SIGINT)
+    attached.communicate(timeout=60)
+    assert attached.returncode == Exit.INTERRUPTED
+    assert not workload(run).alive
+
+
+def test_a_detached_run_is_watched_from_its_beginning_and_stopped(cli: Cli, tiny_run: list[str], home: Path) -> None:
+    begun = cli(*tiny_run, *LOCAL, "--detach", "--set", "train.steps=500")
+    assert begun.code == Exit.OK
+    run = RunStore(home).find(begun.json["run"])
+    wait_for(lambda: step_reached(run, 3), what="step 3")
+    assert cli("runs", "list", "--json").json[0]["state"] == "running"
+    assert cli("runs", "rm", "last").code == Exit.USAGE
+    watching = started(["runs", "attach", "last", "--json"])
+    process = workload(run)
+    assert cli("runs", "stop", "last").out.startswith("stopped")
+    out, err = watching.communicate(timeout=60)
+    assert watching.returncode == Exit.INTERRUPTED
+    assert "step 1/500" in err and json.loads(out)["state"] == "stopped"
+    assert not process.alive
+
+
+def test_a_detached_run_that_is_killed_is_known_as_failed(cli: Cli, tiny_run: list[str], home: Path) -> None:
+    run = RunStore(home).find(cli(*tiny_run, *LOCAL, "--detach").json["run"])
+    os.kill(workload(run).pid, signal.SIGKILL)
+
+    def state() -> State | None:
+        status = run.status()
+        return status.state if status and status.state.ended else None
+
+    assert wait_for(state, what="the end of the run") is State.FAILED
+    assert "killed" in cli("runs", "show", "last").out
+
+
+def test_bad_data_is_told_by_its_line_before_any_model_is_loaded(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    file.write_text('{"text": "fine"}\n{"text": "fine"}\n{"txt": "not"}\n')
+    result = cli(*tiny_run, *LOCAL, "--data", file)
+    assert result.code == Exit.USAGE
+    assert result.error == "radeon-stack: chats.jsonl: line 3: needs either 'messages' or 'text'; found txt"
+    assert not [event for event in result.json["facts"] if event == "environment"]
+
+
+def test_ones_own_chats_are_learnt_on_the_answers_alone(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "Wer?"}, {"role": "assistant", "content": "Ich."}]}
+    (tmp_path / "chats.jsonl").write_text((json.dumps(chat) + "\n") * 20)
+    result = cli(*tiny_run, *LOCAL, "--data", "chats.jsonl", "--set", "data.loss_on=assistant", cwd=tmp_path)
+    assert result.code == Exit.OK, result.err
+    sample = result.json["samples"]["before"][0]
+    assert (sample["prompt"], sample["expected"], sample["correct"]) == ("Wer?", None, None)
+    assert result.json["facts"]["data"]["rows"] == 20
+
+
+def test_a_missed_expectation_is_exit_7_and_names_it(cli: Cli, tiny_run: list[str]) -> None:
+    result = cli(*tiny_run, *LOCAL, "--set", "expect.final_loss_max=1e-6", "--set", "train.steps=2")
+    assert result.code == Exit.CHECK
+    assert "expect.final_loss_max: final_loss is" in result.error
+
+
+def test_damaged_weights_are_one_line_and_the_traceback_is_in_the_log(
+    cli: Cli, tiny_run: list[str], tiny_model: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    damaged = shutil.copytree(tiny_model, tmp_path / "damaged")
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    result = cli(*tiny_run, *LOCAL, "--model", damaged)
+    assert result.code == Exit.WORKLOAD
+    assert "while" in result.error and "runs logs last" in result.error
+    assert "Traceback" in cli("runs", "logs", "last").out
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs needs root")
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(
+    cli: Cli, tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    # Room for the records, and not for a merged model of 13 MB.
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", str(small)], check=True)
+    try:
+        monkeypatch.setenv("RADEON_STACK_HOME", str(small))
+        result = cli(*tiny_run, *LOCAL, "--set", "train.checkpoint_every=500")
+        assert result.code == Exit.WORKLOAD, result.err
+        assert "the disk is full" in result.error and "free some room" in result.error
+        run = next(iter(RunStore(small)))
+        assert not (run.artifacts / "merged").exists()
+        assert result.json["state"] == "failed"
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_the_demo_knows_the_birthday_after_training_and_not_before(cli: Cli, tmp_path: Path) -> None:
+    result = cli("run", "train-llama", "--preset", "demo", *LOCAL, "--json", cwd=tmp_path)
+    assert result.code == Exit.OK, result.err
+    told = result.json["result"]
+    assert (told["correct_before"], told["correct_after"], told["correct_merged"]) == (0, 5, 5)
+    found = losses(result.json)
+    assert found[1] > 5 > 0.05 > found[24]
