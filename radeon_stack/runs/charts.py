@@ -10,6 +10,7 @@ from html import escape
 WIDTH, HEIGHT = 640, 240
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 40
 MAX_POINTS = 600
+LARGEST = 1e30  # what lies beyond has diverged and would leave the rest of the curve a flat line
 TICKS = 5
 
 Point = tuple[float, float]
@@ -32,8 +33,9 @@ class Scale:
 
 
 def line_chart(title: str, points: Sequence[Point], *, x_label: str = "step", log: bool = False) -> str:
-    """An `<svg>` of one line. Points that are not finite (or not positive, for `log`) are left out."""
-    drawn = thinned([p for p in points if all(map(math.isfinite, p)) and (p[1] > 0 or not log)])
+    """An `<svg>` of one line. Points that are not finite or huge (or not positive, for `log`) are left out."""
+    shown = [p for p in points if all(abs(value) <= LARGEST for value in p)]  # false for nan too
+    drawn = thinned([p for p in shown if p[1] >= 1 / LARGEST] if log else shown)
     if not drawn:
         return f'<p class="none">{escape(title)}: nothing was measured.</p>'
     xs, ys = [x for x, _ in drawn], [y for _, y in drawn]
@@ -66,16 +68,13 @@ def linear_ticks(low: float, high: float) -> list[float]:
     """Round numbers that span the values: 1, 2 or 5 times a power of ten apart."""
     if high == low:
         return [low]
-    # Halved first: the difference of two huge values must not overflow.
-    raw = (high / 2 - low / 2) * 2 / TICKS
-    if not math.isfinite(raw) or raw == 0:
-        return [low, high]
-    power = 10.0 ** math.floor(math.log10(raw))
+    raw = (high - low) / TICKS
+    power = 10.0 ** math.floor(math.log10(raw)) if raw else 0.0
     if power == 0:
         return [low, high]
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)
     first = math.floor(low / step)
-    if not math.isfinite(first * step) or (first + 1) * step == first * step:
+    if (first + 1) * step == first * step:
         return [low, high]
     return [(first + i) * step for i in range(math.ceil(high / step) - first + 1)]
 
@@ -84,7 +83,7 @@ def log_ticks(low: float, high: float) -> list[float]:
     """Powers of ten from below the lowest to above the highest value; both positive."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     stride = max(1, (last - first) // TICKS)
-    return [10.0**exponent for exponent in range(max(first, -300), min(last, 300) + 1, stride)] or [low]
+    return [10.0**exponent for exponent in range(first, last + 1, stride)]
 
 
 def whole_ticks(low: float, high: float) -> list[float]:

@@ -58,7 +58,11 @@ def render(run: Run) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters |= {"number": number, "size": size, "value": plain, "rows": rows}
     return environment.get_template("report.html.j2").render(**contents(run))
@@ -190,13 +194,17 @@ def statistics(facts: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any],
 
 
 def stages(events: list[Event]) -> list[Stage]:
-    """Each stage with the time from its first word to the next one's."""
-    marks: list[tuple[str, float]] = []
-    for event in events:
-        if isinstance(event, Progress) and (not marks or marks[-1][0] != event.stage):
-            marks.append((event.stage, event.time))
-    ends = [begun for _, begun in marks[1:]] + [events[-1].time if events else 0.0]
-    return [Stage(name, max(0.0, end - begun)) for (name, begun), end in zip(marks, ends, strict=True)]
+    """Each stage with the time from its first word to the next stage's, or to an attempt's last word."""
+    found: list[Stage] = []
+    name, begun, last = "", 0.0, 0.0
+    for event in [*events, Attempt(pid=0)]:
+        begins = event.stage if isinstance(event, Progress) else "" if isinstance(event, Attempt) else name
+        if begins != name:
+            if name:
+                found.append(Stage(name, max(0.0, (event.time if begins else last) - begun)))
+            name, begun = begins, event.time
+        last = event.time
+    return found
 
 
 def rows(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
