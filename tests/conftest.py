@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -84,6 +85,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         from radeon_stack.host.engines import probe_engine
 
         no_engine = probe_engine().why_not
+        if no_engine and os.environ.get("RADEON_STACK_NEED_ENGINE"):
+            raise pytest.UsageError(f"RADEON_STACK_NEED_ENGINE is set, and {no_engine}")
     for item in items:
         if missing and item.get_closest_marker("work"):
             item.add_marker(pytest.mark.skip(reason=f"this Python lacks {', '.join(missing)}: make setup"))

@@ -102,15 +102,16 @@ def resolve(
         tree = parse_assignment(text)
         own = set(tree) <= set(Recipe.model_fields)
         layers.add(tree if own else {"config": tree}, f"--set {text.partition('=')[0]}")
-    for flag, tree in (flags or {}).items():
-        layers.add(tree, flag)
+    for flag, values in (flags or {}).items():
+        layers.add(values, flag)
     return _checked(source, preset, layers)
 
 
 def from_record(record: Mapping[str, Any], path: Path) -> Effective:
     """The effective recipe that a run wrote down in its `config.json`."""
     recipe, preset = record.get("recipe"), record.get("preset")
-    layers = Layers({**recipe} if isinstance(recipe, dict) else {}, {})
+    tree: dict[str, Any] = recipe if isinstance(recipe, dict) else {}
+    layers = Layers(tree, {})
     source = RecipeFile(str(record.get("name")), path, {})
     return _checked(source, preset if isinstance(preset, str) else None, layers)
 

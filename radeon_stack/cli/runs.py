@@ -12,8 +12,8 @@ from radeon_stack.cli.run import end
 from radeon_stack.errors import Exit, UsageError
 from radeon_stack.launch.launcher import read_plan
 from radeon_stack.launch.supervise import attach, carry_out, settle, stop
-from radeon_stack.runs import report as reports
 from radeon_stack.runs.events import read_events
+from radeon_stack.runs.report import write as write_report
 from radeon_stack.runs.store import Run, RunStore, State, home
 from radeon_stack.runs.summary import last_result, lines, summary
 from radeon_stack.runs.view import print_line, view_for
@@ -124,7 +124,7 @@ def report(run: str, browse: bool) -> None:
     """Write the run's report.html anew and print its path."""
     found = _store().find(run)
     settle(found)
-    path = reports.write(found)
+    path = write_report(found)
     click.echo(path)
     if browse:
         click.launch(path.as_uri())

@@ -16,9 +16,9 @@ from radeon_stack.errors import Exit, MachineError, StackError
 from radeon_stack.host.processes import Process
 from radeon_stack.launch.engine import Engine, Handle, engine_named
 from radeon_stack.launch.plan import LaunchPlan
-from radeon_stack.runs import report
 from radeon_stack.runs.events import Event, EventReader, read_events
 from radeon_stack.runs.outcome import Outcome, judge
+from radeon_stack.runs.report import write as write_report
 from radeon_stack.runs.store import Run, State, Status
 
 POLL_SECONDS = 0.1
@@ -165,7 +165,7 @@ def _record(run: Run, outcome: Outcome) -> Outcome:
             "remedy": outcome.remedy,
         }
         run.write_status(status.model_copy(update=end))
-        report.write(run)
+        write_report(run)
     return outcome
 
 

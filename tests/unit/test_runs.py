@@ -28,7 +28,7 @@ def made(store: RunStore, recipe: str = "train-llama") -> Run:
 
 def test_written_events_are_read_back(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
-    written = [
+    written: list[ev.Event] = [
         ev.Attempt(pid=1, resumed_step=4),
         ev.Metric(step=1, values={"loss": 0.5, "grad_norm": math.inf}),
         ev.Sample(phase="before", index=0, prompt="p", response="r\n\x1b[2J", expected="x", correct=False),

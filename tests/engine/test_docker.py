@@ -1,0 +1,288 @@
+"""The same runs inside a real container, through a real engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from radeon_stack.catalog.load import read, resolve
+from radeon_stack.errors import Exit
+from radeon_stack.host.engines import client
+from radeon_stack.host.machine import probe
+from radeon_stack.images.resolve import find_image
+from radeon_stack.launch.docker import DockerEngine, create_arguments, run_arguments
+from radeon_stack.launch.planner import plan
+from radeon_stack.runs import events as ev
+from radeon_stack.runs.store import Run, RunStore
+from tests.conftest import ROOT, Cli, wait_for
+
+pytestmark = [pytest.mark.engine, pytest.mark.work]
+DOCKER = ("--engine", "docker")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def image() -> str:
+    """The CPU training image, built as a user builds it; what did not change is not built again."""
+    done = subprocess.run(
+        ["make", "image", "ARCH=cpu", "BUILD_NETWORK=host"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return "radeon-stack/train:cpu"
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """No container of ours outlives its test."""
+    yield
+    left = client().containers.list(all=True, filters={"label": ["radeon-stack.run"]})
+    names = [container.name for container in left]
+    for container in left:
+        container.remove(force=True)
+    assert names == []
+
+
+def losses(told: Any) -> dict[int, float]:
+    return {metric["step"]: metric["loss"] for metric in told["metrics"] if "loss" in metric}
+
+
+def container_of(run: Run) -> Any:
+    def found() -> Any:
+        containers = client().containers.list(filters={"label": [f"radeon-stack.run={run.path}"]})
+        return containers[0] if containers else None
+
+    return wait_for(found, what="the container")
+
+
+def the_run(home: Path) -> Run:
+    return wait_for(lambda: next(iter(RunStore(home)), None), what="the run's directory")
+
+
+def step_reached(run: Run, step: int) -> bool:
+    return any(isinstance(event, ev.Metric) and event.step >= step for event in ev.read_events(run.events))
+
+
+def test_the_demo_gives_the_same_result_in_a_container_and_without_one(cli: Cli) -> None:
+    demo = ("run", "train-llama", "--preset", "demo", "--json")
+    inside, outside = cli(*demo, *DOCKER), cli(*demo, "--engine", "local")
+    assert inside.code == outside.code == Exit.OK, inside.err + outside.err
+    for result in (inside, outside):
+        told = result.json["result"]
+        assert (told["correct_before"], told["correct_after"], told["correct_merged"]) == (0, 5, 5)
+    expected, found = losses(outside.json), losses(inside.json)
+    assert found.keys() == expected.keys() and len(found) == 24
+    for step, loss in expected.items():
+        assert abs(found[step] - loss) <= 1e-3 * loss, step
+    assert inside.json["image"].startswith("sha256:")
+
+
+def test_what_a_container_writes_belongs_to_the_caller_and_the_model_is_read_only(
+    cli: Cli, tiny_run: list[str], tiny_model: Path
+) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in tiny_model.iterdir()}
+    result = cli(*tiny_run, *DOCKER)
+    assert result.code == Exit.OK, result.err
+    directory = Path(result.json["directory"])
+    owners = {(path.stat().st_uid, path.stat().st_gid) for path in directory.rglob("*")}
+    assert owners == {(os.getuid(), os.getgid())}
+    assert {path.name: path.stat().st_mtime_ns for path in tiny_model.iterdir()} == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
+def test_a_user_other_than_root_runs_it_too_and_owns_the_result(
+    tiny_run: list[str], tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    home = tmp_path_factory.mktemp("other")
+    os.chown(home, 12345, 12345)
+    for folder in (home, *home.parents[:2], tiny_model, *tiny_model.parents[:2]):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    for file in tiny_model.iterdir():
+        file.chmod(0o644)
+    socket = Path(client().api.base_url.replace("http+docker", "")).name  # the engine's socket must let the user in
+    assert socket is not None
+    engine = Path(os.environ["DOCKER_HOST"].removeprefix("unix://"))
+    mode = engine.stat().st_mode
+    engine.chmod(0o666)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "radeon_stack", *tiny_run, *DOCKER],
+            env={**os.environ, "RADEON_STACK_HOME": str(home), "HOME": str(home)},
+            user=12345,
+            group=12345,
+            extra_groups=[],
+            capture_output=True,
+            text=True,
+            cwd="/",
+            check=False,
+        )
+    finally:
+        engine.chmod(mode)
+    assert done.returncode == Exit.OK, done.stderr
+    owners = {(path.stat().st_uid, path.stat().st_gid) for path in home.rglob("*")}
+    assert owners == {(12345, 12345)}
+
+
+def test_sdk_and_printed_command_make_the_same_container(tmp_path: Path) -> None:
+    found = find_image("train", "cpu")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "cache").mkdir()
+    made = plan(
+        resolve(read("train-llama"), "demo"),
+        probe(),
+        run_id="same",
+        run_dir=tmp_path / "run",
+        cache=tmp_path / "cache",
+        engine="docker",
+        image=found,
+    )
+    ours = client().containers.create(**create_arguments(made))
+    theirs = subprocess.run(
+        ["docker", "create", *run_arguments(made)[2:]], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    containers = [client().api.inspect_container(identity) for identity in (ours.id, theirs)]
+    for identity in (ours.id, theirs):
+        client().containers.get(identity).remove(force=True)
+    sdk, command = (
+        {key: described[key] for key in ("Config", "HostConfig", "Mounts", "Path", "Args")} for described in containers
+    )
+    for described in (sdk, command):
+        for part in ("Hostname", "AttachStdout", "AttachStderr", "ConsoleSize"):
+            described["Config"].pop(part, None)
+        described["HostConfig"].pop("ConsoleSize", None)
+        described["HostConfig"].pop("LogConfig", None)
+        described["Config"]["Env"].sort()
+        described["Mounts"].sort(key=lambda mount: mount["Destination"])
+        described["HostConfig"]["Mounts"].sort(key=lambda mount: mount["Target"])
+        # Empty, absent and null are the same to the engine.
+        for table in (described["Config"], described["HostConfig"]):
+            for key in [key for key, value in table.items() if not value]:
+                del table[key]
+    assert sdk == command
+    host = sdk["HostConfig"]
+    assert host["CapDrop"] == ["ALL"] and host["SecurityOpt"] == ["no-new-privileges"] and host["Init"] is True
+    assert (host["NetworkMode"], host["IpcMode"], host["ShmSize"]) == ("none", "private", 1 << 30)
+    assert "Privileged" not in host and host["ReadonlyRootfs"] is True
+
+
+def test_the_printed_commands_can_be_pasted(cli: Cli, tiny_run: list[str]) -> None:
+    printed = cli(*[part for part in tiny_run if part != "--json"], *DOCKER, "--dry-run").out
+    done = subprocess.run(["sh", "-e"], input=printed, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told = cli("runs", "show", "last", "--json").json
+    assert list(losses(told)) == list(range(1, 13)) and told["result"]["steps"] == 12
+
+
+def test_auto_takes_the_engine_when_an_image_fits_and_says_why(cli: Cli, tiny_run: list[str]) -> None:
+    planned = cli(*tiny_run, "--dry-run").json["fields"]["engine"]
+    assert planned["value"] == "docker"
+    assert "radeon-stack/train:cpu is labelled train for cpu" in planned["reason"]
+
+
+def test_an_image_that_the_engine_has_not_is_exit_5(cli: Cli, tiny_run: list[str]) -> None:
+    result = cli(*tiny_run, *DOCKER, "--image", "radeon-stack/none:such")
+    assert result.code == Exit.IMAGE
+    assert "the engine has no image radeon-stack/none:such; build it: make image ARCH=cpu" in result.error
+
+
+def test_killed_in_its_container_and_resumed_the_loss_curve_is_the_uninterrupted_one(
+    cli: Cli, tiny_run: list[str], home: Path
+) -> None:
+    whole = cli(*tiny_run, *DOCKER).json
+    assert cli("runs", "rm", "last").code == 0
+    assert cli(*tiny_run, *DOCKER, "--detach").code == Exit.OK
+    run = the_run(home)
+    wait_for(lambda: step_reached(run, 5), what="step 5")
+    container_of(run).kill(signal="SIGKILL")
+    attached = cli("runs", "attach", "last")
+    assert attached.code == Exit.WORKLOAD and "killed (SIGKILL)" in attached.error
+    resumed = cli("run", "--resume", "last", "--json")
+    assert resumed.code == Exit.OK, resumed.err
+    assert resumed.json["engine"] == "docker"
+    expected, found = losses(whole), losses(resumed.json)
+    assert all(abs(found[step] - loss) <= 1e-3 * loss for step, loss in expected.items())
+
+
+def test_ctrl_c_stops_the_container_cleanly_and_removes_it(tiny_run: list[str], home: Path) -> None:
+    attached = subprocess.Popen(
+        [sys.executable, "-m", "radeon_stack", *tiny_run, *DOCKER, "--set", "train.steps=500"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    run = the_run(home)
+    wait_for(lambda: step_reached(run, 2), what="step 2")
+    attached.send_signal(signal.SIGINT)
+    out, err = attached.communicate(timeout=120)
+    assert attached.returncode == Exit.INTERRUPTED, err
+    assert json.loads(out)["state"] == "stopped"
+    assert isinstance(ev.read_events(run.events)[-1], ev.Stopped)
+
+
+def test_what_is_out_of_memory_is_told_as_killed(cli: Cli, tiny_run: list[str]) -> None:
+    result = cli(*tiny_run, *DOCKER, "--set", "resources.memory=128MiB")
+    assert result.code == Exit.WORKLOAD
+    assert "for want of memory" in result.error
+
+
+def test_no_secret_of_the_build_is_left_in_any_layer(image: str, tmp_path: Path) -> None:
+    """The mirror's settings and the private CA were there for a step, and are in no layer, label or history."""
+    history = json.dumps(client().images.get(image).history()) + json.dumps(client().images.get(image).attrs)
+    conf = Path("/etc/pip.conf")
+    words = [line for line in (conf.read_text().splitlines() if conf.is_file() else []) if "://" in line]
+    assert not [word for word in words if word in history]
+    listing = subprocess.run(
+        ["docker", "run", "--rm", "--entrypoint", "/bin/sh", image, "-c", "ls /run/secrets /etc/pip.conf /wheels 2>&1"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
+    assert "pip.conf'" in listing or "pip.conf:" in listing
+    assert "No such file" in listing
+
+
+class TestADeadEngine:
+    """An engine of this test's own is killed in the middle of a run."""
+
+    def test_the_run_says_so_with_exit_3_and_is_settled_when_the_engine_is_back(
+        self, cli: Cli, tiny_run: list[str], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        root = tmp_path_factory.mktemp("engine")
+        tool = [sys.executable, str(ROOT / "tools" / "engine.py")]
+        started = subprocess.run([*tool, "start", "--root", str(root)], capture_output=True, text=True, check=False)
+        if started.returncode == 3:
+            pytest.skip(started.stderr.strip())
+        saved = subprocess.Popen(["docker", "save", "radeon-stack/train:cpu"], stdout=subprocess.PIPE)
+        subprocess.run(
+            ["docker", "load"],
+            stdin=saved.stdout,
+            env={**os.environ, "DOCKER_HOST": started.stdout.strip()},
+            check=True,
+            capture_output=True,
+        )
+        monkeypatch.setenv("DOCKER_HOST", started.stdout.strip())
+        try:
+            attached = subprocess.Popen(
+                [sys.executable, "-m", "radeon_stack", *tiny_run, *DOCKER, "--set", "train.steps=500"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            run = the_run(Path(os.environ["RADEON_STACK_HOME"]))
+            wait_for(lambda: step_reached(run, 2), what="step 2")
+            subprocess.run([*tool, "stop", "--root", str(root)], check=True)
+            _, err = attached.communicate(timeout=120)
+            assert attached.returncode == Exit.MACHINE, err
+            assert "stopped answering" in err and "--resume last" in err
+            assert "stopped answering" in cli("runs", "show", "last").out
+            subprocess.run([*tool, "start", "--root", str(root)], check=True, capture_output=True)
+            assert cli("runs", "list", "--json").json[0]["state"] in ("stopped", "failed")
+            assert DockerEngine().alive(run.status().handle) is False  # type: ignore[union-attr]
+        finally:
+            subprocess.run([*tool, "stop", "--root", str(root)], check=True)
