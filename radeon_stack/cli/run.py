@@ -143,9 +143,9 @@ def _draft(
 def end(run: Run, outcome: Outcome, as_json: bool) -> int:
     """Print what a run came to; the exit code is the run's."""
     if as_json:
-        click.echo(json.dumps(summary(run), indent=2))
+        click.echo(json.dumps(summary(run, outcome), indent=2))
     else:
-        for line in lines(run):
+        for line in lines(run, outcome):
             print_line(line)
     if outcome.what:
         place = f"{outcome.where}: " if outcome.where else ""

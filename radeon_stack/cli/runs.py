@@ -59,9 +59,9 @@ def show(run: str, as_json: bool) -> None:
     found = _store().find(run)
     outcome = settle(found)
     if as_json:
-        click.echo(json.dumps(summary(found), indent=2))
+        click.echo(json.dumps(summary(found, outcome), indent=2))
         return
-    for line in lines(found):
+    for line in lines(found, outcome):
         print_line(line)
     if outcome.what:
         print_line(f"  why       {outcome.what}" + (f"; {outcome.remedy}" if outcome.remedy else ""))

@@ -118,6 +118,7 @@ def create_arguments(plan: LaunchPlan) -> dict[str, Any]:
         "read_only": plan.read_only_root,
         "tmpfs": dict.fromkeys(plan.tmpfs, ""),
         "init": plan.init,
+        "restart_policy": {"Name": "no", "MaximumRetryCount": 0},
         "labels": dict(plan.labels),
         "stop_signal": "SIGTERM",
     }

@@ -59,11 +59,7 @@ def settle(run: Run) -> Outcome:
         return Outcome(status.state, status.exit_code or 0, status.what, status.where, status.remedy)
     if status.keeper is not None and Process(**status.keeper).alive:
         return Outcome(State.RUNNING, Exit.OK)
-    try:
-        return _settle(run, engine_named(status.engine))
-    except MachineError as error:
-        # The engine does not answer: what became of the workload shows when it does again.
-        return Outcome(State.LOST, error.exit_code, error.what, error.where, error.remedy)
+    return _settle(run, engine_named(status.engine))
 
 
 def stop(run: Run, *, seconds: float, force: bool = False) -> Outcome:
@@ -137,6 +133,14 @@ def _watch_to_the_end(
 
 
 def _settle(run: Run, engine: Engine) -> Outcome:
+    try:
+        return _take_down(run, engine)
+    except MachineError as error:
+        # The engine does not answer: nothing is recorded, what became of the workload shows when it does again.
+        return Outcome(State.LOST, error.exit_code, error.what, error.where, error.remedy)
+
+
+def _take_down(run: Run, engine: Engine) -> Outcome:
     status = run.status()
     if status is None or not status.handle:
         return _record(run, Outcome(State.LOST, Exit.WORKLOAD, "killed while it was starting", remedy="run it again"))

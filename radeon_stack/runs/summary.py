@@ -7,27 +7,26 @@ from typing import Any
 from pydantic import JsonValue
 
 from radeon_stack.runs.events import Artifact, Event, Fact, Result, Sample, metrics_by_step, read_events
+from radeon_stack.runs.outcome import Outcome
 from radeon_stack.runs.store import Run
 
 PHASES = ("before", "after", "merged")
 
 
-def summary(run: Run) -> dict[str, Any]:
+def summary(run: Run, outcome: Outcome) -> dict[str, Any]:
     """One JSON object: state, figures, a loss a step, samples, and where the outputs are."""
     events = read_events(run.events)
     status = run.status()
     result = last_result(events)
     return {
         "run": run.id,
-        "state": status.state if status else "lost",
-        "exit_code": status.exit_code if status else None,
+        "state": str(outcome.state),
+        "exit_code": int(outcome.exit_code) if outcome.state.ended else None,
         "recipe": status.recipe if status else "",
         "preset": status.preset if status else None,
         "engine": status.engine if status else "",
         "image": _field(run, "image"),
-        "error": {"what": status.what, "where": status.where, "remedy": status.remedy}
-        if status and status.what
-        else None,
+        "error": {"what": outcome.what, "where": outcome.where, "remedy": outcome.remedy} if outcome.what else None,
         "result": result,
         "metrics": [{"step": step, **values} for step, values in metrics_by_step(events).items()],
         "samples": {phase: [_sample(s) for s in samples_of(events, phase)] for phase in PHASES},
@@ -38,9 +37,9 @@ def summary(run: Run) -> dict[str, Any]:
     }
 
 
-def lines(run: Run) -> list[str]:
+def lines(run: Run, outcome: Outcome) -> list[str]:
     """The same for a person: what was learnt, and where it lies."""
-    told = summary(run)
+    told = summary(run, outcome)
     result = told["result"]
     rows: list[tuple[str, str]] = []
     phases = [p for p in PHASES if f"correct_{p}" in result]

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,13 @@ from radeon_stack.errors import Exit
 from radeon_stack.host.engines import client
 from radeon_stack.host.machine import probe
 from radeon_stack.images.resolve import find_image
-from radeon_stack.launch.docker import DockerEngine, create_arguments, run_arguments
+from radeon_stack.launch.choose import Choice
+from radeon_stack.launch.docker import create_arguments, run_arguments
+from radeon_stack.launch.launcher import draft, write_records
 from radeon_stack.launch.planner import plan
+from radeon_stack.launch.supervise import carry_out
 from radeon_stack.runs import events as ev
-from radeon_stack.runs.store import Run, RunStore
+from radeon_stack.runs.store import Run, RunStore, State
 from tests.conftest import ROOT, Cli, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.work]
@@ -95,38 +100,28 @@ def test_what_a_container_writes_belongs_to_the_caller_and_the_model_is_read_onl
     assert {path.name: path.stat().st_mtime_ns for path in tiny_model.iterdir()} == before
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
-def test_a_user_other_than_root_runs_it_too_and_owns_the_result(
+@pytest.mark.skipif(os.geteuid() != 0, reason="giving a folder to another user needs root")
+def test_a_caller_other_than_root_gets_a_whole_run_and_owns_all_of_it(
     tiny_run: list[str], tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    home = tmp_path_factory.mktemp("other")
-    os.chown(home, 12345, 12345)
-    for folder in (home, *home.parents[:2], tiny_model, *tiny_model.parents[:2]):
-        folder.chmod(folder.stat().st_mode | 0o055)
-    for file in tiny_model.iterdir():
-        file.chmod(0o644)
-    socket = Path(client().api.base_url.replace("http+docker", "")).name  # the engine's socket must let the user in
-    assert socket is not None
-    engine = Path(os.environ["DOCKER_HOST"].removeprefix("unix://"))
-    mode = engine.stat().st_mode
-    engine.chmod(0o666)
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "radeon_stack", *tiny_run, *DOCKER],
-            env={**os.environ, "RADEON_STACK_HOME": str(home), "HOME": str(home)},
-            user=12345,
-            group=12345,
-            extra_groups=[],
-            capture_output=True,
-            text=True,
-            cwd="/",
-            check=False,
-        )
-    finally:
-        engine.chmod(mode)
-    assert done.returncode == Exit.OK, done.stderr
-    owners = {(path.stat().st_uid, path.stat().st_gid) for path in home.rglob("*")}
-    assert owners == {(12345, 12345)}
+    """Uid 12345 has no name and no home in the image."""
+    store = RunStore(tmp_path_factory.mktemp("other"))
+    sets = [value for flag, value in pairwise(tiny_run) if flag == "--set"]
+    for file in (tiny_model, *tiny_model.iterdir()):
+        file.chmod(file.stat().st_mode | 0o055)
+    drafted = draft(
+        resolve(read("train-llama"), "demo", sets, {"--model": {"config": {"model": str(tiny_model)}}}),
+        replace(probe(), uid=12345, gid=12345),
+        store,
+        Choice("docker", find_image("train", "cpu"), ""),
+    )
+    write_records(drafted, store)
+    for path in (store.home, *store.home.rglob("*")):
+        os.chown(path, 12345, 12345)
+    outcome = carry_out(drafted.run, drafted.plan, lambda event: None, lambda text: None)
+    assert outcome.state is State.DONE, drafted.run.log.read_text()
+    owners = {path.stat().st_uid for path in drafted.run.artifacts.rglob("*")} | {drafted.run.events.stat().st_uid}
+    assert owners == {12345}
 
 
 def test_sdk_and_printed_command_make_the_same_container(tmp_path: Path) -> None:
@@ -251,7 +246,7 @@ class TestADeadEngine:
     """An engine of this test's own is killed in the middle of a run."""
 
     def test_the_run_says_so_with_exit_3_and_is_settled_when_the_engine_is_back(
-        self, cli: Cli, tiny_run: list[str], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+        self, cli: Cli, tiny_run: list[str], home: Path, tmp_path_factory: pytest.TempPathFactory
     ) -> None:
         root = tmp_path_factory.mktemp("engine")
         tool = [sys.executable, str(ROOT / "tools" / "engine.py")]
@@ -266,23 +261,33 @@ class TestADeadEngine:
             check=True,
             capture_output=True,
         )
-        monkeypatch.setenv("DOCKER_HOST", started.stdout.strip())
+        there = {**os.environ, "DOCKER_HOST": started.stdout.strip()}
         try:
             attached = subprocess.Popen(
                 [sys.executable, "-m", "radeon_stack", *tiny_run, *DOCKER, "--set", "train.steps=500"],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
+                env=there,
             )
-            run = the_run(Path(os.environ["RADEON_STACK_HOME"]))
+            run = the_run(home)
             wait_for(lambda: step_reached(run, 2), what="step 2")
             subprocess.run([*tool, "stop", "--root", str(root)], check=True)
-            _, err = attached.communicate(timeout=120)
+            out, err = attached.communicate(timeout=120)
             assert attached.returncode == Exit.MACHINE, err
             assert "stopped answering" in err and "--resume last" in err
-            assert "stopped answering" in cli("runs", "show", "last").out
+            assert json.loads(out)["state"] == "lost"
+            assert "no container engine answers" in cli("runs", "show", "last", env=there).out
             subprocess.run([*tool, "start", "--root", str(root)], check=True, capture_output=True)
-            assert cli("runs", "list", "--json").json[0]["state"] in ("stopped", "failed")
-            assert DockerEngine().alive(run.status().handle) is False  # type: ignore[union-attr]
+            # Back again: what became of the workload is seen, and the container is taken down.
+            assert cli("runs", "list", "--json", env=there).json[0]["state"] in ("stopped", "failed")
+            names = subprocess.run(
+                ["docker", "ps", "--all", "--format", "{{.Names}}"],
+                env=there,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            assert names.stdout == ""
         finally:
             subprocess.run([*tool, "stop", "--root", str(root)], check=True)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from radeon_stack import atomic
 from radeon_stack.errors import Exit, UsageError
 from radeon_stack.runs import events as ev
-from radeon_stack.runs.outcome import judge
+from radeon_stack.runs.outcome import Outcome, judge
 from radeon_stack.runs.store import Run, RunStore, State, Status, home
 from radeon_stack.runs.summary import lines, summary
 
@@ -94,6 +94,7 @@ def test_of_a_repeated_step_the_later_attempts_figures_count() -> None:
     assert ev.metrics_by_step(events) == {1: {"loss": 5.0}, 2: {"loss": 3.0}}
 
 
+LOST = Outcome(State.LOST, Exit.WORKLOAD, "gone")
 RESULT = ev.Result(values={"correct_after": 4, "final_loss": 0.5})
 
 
@@ -154,12 +155,12 @@ def test_a_folder_that_is_no_run_is_never_taken_for_one(tmp_path: Path) -> None:
 
 def test_an_empty_and_a_damaged_run_directory_are_still_summed_up(tmp_path: Path) -> None:
     run = made(RunStore(tmp_path))
-    assert summary(run)["state"] == "lost"
+    assert summary(run, LOST)["state"] == "lost"
     (run.path / "status.json").write_text("{")
     run.plan.write_text("[]")
     run.events.write_text("nonsense\n")
-    assert summary(run)["metrics"] == []
-    assert lines(run)[0].startswith("lost")
+    assert summary(run, LOST)["metrics"] == []
+    assert lines(run, LOST)[0].startswith("lost")
 
 
 def test_a_status_record_is_replaced_whole(tmp_path: Path) -> None:
@@ -229,6 +230,6 @@ def test_the_summary_is_plain_json(tmp_path: Path) -> None:
     write = ev.EventWriter(run.events)
     write(ev.Sample(phase="after", index=0, prompt="p", response="r", expected=None, correct=None))
     write(ev.Artifact(name="adapter", path="artifacts/adapter", bytes=3))
-    told = json.loads(json.dumps(summary(run)))
+    told = json.loads(json.dumps(summary(run, LOST)))
     assert told["samples"]["after"][0]["response"] == "r"
     assert told["artifacts"] == {"adapter": str(run.path / "artifacts" / "adapter")}
