@@ -132,7 +132,7 @@ def tiny_run(tiny_model: Path) -> list[str]:
         *("run", "train-llama", "--preset", "demo", "--model", str(tiny_model), "--json"),
         *("--set", "train.steps=12", "--set", "train.checkpoint_every=3", "--set", "data.copies=100"),
         *("--set", "samples.count=2", "--set", "samples.max_new_tokens=8"),
-        *("--set", "expect.correct_after_min=0", "--set", "expect.correct_merged_min=0"),
+        *("--set", "expect.right_after_min=0.0", "--set", "expect.right_merged_min=0.0"),
     ]
 
 

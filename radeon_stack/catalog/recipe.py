@@ -50,9 +50,9 @@ class MountSpec(_Table):
 class Expectations(_Table):
     """What must hold at the end; a run that does not meet them exits 7. None: not asked."""
 
-    correct_before_max: int | None = Field(None, ge=0)
-    correct_after_min: int | None = Field(None, ge=0)
-    correct_merged_min: int | None = Field(None, ge=0)
+    right_before_max: float | None = Field(None, ge=0, le=1, description="share of right answers before training")
+    right_after_min: float | None = Field(None, ge=0, le=1, description="… after training")
+    right_merged_min: float | None = Field(None, ge=0, le=1, description="… of the merged model, reloaded")
     final_loss_max: float | None = Field(None, gt=0)
 
 

@@ -47,6 +47,7 @@ def draft(effective: Effective, machine: Machine, store: RunStore, choice: Choic
         cache=store.home / "cache",
         engine=choice.engine,
         image=choice.image,
+        why=choice.why,
         resume=resumed is not None,
     )
     return Draft(effective, launch_plan, run)

@@ -32,9 +32,10 @@ def plan(
     cache: Path,
     engine: str,
     image: Image | None,
+    why: str = "",
     resume: bool = False,
 ) -> LaunchPlan:
-    """The plan for one run. MachineError when this machine lacks what the recipe needs."""
+    """The plan for one run; `why` is the reason for its engine. MachineError when this machine lacks what it needs."""
     require_gpus(effective, machine)
     inside = image is not None
     if inside and effective.recipe.resources.memory > machine.memory:
@@ -48,7 +49,7 @@ def plan(
     paths = _Paths(inside, run_dir, cache)
     paths.add_model(config.model, effective.origin.get("config.model", str(effective.path)) + ": config.model")
     paths.add_data(config.data.dataset, effective.origin.get("config.data.dataset", "") + ": config.data.dataset")
-    common = _common(effective, machine, run_id, run_dir, engine, image)
+    common = _common(effective, machine, run_id, run_dir, image) | {"engine": (engine, why)}
     python = VENV_PYTHON if inside else sys.executable
     command = (python, "-m", f"radeon_stack.workloads.{effective.recipe.workload}", *paths.arguments)
     if resume:
@@ -109,14 +110,11 @@ class _Paths:
 Reasoned = dict[str, tuple[Any, str]]
 
 
-def _common(
-    effective: Effective, machine: Machine, run_id: str, run_dir: Path, engine: str, image: Image | None
-) -> Reasoned:
+def _common(effective: Effective, machine: Machine, run_id: str, run_dir: Path, image: Image | None) -> Reasoned:
     gpus = machine.gpus[: effective.recipe.resources.gpus.max]
     return {
         "run_id": (run_id, "names the run directory and the container"),
         "run_dir": (str(run_dir), "the record of this run"),
-        "engine": (engine, image.why if image else "local: the workload's packages are in this Python"),
         "image": (image.id if image else None, f"{image.name}, by id: a tag may move" if image else NO_CONTAINER),
         "secrets": (effective.recipe.secrets, "passed on by name; their values are in no plan, log or report"),
         "devices": (

@@ -38,6 +38,7 @@ def demo_plan(tmp_path: Path, *, image: Image | None = IMAGE, machine: Machine =
         run_dir=tmp_path / "run",
         cache=tmp_path / "cache",
         engine="docker" if image else "local",
+        why="docker: asked for",
         image=image,
     )
 

@@ -95,7 +95,7 @@ def test_of_a_repeated_step_the_later_attempts_figures_count() -> None:
 
 
 LOST = Outcome(State.LOST, Exit.WORKLOAD, "gone")
-RESULT = ev.Result(values={"correct_after": 4, "final_loss": 0.5})
+RESULT = ev.Result(values={"right_after": 0.8, "final_loss": 0.5})
 
 
 @pytest.mark.parametrize(
@@ -103,11 +103,11 @@ RESULT = ev.Result(values={"correct_after": 4, "final_loss": 0.5})
     [
         (0, [RESULT], {}, State.DONE, Exit.OK),
         (None, [RESULT], {}, State.DONE, Exit.OK),
-        (0, [RESULT], {"correct_after_min": 5}, State.FAILED, Exit.CHECK),
-        (0, [RESULT], {"correct_after_min": 4, "final_loss_max": 0.6}, State.DONE, Exit.OK),
+        (0, [RESULT], {"right_after_min": 1.0}, State.FAILED, Exit.CHECK),
+        (0, [RESULT], {"right_after_min": 0.8, "final_loss_max": 0.6}, State.DONE, Exit.OK),
         (0, [RESULT], {"final_loss_max": 0.4}, State.FAILED, Exit.CHECK),
         (0, [ev.Result(values={"final_loss": math.nan})], {"final_loss_max": 0.4}, State.FAILED, Exit.CHECK),
-        (0, [RESULT], {"correct_merged_min": 5}, State.DONE, Exit.OK),
+        (0, [RESULT], {"right_merged_min": 1.0}, State.DONE, Exit.OK),
         (130, [ev.Stopped(stage="training", step=3)], {}, State.STOPPED, Exit.INTERRUPTED),
         (143, [], {}, State.STOPPED, Exit.INTERRUPTED),
         (2, [ev.Error(what="w", exit_code=2)], {}, State.FAILED, Exit.USAGE),

@@ -96,6 +96,7 @@ def test_killed_at_a_random_step_and_resumed_the_loss_curve_is_the_uninterrupted
     assert found.keys() == expected.keys()
     for at, loss in expected.items():
         assert abs(found[at] - loss) <= 1e-3 * loss, f"killed at step {step}: loss of step {at}"
+    assert resumed.json["result"]["correct_before"] == 0  # told by the first attempt
     checkpoints = 3 * (step // 3)
     begun = [event.resumed_step for event in ev.read_events(run.events) if isinstance(event, ev.Attempt)]
     assert begun[0] is None and begun[1] in {None, checkpoints, checkpoints - 3, checkpoints + 3}
@@ -221,3 +222,20 @@ def test_the_demo_knows_the_birthday_after_training_and_not_before(cli: Cli, tmp
     assert (told["correct_before"], told["correct_after"], told["correct_merged"]) == (0, 5, 5)
     found = losses(result.json)
     assert found[1] > 5 > 0.05 > found[24]
+
+
+def test_killed_after_its_last_step_and_resumed_it_saves_and_merges_without_training_again(
+    cli: Cli, tiny_run: list[str], home: Path
+) -> None:
+    begun = cli(*tiny_run, *LOCAL, "--detach", "--set", "train.steps=3")
+    run = RunStore(home).find(begun.json["run"])
+    process = workload(run)
+    folder = run.artifacts / "checkpoints"
+    wait_for(lambda: (folder / "step-3").exists(), what="the last checkpoint")
+    os.kill(process.pid, signal.SIGKILL)
+    wait_for(lambda: (status := run.status()) and status.state.ended, what="the end of the run")
+    resumed = cli("run", "--resume", "last", "--json")
+    assert resumed.code == Exit.OK, resumed.err
+    assert list(losses(resumed.json)) == [1, 2, 3]
+    assert resumed.json["result"]["final_loss"] == losses(resumed.json)[3]
+    assert set(resumed.json["artifacts"]) == {"adapter", "merged"}

@@ -19,8 +19,10 @@ def work(job: Job) -> dict[str, Any]:
     config = FinetuneConfig.model_validate(read_config(job.arguments.run))
     # Bad data is told before torch's seconds of importing.
     rows = read_rows(config.data, job.arguments.data)
+    job.progress("import", 0, 1, note="torch, transformers, peft, trl")
     from radeon_stack.workloads.finetune.story import finetune
 
+    job.progress("import", 1, 1)
     return finetune(job, config, rows, checkpoint)
 
 

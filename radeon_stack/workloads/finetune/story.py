@@ -13,7 +13,7 @@ from transformers import set_seed
 
 from radeon_stack.contracts.finetune import FinetuneConfig
 from radeon_stack.errors import CheckError
-from radeon_stack.runs.events import Phase
+from radeon_stack.runs.events import Phase, Sample, read_events
 from radeon_stack.workloads.finetune import adapter, base, merging, training
 from radeon_stack.workloads.finetune.checkpoints import Checkpoint
 from radeon_stack.workloads.finetune.data import Rows
@@ -44,12 +44,12 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
 
     def ask(phase: Phase, of: Any) -> None:
         if question and config.samples.count:
-            right = sample(job, of, tokenizer, config.samples, phase, question, answer, config.train.seed)
-            if answer:
-                result[f"correct_{phase}"] = right
+            if of is not None:
+                sample(job, of, tokenizer, config.samples, phase, question, answer, config.train.seed)
+            result.update(score(job, phase))
 
-    if not checkpoint:
-        ask("before", model)
+    # What was asked before training was told by the attempt that this one continues.
+    ask("before", None if checkpoint else model)
     trainer = training.trainer_for(job, config, model, tokenizer, encoded)
     job.fact("train_arguments", train_arguments(trainer.args))
     job.fact("model", base.describe(trainer.model, folder, job.arguments.model))
@@ -58,7 +58,8 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
 
     output = training.train(job, trainer, checkpoint.path if checkpoint else None)
     job.fact("trainer_output", output)
-    result |= {"final_loss": trainer.state.log_history[-2]["loss"], "train_seconds": output["train_runtime"]}
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    result |= {"final_loss": losses[-1], "train_seconds": output["train_runtime"]}
     job.fact("lora_after", adapter.statistics(trainer.model))
     ask("after", trainer.model)
     saved = merging.save_adapter(job, trainer.model, tokenizer)
@@ -73,6 +74,16 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
             check_reloaded(job, config, merged, reloaded, tokenizer, question)
         ask("merged", reloaded)
     return result
+
+
+def score(job: Job, phase: Phase) -> dict[str, float]:
+    """Right answers of a phase, their number and share; {} where no answer was expected."""
+    events = read_events(job.arguments.run / "events.jsonl")
+    asked = {e.index: e.correct for e in events if isinstance(e, Sample) and e.phase == phase and e.correct is not None}
+    if not asked:
+        return {}
+    right = sum(map(bool, asked.values()))
+    return {f"correct_{phase}": right, f"right_{phase}": right / len(asked)}
 
 
 def check_reloaded(job: Job, config: FinetuneConfig, merged: Any, reloaded: Any, tokenizer: Any, question: str) -> None:

@@ -74,7 +74,7 @@ def train(job: Job, trainer: SFTTrainer, resume: Path | None) -> dict[str, float
     with job.deferred_stop():
         output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     shutil.rmtree(scratch(job.artifacts), ignore_errors=True)
-    if job.stop_asked and trainer.state.global_step < trainer.state.max_steps:
+    if job.stop_asked:
         raise StopRequested("training", trainer.state.global_step)
     return dict(output.metrics)
 
