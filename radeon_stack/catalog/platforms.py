@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -23,7 +22,6 @@ class Platform(BaseModel):
     python: str = Field(pattern=r"^3\.\d+$")
     torch: str = Field(min_length=1)
     lock: str = Field(pattern=r"^[a-z0-9.-]+$")
-    packaged_models: Annotated[tuple[str, ...], Field(strict=False)] = ()
     source: str = Field(min_length=1, description="where these facts are from")
 
 

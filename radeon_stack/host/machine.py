@@ -14,7 +14,6 @@ class Machine:
     """What was found; memory in bytes."""
 
     gpus: tuple[Gpu, ...]
-    cores: int
     memory: int
     uid: int
     gid: int
@@ -25,7 +24,6 @@ def probe(sysroot: Path = Path("/")) -> Machine:
     """Look at this machine, or at the tree below `sysroot` in its place."""
     return Machine(
         gpus=tuple(gpus(sysroot)),
-        cores=len(os.sched_getaffinity(0)),
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         uid=os.getuid(),
         gid=os.getgid(),

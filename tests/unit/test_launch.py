@@ -26,7 +26,7 @@ from radeon_stack.launch.plan import LaunchPlan, Mount
 from radeon_stack.launch.planner import plan
 
 IMAGE = Image("sha256:" + "a" * 64, "radeon-stack/train:cpu", "docker: it fits")
-HERE = Machine(gpus=(), cores=2, memory=64 << 30, uid=1000, gid=100)
+HERE = Machine(gpus=(), memory=64 << 30, uid=1000, gid=100)
 
 
 def demo_plan(tmp_path: Path, *, image: Image | None = IMAGE, machine: Machine = HERE, **flags: str) -> LaunchPlan:
