@@ -61,6 +61,7 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     result |= {"final_loss": losses[-1], "train_seconds": output["train_runtime"]}
     job.fact("lora_after", adapter.statistics(trainer.model))
+    result["peak_memory_bytes"] = base.peak_memory()
     ask("after", trainer.model)
     saved = merging.save_adapter(job, trainer.model, tokenizer)
     if config.export.merge:
