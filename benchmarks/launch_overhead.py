@@ -106,7 +106,9 @@ def measure_demos(folder: Path, rounds: int) -> dict[str, Any]:
 def empty_plan(folder: Path, number: int) -> LaunchPlan:
     """The demo's plan with a command that does nothing."""
     run_dir, cache = folder / f"run-{number}", folder / "cache"
-    run_dir.mkdir()
+    (run_dir / "artifacts").mkdir(parents=True)
+    for name in ("config.json", "events.jsonl"):
+        (run_dir / name).touch()
     cache.mkdir(exist_ok=True)
     made = plan(
         resolve(read("train-llama"), "demo"),

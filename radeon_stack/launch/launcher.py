@@ -72,6 +72,7 @@ def write_records(drafted: Draft, store: RunStore) -> None:
     try:
         run.artifacts.mkdir(parents=True, exist_ok=True)
         (store.home / "cache").mkdir(parents=True, exist_ok=True)
+        run.events.touch()
         _write_json(run.config, config_record(effective))
         _write_json(run.plan, drafted.plan.as_record())
         run.write_status(
@@ -101,6 +102,7 @@ def paste_lines(drafted: Draft, store: RunStore) -> list[str]:
     return [
         shlex.join(["mkdir", "-p", str(run.artifacts), str(store.home / "cache")]),
         f"{shlex.join(['printf', '%s', config])} > {shlex.quote(str(run.config))}",
+        shlex.join(["touch", str(run.events)]),
         shlex.join(launch),
     ]
 

@@ -54,7 +54,7 @@ def plan(
     command = (python, "-m", f"radeon_stack.workloads.{effective.recipe.workload}", *paths.arguments)
     if resume:
         command = (*command, "--resume")
-    container = _container(effective, machine, paths, image) if image else _no_container()
+    container = _container(effective, machine, paths, run_dir) if image else _no_container()
     values = {**common, **container}
     values["command"] = (command, "the recipe's workload; paths as it sees them")
     values["env"] = (
@@ -86,8 +86,15 @@ class _Paths:
         self.inside = inside
         self.mounts: list[Mount] = []
         self.arguments: list[str] = []
-        self._add("--run", run_dir, f"{ROOM}/run", read_only=False)
+        self._add_run(run_dir)
         self._add("--cache", cache, f"{ROOM}/cache", read_only=False)
+
+    def _add_run(self, run_dir: Path) -> None:
+        # Not the whole directory: what runs inside must not rewrite the records that the host acts upon.
+        if self.inside:
+            for name, read_only in (("config.json", True), ("events.jsonl", False), ("artifacts", False)):
+                self.mounts.append(Mount(str(run_dir / name), f"{ROOM}/run/{name}", read_only))
+        self.arguments += ["--run", f"{ROOM}/run" if self.inside else str(run_dir)]
 
     def add_model(self, model: str, where: str) -> None:
         folder = model_folder(model, where=where)
@@ -125,14 +132,14 @@ def _common(effective: Effective, machine: Machine, run_id: str, run_dir: Path, 
     }
 
 
-def _container(effective: Effective, machine: Machine, paths: _Paths, image: Image) -> Reasoned:
+def _container(effective: Effective, machine: Machine, paths: _Paths, run_dir: Path) -> Reasoned:
     resources = effective.recipe.resources
     gpus = machine.gpus[: resources.gpus.max]
     asked = [Mount(_existing(m.source), m.target, m.read_only) for m in effective.recipe.mounts]
     return {
         "mounts": (
             (*paths.mounts, *asked),
-            "run and cache to write, model and data to read, and what the recipe names",
+            "events, artifacts and cache to write; config, model and data to read, and what the recipe names",
         ),
         "groups": (_groups(machine, gpus), "the device nodes' own numeric groups: names mean other numbers inside"),
         "user": (f"{machine.uid}:{machine.gid}", "the caller, so that the caller owns what is written"),
@@ -149,7 +156,7 @@ def _container(effective: Effective, machine: Machine, paths: _Paths, image: Ima
         "tmpfs": ((SCRATCH,), "scratch that leaves with the container"),
         "init": (True, "signals reach the workload, and no zombie stays"),
         "labels": (
-            (("radeon-stack.run", paths.mounts[0].source), ("radeon-stack.recipe", effective.name)),
+            (("radeon-stack.run", str(run_dir)), ("radeon-stack.recipe", effective.name)),
             "finds the container again",
         ),
     }

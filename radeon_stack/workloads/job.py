@@ -124,7 +124,7 @@ def _failure(error: Exception, job: Job) -> ev.Error:
     if isinstance(error, StackError):
         return ev.Error(what=error.what, where=error.where, remedy=error.remedy, exit_code=error.exit_code)
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in str(error):
-        free = os.statvfs(job.arguments.run)
+        free = os.statvfs(job.artifacts)
         return ev.Error(
             what=f"the disk is full while {job.stage} ({free.f_bavail * free.f_frsize >> 20} MiB left)",
             where=str(job.arguments.run),

@@ -126,8 +126,10 @@ def test_a_caller_other_than_root_gets_a_whole_run_and_owns_all_of_it(
 
 def test_sdk_and_printed_command_make_the_same_container(tmp_path: Path) -> None:
     found = find_image("train", "cpu")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "cache").mkdir()
+    for folder in ("run/artifacts", "cache"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("config.json", "events.jsonl"):
+        (tmp_path / "run" / file).touch()
     made = plan(
         resolve(read("train-llama"), "demo"),
         probe(),

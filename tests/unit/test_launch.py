@@ -94,6 +94,14 @@ def test_the_container_has_the_least_it_needs(tmp_path: Path) -> None:
     assert not {"privileged", "cap_add", "pid_mode", "ports"} & set(arguments)
 
 
+def test_what_runs_inside_cannot_rewrite_the_records_that_the_host_acts_upon(tmp_path: Path) -> None:
+    mounts = {mount.target: mount for mount in demo_plan(tmp_path).mounts}
+    writable = {target for target, mount in mounts.items() if not mount.read_only}
+    assert writable == {f"/radeon-stack/{name}" for name in ("run/events.jsonl", "run/artifacts", "cache")}
+    assert mounts["/radeon-stack/run/config.json"].read_only
+    assert str(tmp_path / "run") not in {mount.source for mount in mounts.values()}
+
+
 def test_a_model_folder_is_mounted_to_be_read_only(tmp_path: Path) -> None:
     model = model_in(tmp_path / "My Model", "config.json", "tokenizer.json", "model.safetensors")
     made = demo_plan(tmp_path, config__model=json.dumps(str(model)))
