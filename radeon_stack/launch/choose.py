@@ -66,7 +66,7 @@ def _local(why: str) -> Choice:
     if missing:
         more: StackError = MachineError(
             f"{why}; and this Python lacks {', '.join(missing)}",
-            remedy="install them (make setup; pip install 'radeon-stack[work]'), or build an image: make image ARCH=cpu",
+            remedy="install them (make setup; pip install 'radeon-stack[work]') or build an image: make image ARCH=cpu",
         )
         raise more
     return Choice("local", None, why)
