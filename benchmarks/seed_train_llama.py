@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=32, help="32 is the 8B model; fewer is a quick try")
     parser.add_argument("--no-merge", action="store_true")
+    parser.add_argument("--cap-gb", type=float, help="let the workload have no more GPU memory (an R9700: 29.86)")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -39,8 +41,9 @@ def main() -> None:
         begun = time.monotonic()
         make_model(root / "model", arguments.tokenizer, arguments.layers)
         print(f"model written in {time.monotonic() - begun:.0f} s", flush=True)
-        code = run_workload(root, merge=not arguments.no_merge)
-        result = told(root, code, arguments.layers)
+        environment = capped(arguments.cap_gb)
+        code = run_workload(root, environment, merge=not arguments.no_merge)
+        result = told(root, code, arguments.layers) | {"cap_gb": arguments.cap_gb}
     arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "losses"}, indent=2))
 
@@ -70,14 +73,29 @@ def make_model(folder: Path, tokenizer: Path, layers: int) -> None:
     torch.cuda.empty_cache()
 
 
-def run_workload(root: Path, *, merge: bool) -> int:
+def capped(gigabytes: float | None) -> dict[str, str]:
+    """An environment in which torch gets no more than this; seen to hold before it is relied upon."""
+    environment = dict(os.environ)
+    if gigabytes is None:
+        return environment
+    share = gigabytes * 2**30 / torch.cuda.get_device_properties(0).total_memory
+    environment["PYTORCH_ALLOC_CONF"] = f"per_process_memory_fraction:{share:.5f}"
+    for factor, fits in ((0.9, True), (1.05, False)):
+        code = f"import torch; torch.empty(int({factor * gigabytes} * 2**30), dtype=torch.uint8, device='cuda')"
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
+        if (done.returncode == 0) != fits:
+            raise SystemExit(f"the cap does not hold: {done.stderr.decode()[-300:]}")
+    return environment
+
+
+def run_workload(root: Path, environment: dict[str, str], *, merge: bool) -> int:
     """The workload as the launch plan would start it."""
     effective = resolve(read("train-llama"), None, [f"export.merge={str(merge).lower()}"])
     (root / "run" / "artifacts").mkdir(parents=True)
     (root / "run" / "config.json").write_text(json.dumps({"recipe": effective.tree()}))
     command = [sys.executable, "-m", "radeon_stack.workloads.finetune"]
     command += ["--run", str(root / "run"), "--cache", str(root / "cache"), "--model", str(root / "model")]
-    return subprocess.run(command, check=False).returncode
+    return subprocess.run(command, env=environment, check=False).returncode
 
 
 def told(root: Path, code: int, layers: int) -> dict[str, Any]:

@@ -65,16 +65,27 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
     ask("after", trainer.model)
     saved = merging.save_adapter(job, trainer.model, tokenizer)
     if config.export.merge:
-        del trainer, model  # room for the 16-bit base
-        gc.collect()
+        del trainer, model
+        free_memory()
         merged, merged_folder = merging.merge(
             job, base.load_16bit(job, folder, dtype, "load 16 bit", on=torch.device("cpu")), folder, saved, tokenizer
         )
+        # One 16-bit model at a time: two of 8B do not fit a 32 GB card.
+        in_memory = speak(merged.to(base.device()), tokenizer, config, question) if question else None
+        del merged
+        free_memory()
         reloaded = base.load_16bit(job, merged_folder, dtype, "reload", on=base.device())
-        if question:
-            check_reloaded(job, config, merged, reloaded, tokenizer, question)
+        if question and in_memory:
+            check_reloaded(job, in_memory, speak(reloaded, tokenizer, config, question))
         ask("merged", reloaded)
     return result
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more, the accelerator's cached blocks included."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def score(job: Job, phase: Phase) -> dict[str, float]:
@@ -87,20 +98,25 @@ def score(job: Job, phase: Phase) -> dict[str, float]:
     return {f"correct_{phase}": right, f"right_{phase}": right / len(asked)}
 
 
-def check_reloaded(job: Job, config: FinetuneConfig, merged: Any, reloaded: Any, tokenizer: Any, question: str) -> None:
-    """CheckError unless the model read back from disk answers as the one in memory does."""
+Speech = tuple[torch.Tensor, str]
+
+
+def speak(model: Any, tokenizer: Any, config: FinetuneConfig, question: str) -> Speech:
+    """The first token's logits [vocabulary] of the greedy answer, and the answer."""
     greedy = config.samples.model_copy(update={"temperature": 0.0, "count": 1})
-    job.progress("check answers", 0, 1)
-    kept = merged.to(reloaded.device)
-    difference = (first_logits(kept, tokenizer, question) - first_logits(reloaded, tokenizer, question)).abs().max()
-    answers = [generate(m, tokenizer, greedy, question, 0)[0] for m in (kept, reloaded)]
+    return first_logits(model, tokenizer, question), generate(model, tokenizer, greedy, question, 0)[0]
+
+
+def check_reloaded(job: Job, in_memory: Speech, reloaded: Speech) -> None:
+    """CheckError unless the model read back from disk answers as the one in memory did."""
+    (logits, answer), (again, answer_again) = in_memory, reloaded
+    difference = (logits - again).abs().max().item()
     job.fact(
         "reloaded",
-        {"logit_difference": difference.item(), "same_answer": answers[0] == answers[1], "greedy_answer": answers[1]},
+        {"logit_difference": difference, "same_answer": answer == answer_again, "greedy_answer": answer_again},
     )
-    if answers[0] != answers[1]:
-        raise CheckError(f"reloaded, the merged model answers {answers[1]!r}, in memory {answers[0]!r}", where="merged")
-    job.progress("check answers", 1, 1)
+    if answer != answer_again:
+        raise CheckError(f"reloaded, the merged model answers {answer_again!r}, in memory {answer!r}", where="merged")
 
 
 def environment() -> dict[str, Any]:
