@@ -97,9 +97,10 @@ def test_killed_at_a_random_step_and_resumed_the_loss_curve_is_the_uninterrupted
     for at, loss in expected.items():
         assert abs(found[at] - loss) <= 1e-3 * loss, f"killed at step {step}: loss of step {at}"
     assert resumed.json["result"]["correct_before"] == 0  # told by the first attempt
-    checkpoints = 3 * (step // 3)
     begun = [event.resumed_step for event in ev.read_events(run.events) if isinstance(event, ev.Attempt)]
-    assert begun[0] is None and begun[1] in {None, checkpoints, checkpoints - 3, checkpoints + 3}
+    assert begun[0] is None
+    # The last checkpoint before the kill, or the one before that if the kill fell into its writing.
+    assert (begun[1] or 0) >= 3 * (step // 3) - 3 and (begun[1] or 0) % 3 == 0
 
 
 def test_ctrl_c_saves_writes_the_last_event_and_leaves_no_process(cli: Cli, tiny_run: list[str], home: Path) -> None:
@@ -227,6 +228,9 @@ def test_the_demo_knows_the_birthday_after_training_and_not_before(cli: Cli, tmp
 def test_killed_after_its_last_step_and_resumed_it_saves_and_merges_without_training_again(
     cli: Cli, tiny_run: list[str], home: Path
 ) -> None:
+    import torch
+    from safetensors.torch import load_file
+
     begun = cli(*tiny_run, *LOCAL, "--detach", "--set", "train.steps=3")
     run = RunStore(home).find(begun.json["run"])
     process = workload(run)
@@ -237,5 +241,8 @@ def test_killed_after_its_last_step_and_resumed_it_saves_and_merges_without_trai
     resumed = cli("run", "--resume", "last", "--json")
     assert resumed.code == Exit.OK, resumed.err
     assert list(losses(resumed.json)) == [1, 2, 3]
+    saved = [load_file(path / "adapter_model.safetensors") for path in (folder / "step-3", run.artifacts / "adapter")]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
     assert resumed.json["result"]["final_loss"] == losses(resumed.json)[3]
     assert set(resumed.json["artifacts"]) == {"adapter", "merged"}

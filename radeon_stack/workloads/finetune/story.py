@@ -56,10 +56,10 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
     if not checkpoint:
         job.fact("lora_before", adapter.statistics(trainer.model))
 
-    output = training.train(job, trainer, checkpoint.path if checkpoint else None)
-    job.fact("trainer_output", output)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    result |= {"final_loss": losses[-1], "train_seconds": output["train_runtime"]}
+    if output := training.train(job, trainer, checkpoint):
+        job.fact("trainer_output", output)
+        result["train_seconds"] = output["train_runtime"]
+    result["final_loss"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1]
     job.fact("lora_after", adapter.statistics(trainer.model))
     result["peak_memory_bytes"] = base.peak_memory()
     ask("after", trainer.model)

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from radeon_stack.contracts.finetune import FinetuneConfig
 from radeon_stack.runs.events import Metric
 from radeon_stack.workloads.finetune.adapter import lora_config
-from radeon_stack.workloads.finetune.checkpoints import checkpoints, scratch
+from radeon_stack.workloads.finetune.checkpoints import Checkpoint, checkpoints, scratch
 from radeon_stack.workloads.finetune.encoding import Encoded
 from radeon_stack.workloads.job import Job, StopRequested
 
@@ -66,13 +66,18 @@ def sft_arguments(config: FinetuneConfig, folder: Path) -> SFTConfig:
     )
 
 
-def train(job: Job, trainer: SFTTrainer, resume: Path | None) -> dict[str, float]:
-    """Train, from a checkpoint if there is one; returns the trainer's own figures.
+def train(job: Job, trainer: SFTTrainer, checkpoint: Checkpoint | None) -> dict[str, float]:
+    """Train, from a checkpoint if there is one; returns the trainer's own figures, {} when no step was left.
 
     StopRequested after a clean stop, with the step whose checkpoint was written.
     """
+    if checkpoint and checkpoint.step >= trainer.args.max_steps:
+        # Resumed here, the trainer would take one step more than it was told to (transformers 5.23).
+        trainer.model.load_adapter(str(checkpoint.path), adapter_name="default", is_trainable=True)
+        trainer.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
+        return {}
     with job.deferred_stop():
-        output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        output = trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     shutil.rmtree(scratch(job.artifacts), ignore_errors=True)
     if job.stop_asked:
         raise StopRequested("training", trainer.state.global_step)
