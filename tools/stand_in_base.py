@@ -1,8 +1,9 @@
-"""Makes a stand-in for the rocm/pytorch base: `python tools/stand_in_base.py`.
+"""Makes a stand-in for the rocm/pytorch base: `python tools/stand_in_base.py [--hip]`.
 
 For machines that cannot pull, and for every test: Debian from `debootstrap`, imported as an image, then a venv
 at /opt/venv with a CPU build of torch, which is the contract that `docker/Dockerfile.j2` builds upon. A CPU wheel
-of torch is looked for in pip's find-links. What exists already with the same inputs is not made again.
+of torch is looked for in pip's find-links. With --hip a second base on top of it, with Debian's HIP toolchain: it
+compiles for every gfx, without a GPU. What exists already with the same inputs is not made again.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from radeon_stack.errors import BuildError, MachineError, StackError
 from radeon_stack.host.engines import client, require_engine
 from radeon_stack.images.builder import (
     BuildSettings,
+    Output,
     build,
     build_command,
     building_client,
     default_ca,
     default_pip_conf,
 )
+from radeon_stack.images.progress import Steps
 
+CPU_TAG, HIP_TAG = "radeon-stack/stand-in:cpu", "radeon-stack/stand-in:hip"
 PACKAGES = ("ca-certificates", "python3", "python3-venv")
 EXCLUDED = ("usr/share/doc", "usr/share/man", "usr/share/locale", "var/cache/apt", "var/lib/apt/lists", "dev")
 KEY_LABEL = "radeon-stack.stand-in"
@@ -35,7 +39,8 @@ HERE = Path(__file__).resolve().parent
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tag", default="radeon-stack/stand-in:cpu")
+    parser.add_argument("--hip", action="store_true", help="make radeon-stack/stand-in:hip too")
+    parser.add_argument("--hip-suite", default="sid", help="Debian suite of the toolchain (default: %(default)s)")
     parser.add_argument("--suite", default="bookworm", help="Debian release (default: %(default)s)")
     parser.add_argument("--mirror", help="Debian mirror (default: debootstrap's own)")
     parser.add_argument("--torch", default="2.13.0", help="default: %(default)s")
@@ -45,7 +50,10 @@ def main() -> int:
     try:
         require_engine()
         rootfs = make_rootfs(options.suite, options.mirror)
-        print(make_base(rootfs, options.tag, options.torch, options.find_links, options.network))
+        cpu = make_base(rootfs, CPU_TAG, options.torch, options.find_links, options.network)
+        print(cpu)
+        if options.hip:
+            print(make_hip(cpu, options.hip_suite, options.network))
     except StackError as error:
         print(f"stand-in: {error}", file=sys.stderr)
         return error.exit_code
@@ -87,22 +95,45 @@ def import_folder(root: Path, tag: str) -> None:
 def make_base(rootfs: str, tag: str, torch: str, find_links: Path | None, network: str) -> str:
     """The base image on a rootfs; built only when its inputs changed."""
     wheels = sorted(Path(find_links).glob(f"torch-{torch}*.whl")) if find_links else []
-    dockerfile = HERE / "stand_in" / "Dockerfile"
+    dockerfile = HERE / "stand_in" / "cpu.Dockerfile"
     key = digest(rootfs, torch, dockerfile.read_text(), *(f"{w.name}:{w.stat().st_size}" for w in wheels))
     if exists(tag, key):
         return tag
-    environ = dict(os.environ)
-    settings = BuildSettings(default_ca(environ), default_pip_conf(environ), network)
     with tempfile.TemporaryDirectory(prefix="radeon-stack-") as folder:
         context = Path(folder)
         (context / "wheels").mkdir()
         for wheel in wheels:
             shutil.copy(wheel, context / "wheels")
-        shutil.copy(dockerfile, context / "Dockerfile")
-        *command, place = build_command(building_client(), context, tag, settings)
-        inputs = ["--build-arg", f"ROOTFS={rootfs}", "--build-arg", f"TORCH={torch}", "--label", f"{KEY_LABEL}={key}"]
-        build([*command, *inputs, place], say)
+        build_stand_in(dockerfile, context, tag, key, {"ROOTFS": rootfs, "TORCH": torch}, network)
     return tag
+
+
+def make_hip(cpu: str, suite: str, network: str) -> str:
+    """The base with a HIP toolchain, on top of the CPU one; built only when its inputs changed."""
+    dockerfile = HERE / "stand_in" / "hip.Dockerfile"
+    key = digest(str(client().images.get(cpu).id), suite, dockerfile.read_text())
+    if not exists(HIP_TAG, key):
+        with tempfile.TemporaryDirectory(prefix="radeon-stack-") as folder:
+            build_stand_in(dockerfile, Path(folder), HIP_TAG, key, {"CPU": cpu, "SUITE": suite}, network)
+    return HIP_TAG
+
+
+def build_stand_in(
+    dockerfile: Path, context: Path, tag: str, key: str, arguments: dict[str, str], network: str
+) -> None:
+    """Build one Dockerfile, labelled with the key of its inputs."""
+    shutil.copy(dockerfile, context / "Dockerfile")
+    environ = dict(os.environ)
+    settings = BuildSettings(default_ca(environ), default_pip_conf(environ), network)
+    *command, place = build_command(building_client(), context, Output(tag=tag), settings)
+    inputs = [word for name, value in arguments.items() for word in ("--build-arg", f"{name}={value}")]
+    steps = Steps(lambda step: say(f"{step.title}: {step.state} {step.seconds:.0f} s") if step.seconds > 1 else None)
+    with tempfile.TemporaryDirectory(prefix="radeon-stack-") as logs:
+        log = Path(logs) / "log.txt"
+        try:
+            build([*command, *inputs, "--label", f"{KEY_LABEL}={key}", place], steps, log)
+        except BuildError as error:
+            raise BuildError(f"{error.what}\n{log.read_text()[-2000:]}") from error
 
 
 def exists(tag: str, key: str | None = None) -> bool:

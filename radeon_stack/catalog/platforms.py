@@ -2,48 +2,198 @@
 
 from __future__ import annotations
 
-import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from radeon_stack.catalog.folders import data_folder
-from radeon_stack.catalog.problems import explain, nearest
+from radeon_stack.catalog.locks import Sources, load_sources
+from radeon_stack.catalog.problems import nearest
+from radeon_stack.catalog.tables import Table, read_table, typed
 from radeon_stack.errors import UsageError
 
+CPU = "cpu"
+Gfx = Annotated[str, Field(pattern=r"^gfx[0-9a-f]{3,5}$")]
+Names = Annotated[tuple[Gfx, ...], Field(strict=False)]
+Version = Annotated[str, Field(pattern=r"^\d+(\.\d+)+$")]
+EnvName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+# A value goes into a Dockerfile and a label: no quote, no line, no variable.
+EnvValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:=/+-]*$")]
+Reference = Annotated[str, Field(pattern=r"^[a-z0-9][A-Za-z0-9._/:-]*(@sha256:[0-9a-f]{64})?$")]
 
-class Platform(BaseModel):
-    """One (ROCm release, gfx) pair, or the CPU."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+class Base(Table):
+    """What an image starts from, and what its /opt/venv holds."""
 
-    base: str = Field(min_length=1, description="the image to start from")
-    digest: str | None = Field(None, pattern=r"^sha256:[0-9a-f]{64}$", description="None until it was resolved")
+    base: Reference
     python: str = Field(pattern=r"^3\.\d+$")
-    torch: str = Field(min_length=1)
-    lock: str = Field(pattern=r"^[a-z0-9.-]+$")
+    torch: Version
+    triton: Version | None = Field(None, description="None: no image of it was looked into")
     source: str = Field(min_length=1, description="where these facts are from")
 
 
-def platforms(folder: Path | None = None) -> dict[str, Platform]:
-    """All platforms by name. UsageError names file and key of a bad entry."""
-    path = (folder or data_folder("docker")) / "platforms.toml"
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"cannot read the platforms: {error}", where=str(path)) from error
-    found = {}
-    for name, table in tables.items():
-        try:
-            found[name] = Platform.model_validate(table)
-        except ValidationError as error:
-            raise explain(error, Platform, table, {}, file=str(path), prefix=f"{name}.") from None
-    return found
+class Release(Base):
+    """A ROCm release and the gfx names it has code for."""
+
+    name: Version
+    gfx: Names = Field(description="in AMD's support matrix, or in that of its build system")
+    unofficial: Names = Field((), description="built, and in no matrix")
+    drivers: Annotated[tuple[Version, ...], Field(strict=False)] = Field(
+        (), description="amdgpu driver versions it was released for, by their beginning; empty: not known"
+    )
 
 
-def platform_name(arch: str, rocm: str | None, known: dict[str, Platform]) -> str:
-    """The platform of an architecture and ROCm release. UsageError lists the pairs there are."""
-    wanted = arch if arch == "cpu" else f"rocm{rocm or '?'}-{arch}"
-    if wanted not in known:
-        raise UsageError(f"no platform '{wanted}'; {nearest(wanted, list(known))}", where="ARCH, ROCM")
-    return wanted
+class Quirk(Table):
+    """Environment that some gfx needs, in some releases or in all."""
+
+    gfx: Names
+    releases: Annotated[tuple[Version, ...], Field(strict=False)] = ()
+    env: dict[EnvName, EnvValue] = Field(min_length=1)
+    why: str = Field(min_length=1)
+    source: str = Field(min_length=1)
+
+
+class PlatformFile(Table):
+    """The file as a whole; releases in their order."""
+
+    default: Version
+    cpu: Base
+    release: Annotated[tuple[Release, ...], Field(strict=False)]
+    quirk: Annotated[tuple[Quirk, ...], Field(strict=False)]
+
+
+@dataclass(frozen=True)
+class Platform:
+    """One (ROCm release, gfx) pair, or the CPU: `rocm` and `gfx` are None there."""
+
+    name: str
+    base: str
+    digest: str | None
+    python: str
+    torch: str
+    triton: str | None
+    rocm: str | None = None
+    gfx: str | None = None
+    official: bool = True
+    drivers: tuple[str, ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
+    source: str = ""
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def family(self) -> str:
+        """`cpu`, `rdna` (gfx10 and up) or `cdna` (gfx9)."""
+        if self.gfx is None:
+            return CPU
+        return "cdna" if self.gfx.startswith("gfx9") else "rdna"
+
+    @property
+    def backend(self) -> str:
+        """`cpu` or `rocm`."""
+        return CPU if self.gfx is None else "rocm"
+
+    @property
+    def release(self) -> str:
+        """What its locks are named by: `cpu`, `rocm7.1.1`."""
+        return CPU if self.rocm is None else f"rocm{self.rocm}"
+
+    @property
+    def rocm_short(self) -> str:
+        """`71` of 7.1.1, `714` of 7.14: as bitsandbytes names its libraries."""
+        return "".join((self.rocm or "").split(".")[:2])
+
+    @property
+    def allocator(self) -> str:
+        """The variable that sets PyTorch's allocator: renamed with torch 2.10 (c10/core/AllocatorConfig.h)."""
+        if self.rocm is None:
+            return ""
+        major, minor = (int(part) for part in self.torch.split(".")[:2])
+        return "PYTORCH_ALLOC_CONF" if (major, minor) >= (2, 10) else "PYTORCH_HIP_ALLOC_CONF"
+
+
+@dataclass(frozen=True)
+class Platforms(Mapping[str, Platform]):
+    """All platforms by name, in the order of the file."""
+
+    by_name: Mapping[str, Platform]
+    default: str
+
+    def __getitem__(self, name: str) -> Platform:
+        return self.by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.by_name)
+
+    def __len__(self) -> int:
+        return len(self.by_name)
+
+    def find(self, arch: str, rocm: str | None = None) -> Platform:
+        """The platform of an arch and release (None: the default). UsageError lists the pairs there are."""
+        if arch == CPU:
+            if rocm:
+                raise UsageError("cpu has no ROCm release", where="ROCM", remedy="leave it out: make image ARCH=cpu")
+            return self[CPU]
+        wanted = f"rocm{rocm or self.default}-{arch}"
+        if wanted in self:
+            return self[wanted]
+        releases = list(dict.fromkeys(platform.rocm for platform in self.values() if platform.rocm))
+        having = [platform.rocm for platform in self.values() if platform.gfx == arch]
+        if rocm and rocm not in releases:
+            raise UsageError(f"no ROCm release '{rocm}'; {nearest(rocm, releases)}", where="ROCM")
+        if having:
+            there = ", ".join(str(release) for release in having)
+            raise UsageError(
+                f"ROCm {rocm or self.default} has no code for {arch}", where="ROCM, ARCH", remedy=f"{arch}: {there}"
+            )
+        known = sorted({platform.gfx for platform in self.values() if platform.gfx} | {CPU})
+        raise UsageError(f"no platform for '{arch}'; {nearest(arch, known)}", where="ARCH")
+
+
+def load_platforms(folder: Path | None = None) -> Platforms:
+    """The platforms of `docker/`. UsageError names file and key of a bad entry."""
+    folder = folder or data_folder("docker")
+    path = folder / "platforms.toml"
+    file = typed(PlatformFile, read_table(path), path)
+    names = [release.name for release in file.release]
+    for index, quirk in enumerate(file.quirk):
+        unknown = [name for name in quirk.releases if name not in names]
+        if unknown:
+            raise UsageError(f"no release '{unknown[0]}'; {nearest(unknown[0], names)}", where=f"{path}: quirk.{index}")
+    if file.default not in names:
+        raise UsageError(f"no release '{file.default}'; {nearest(file.default, names)}", where=f"{path}: default")
+    sources = load_sources(folder)
+    found = [_cpu(file.cpu, sources)]
+    found += [
+        _pair(release, gfx, file.quirk, sources)
+        for release in file.release
+        for gfx in sorted((*release.gfx, *release.unofficial))
+    ]
+    return Platforms({platform.name: platform for platform in found}, file.default)
+
+
+def _cpu(base: Base, sources: Sources) -> Platform:
+    digest = sources.digests.get(base.base)
+    return Platform(CPU, base.base, digest, base.python, base.torch, base.triton, source=base.source)
+
+
+def _pair(release: Release, gfx: str, quirks: tuple[Quirk, ...], sources: Sources) -> Platform:
+    mine = [q for q in quirks if gfx in q.gfx and (not q.releases or release.name in q.releases)]
+    env = {name: value for quirk in mine for name, value in quirk.env.items()}
+    return Platform(
+        name=f"rocm{release.name}-{gfx}",
+        base=release.base,
+        digest=sources.digests.get(release.base),
+        python=release.python,
+        torch=release.torch,
+        triton=release.triton,
+        rocm=release.name,
+        gfx=gfx,
+        official=gfx in release.gfx,
+        drivers=release.drivers,
+        env=tuple(sorted(env.items())),
+        source=release.source,
+        reasons=tuple(f"{' '.join(f'{k}={v}' for k, v in q.env.items())}: {q.why} ({q.source})" for q in mine),
+    )

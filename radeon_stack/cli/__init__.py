@@ -18,7 +18,8 @@ COMMANDS = {
     "run": ("run:run", "Run a recipe and record it."),
     "explain": ("run:explain", "Why a run would be launched as it would."),
     "runs": ("runs:runs", "The runs there were: list, watch, stop, report."),
-    "image": ("image:image", "Container images: render, build, list."),
+    "pull": ("pull:pull", "Take the published image that fits this machine: by its labels, not by its name."),
+    "image": ("image:image", "Container images: render, build, verify, audit, publish."),
 }
 
 

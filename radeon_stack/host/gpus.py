@@ -53,3 +53,11 @@ def _properties(path: Path) -> dict[str, int]:
         return {}
     pairs = (line.split() for line in lines)
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
+
+
+def driver_version(sysroot: Path = Path("/")) -> str | None:
+    """The version of AMD's packaged amdgpu driver, such as 30.20.1; None for the kernel's own, which tells none."""
+    try:
+        return (sysroot / "sys/module/amdgpu/version").read_text(encoding="ascii", errors="replace").strip() or None
+    except OSError:
+        return None

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from radeon_stack.errors import BuildError, MachineError
 from radeon_stack.host.engines import address
+from radeon_stack.images.progress import Steps
 
 CA_VARIABLES = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE")
 PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
@@ -19,7 +20,7 @@ PROBE_SECONDS = 20
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """What this machine adds to a build: secrets by file, never by value."""
+    """What this machine adds to a build: secrets by file, never by value. None of it moves a key."""
 
     ca: Path | None = None
     pip_conf: Path | None = None
@@ -27,43 +28,80 @@ class BuildSettings:
     no_cache: bool = False
 
 
+@dataclass(frozen=True)
+class Output:
+    """What a build gives: a tagged image, an image's id in a file, or a stage's files in a folder."""
+
+    tag: str | None = None
+    id_file: Path | None = None
+    stage: str | None = None
+    folder: Path | None = None
+
+
 def building_client() -> str:
     """The first docker client on PATH that builds with BuildKit; a newer one may lack its buildx plugin."""
     tried = []
     for client in _clients():
-        answer = subprocess.run(
-            [client, "build", "--help"], env=_environment(), capture_output=True, timeout=PROBE_SECONDS, check=False
-        )
-        if answer.returncode == 0:
+        if _answers(client, "build", "--help"):
             return client
         tried.append(client)
     seen = f"{', '.join(tried)}: no BuildKit" if tried else "no docker client on PATH"
     raise MachineError(seen, remedy="install Docker with its buildx plugin (Debian: docker.io or docker-buildx)")
 
 
-def build_command(client: str, folder: Path, tag: str, settings: BuildSettings) -> list[str]:
+def baking_client() -> str | None:
+    """The first docker client on PATH with buildx, which bakes many images in one graph; None without one."""
+    return next((client for client in _clients() if _answers(client, "buildx", "bake", "--help")), None)
+
+
+def build_command(client: str, folder: Path, output: Output, settings: BuildSettings) -> list[str]:
     """The argv of a build. Secrets are named with the file they are in."""
-    command = [client, "build", "--tag", tag, "--network", settings.network, "--progress", "plain"]
+    command = [client, "build", "--network", settings.network, "--progress", "plain"]
+    command += ["--tag", output.tag] if output.tag else []
+    command += ["--iidfile", str(output.id_file)] if output.id_file else []
+    command += ["--target", output.stage] if output.stage else []
+    command += ["--output", f"type=local,dest={output.folder}"] if output.folder else []
     command += ["--no-cache"] if settings.no_cache else []
     for name, path in (("ca", settings.ca), ("pip", settings.pip_conf)):
         command += ["--secret", f"id={name},src={path}"] if path else []
     for name in PROXY_VARIABLES:
+        # By name: docker takes the value from its environment, and keeps these names out of layers and history.
         command += ["--build-arg", name] if name in os.environ else []
     return [*command, str(folder)]
 
 
-def build(command: list[str], show: Callable[[str], None]) -> None:
-    """Run a build, showing its lines. BuildError with the last lines when it fails."""
-    lines: list[str] = []
-    with subprocess.Popen(
-        command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as child:
+def bake_command(client: str, bake_file: Path, metadata: Path, settings: BuildSettings) -> list[str]:
+    """The argv that builds every target of a bake file in one graph."""
+    command = [client, "buildx", "bake", "--file", str(bake_file), "--metadata-file", str(metadata)]
+    command += ["--progress", "plain", "--set", f"*.network={settings.network}"]
+    command += ["--no-cache"] if settings.no_cache else []
+    for name, path in (("ca", settings.ca), ("pip", settings.pip_conf)):
+        command += ["--set", f"*.secrets=id={name},src={path}"] if path else []
+    for name in PROXY_VARIABLES:
+        command += ["--set", f"*.args.{name}"] if name in os.environ else []
+    return command
+
+
+def build(command: list[str], steps: Steps, log: Path, *, folder: Path | None = None) -> None:
+    """Run a build: its lines go to the log, its steps are told. BuildError names the step that failed and the log."""
+    with (
+        log.open("a", encoding="utf-8") as kept,
+        subprocess.Popen(
+            command,
+            env=_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            cwd=folder,
+        ) as child,
+    ):
         for line in child.stdout or ():
-            lines.append(line.rstrip())
-            show(lines[-1])
+            kept.write(line)
+            steps.feed(line.rstrip("\n"))
     if child.returncode:
-        why = next((line for line in reversed(lines) if line.strip()), "it said nothing")
-        raise BuildError(f"docker build failed (exit {child.returncode}): {why}", remedy="the step is told above")
+        what = f"{steps.failed}: {steps.reason}" if steps.failed else steps.reason or "it said nothing"
+        raise BuildError(what, where=f"docker build (exit {child.returncode})", remedy=f"the full log: {log}")
 
 
 def default_ca(environ: dict[str, str]) -> Path | None:
@@ -79,6 +117,15 @@ def default_pip_conf(environ: dict[str, str]) -> Path | None:
     places = [Path(named)] if named else []
     places += [home / ".config" / "pip" / "pip.conf", home / ".pip" / "pip.conf", Path("/etc/pip.conf")]
     return next((place for place in places if place.is_file()), None)
+
+
+def _answers(client: str, *arguments: str) -> bool:
+    command: list[str] = [client, *arguments]
+    try:
+        done = subprocess.run(command, env=_environment(), capture_output=True, timeout=PROBE_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
 
 
 def _clients() -> Iterator[str]:

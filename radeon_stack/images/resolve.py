@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from radeon_stack.errors import ImageError
 from radeon_stack.host.engines import client
-
-KIND_LABEL = "radeon-stack.kind"
-PLATFORM_LABEL = "radeon-stack.platform"
+from radeon_stack.images.labels import KIND, PLATFORM
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Image:
 
 def find_image(kind: str, platform: str) -> Image | None:
     """The newest image of this kind for this platform (`cpu`, or a gfx name such as `gfx1201`)."""
-    images = client().images.list(filters={"label": [f"{KIND_LABEL}={kind}"]})
-    fitting = [image for image in images if _fits(image.labels.get(PLATFORM_LABEL, ""), platform)]
+    images = client().images.list(filters={"label": [f"{KIND}={kind}"]})
+    fitting = [image for image in images if _fits(image.labels.get(PLATFORM, ""), platform)]
     if not fitting:
         return None
     newest = max(fitting, key=lambda image: str(image.attrs["Created"]))
@@ -43,3 +43,13 @@ def named_image(reference: str) -> Image | None:
 
 def _fits(label: str, platform: str) -> bool:
     return label == platform or label.endswith(f"-{platform}")
+
+
+def local_image(reference: str) -> Any:
+    """The engine's image of a name, id or digest, as the SDK gives it. ImageError when it has none."""
+    from docker.errors import ImageNotFound
+
+    try:
+        return client().images.get(reference)
+    except ImageNotFound as error:
+        raise ImageError(f"the engine has no image {reference}", remedy="radeon-stack image list") from error

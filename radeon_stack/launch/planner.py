@@ -141,7 +141,10 @@ def _container(effective: Effective, machine: Machine, paths: _Paths, run_dir: P
             (*paths.mounts, *asked),
             "events, artifacts and cache to write; config, model and data to read, and what the recipe names",
         ),
-        "groups": (_groups(machine, gpus), "the device nodes' own numeric groups: names mean other numbers inside"),
+        "groups": (
+            device_groups(machine, gpus),
+            "the device nodes' own numeric groups: names mean other numbers inside",
+        ),
         "user": (f"{machine.uid}:{machine.gid}", "the caller, so that the caller owns what is written"),
         "memory": (resources.memory, "the recipe's limit: a run does not take the machine down"),
         "shm": (resources.shm, "data loaders and RCCL need a large /dev/shm; the default is 64 MiB"),
@@ -178,7 +181,8 @@ def _existing(source: str) -> str:
     return str(path)
 
 
-def _groups(machine: Machine, gpus: tuple[Any, ...]) -> tuple[int, ...]:
+def device_groups(machine: Machine, gpus: tuple[Any, ...]) -> tuple[int, ...]:
+    """The numeric groups of the compute interface and of these GPUs' render nodes, sorted."""
     nodes = ["/dev/kfd", *(gpu.render_node for gpu in gpus)] if gpus else []
     return tuple(sorted({os.stat(machine.sysroot / node.lstrip("/")).st_gid for node in nodes}))
 

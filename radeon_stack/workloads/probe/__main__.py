@@ -1,63 +1,64 @@
-"""`python -m radeon_stack.workloads.probe --torch 2.13.0`: the versions as JSON, or a reason and exit code 7."""
+"""`python -m radeon_stack.workloads.probe ACTION FOLDER`, where FOLDER is /etc/radeon-stack.
+
+`verify` runs every check, writes `verify.json` and `build.json`, and ends with 7 when one does not hold; with --print
+it writes nothing and prints what it found. `trim` removes what other archs need.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
-from importlib import import_module
-from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from radeon_stack.errors import CheckError, Exit
-
-PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "safetensors")
-
-
-def probe(expected_torch: str) -> dict[str, Any]:
-    """Import everything and train an NF4 layer's input. CheckError says what does not hold."""
-    for name in PACKAGES:
-        import_module(name)
-    found = version("torch")
-    if found.partition("+")[0] != expected_torch:
-        raise CheckError(f"torch is {found}, the base's is {expected_torch}: something replaced it")
-    return {
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
-        "nf4_gradient_error": nf4_gradient_error(),
-    }
-
-
-def nf4_gradient_error() -> float:
-    """Largest difference between an NF4 layer's input gradient and that of its decoded weight, relative to it."""
-    import torch
-    from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
-
-    torch.manual_seed(0)
-    layer = Linear4bit(128, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
-    x = torch.randn(8, 128, requires_grad=True)
-    layer(x).square().sum().backward()
-    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    expected = 2 * (x.detach() @ weight.T) @ weight
-    if x.grad is None:
-        raise CheckError("an NF4 layer gives no gradient")
-    error = ((x.grad - expected).abs().max() / expected.abs().max()).item()
-    if not error < 1e-4:
-        raise CheckError(f"an NF4 layer's gradient is off by {error:.2g}")
-    return error
+from radeon_stack.errors import Exit
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--torch", required=True, help="the version the base brought")
-    try:
-        print(json.dumps(probe(parser.parse_args().torch), indent=2))
-    except (CheckError, ImportError) as error:
-        print(f"probe: {error}", file=sys.stderr)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["verify", "trim"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--on-gpu", action="store_true", help="verify: what needs a GPU too")
+    parser.add_argument("--print", action="store_true", help="verify: one JSON object on stdout, nothing written")
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
+    if arguments.action == "trim":
+        from radeon_stack.workloads.probe.trimming import trim_image
+
+        return trim_image(folder)
+    return verify(folder, on_gpu=arguments.on_gpu, printing=arguments.print)
+
+
+def verify(folder: Path, *, on_gpu: bool, printing: bool) -> int:
+    """Run the checks; the outcome of each is told on stderr."""
+    from radeon_stack.workloads.probe.checks import run_checks
+    from radeon_stack.workloads.probe.record import build_record
+
+    description: dict[str, Any] = json.loads((folder / "image.json").read_text(encoding="utf-8"))
+    description["base"] = json.loads((folder / "base.json").read_text(encoding="utf-8"))
+    description["on_gpu"] = on_gpu
+    outcomes = []
+    for outcome in run_checks(description, on_gpu=on_gpu):
+        mark = {"ok": "✓", "failed": "✗", "not run": "·"}[outcome.state]
+        print(f"verify: {mark} {outcome.name}: {outcome.detail}", file=sys.stderr, flush=True)
+        outcomes.append(outcome)
+    found = {"on_gpu": on_gpu, "checks": [vars(outcome) for outcome in outcomes]}
+    if printing:
+        print(json.dumps(found))
+    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    if failed:
+        names = ", ".join(outcome.name for outcome in failed)
+        print(f"verify: {len(failed)} of {len(outcomes)} checks failed ({names}): {failed[0].detail}", file=sys.stderr)
         return Exit.CHECK
+    if not printing:
+        _write(folder / "verify.json", found)
+        _write(folder / "build.json", build_record(description, folder))
     return Exit.OK
+
+
+def _write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

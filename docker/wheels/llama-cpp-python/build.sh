@@ -1,0 +1,14 @@
+# llama.cpp with its Python binding. HIP_PATH and the compiler are the base's: /opt/rocm, or /usr on Debian.
+set -- "-DGGML_NATIVE=OFF" \
+  "-DCMAKE_PLATFORM_NO_VERSIONED_SONAME=ON" # a wheel stores links as copies: one name a library, not three
+if [ -n "${GFX:-}" ]; then
+  HIP_PATH=$(hipconfig --path)
+  HIPCXX=$(hipconfig --hipclangpath)/clang++
+  export HIP_PATH HIPCXX
+  # GPU_TARGETS is today's name, AMDGPU_TARGETS the one before it. Left out, the local GPU is asked: a build has none.
+  set -- "$@" "-DGGML_HIP=ON" "-DGPU_TARGETS=$GFX" "-DAMDGPU_TARGETS=$GFX"
+fi
+export CC=gcc CXX=g++ CMAKE_ARGS="$*"
+# ggml installs itself at the wheel's root once more; what Python loads is in llama_cpp/lib.
+pip wheel . --no-deps --no-build-isolation --wheel-dir /wheels \
+  --config-settings "wheel.exclude=lib/**;bin/**;include/**;share/**"

@@ -1,0 +1,124 @@
+"""Which published image fits this machine? Chosen by labels, with a reason for each that was turned down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from radeon_stack.errors import ImageError
+from radeon_stack.images.labels import DRIVERS, GFX, KEY, KIND, PLATFORM, ROCM
+from radeon_stack.images.registry import Manifest, Registry
+
+STABLE = "stable"
+SBOM_TYPE = "application/vnd.cyclonedx+json"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is looked for: `gfx` is `cpu` without a GPU, `driver` None where it tells no version."""
+
+    kind: str
+    gfx: str
+    driver: str | None = None
+    rocm: str | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A published image and its labels."""
+
+    tag: str
+    manifest: Manifest
+    labels: dict[str, str]
+    diff_ids: tuple[str, ...] = ()
+    created: str = ""
+
+    @property
+    def config_digest(self) -> str:
+        return str(self.manifest.content["config"]["digest"])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The image taken, why, and why each other one was not."""
+
+    candidate: Candidate
+    why: str
+    turned_down: tuple[tuple[str, str], ...]
+
+
+def candidate(registry: Registry, reference: str) -> Candidate | None:
+    """The image of a tag or digest; None when there is none, or it is no image."""
+    manifest = registry.manifest(reference)
+    if manifest is None or "config" not in manifest.content:
+        return None
+    config = registry.config(manifest)
+    labels = (config.get("config") or {}).get("Labels") or {}
+    diff_ids = (config.get("rootfs") or {}).get("diff_ids") or ()
+    return Candidate(
+        reference,
+        manifest,
+        {str(name): str(value) for name, value in labels.items()},
+        tuple(str(one) for one in diff_ids),
+        str(config.get("created", "")),
+    )
+
+
+def in_channel(registry: Registry, channel: str = STABLE) -> list[Candidate]:
+    """All images that a channel points to."""
+    tags = [tag for tag in registry.tags() if tag.endswith(f"-{channel}")]
+    return [found for tag in sorted(tags) if (found := candidate(registry, tag)) is not None]
+
+
+def choose(candidates: Iterable[Candidate], wanted: Wanted, releases: Sequence[str]) -> Choice:
+    """The fitting image of the newest release (`releases` in their order). ImageError lists what was turned down."""
+    fitting: list[Candidate] = []
+    turned_down: list[tuple[str, str]] = []
+    for one in candidates:
+        why_not = unfit(one, wanted)
+        if why_not:
+            turned_down.append((one.tag, why_not))
+        else:
+            fitting.append(one)
+    if not fitting:
+        seen = "; ".join(f"{tag}: {why}" for tag, why in turned_down) or "it has no image in this channel"
+        raise ImageError(f"no published {wanted.kind} image fits {wanted.gfx}: {seen}")
+    order = {release: place for place, release in enumerate(releases)}
+    best = max(fitting, key=lambda one: (order.get(one.labels.get(ROCM, ""), -1), one.created))
+    turned_down += [(one.tag, f"{best.tag} is newer") for one in fitting if one is not best]
+    return Choice(best, reason(best, wanted), tuple(turned_down))
+
+
+def unfit(one: Candidate, wanted: Wanted) -> str:
+    """Why an image does not fit, or nothing."""
+    labels = one.labels
+    if KEY not in labels:
+        return "it is not one of ours: no key"
+    if labels.get(KIND) != wanted.kind:
+        return f"it is for {labels.get(KIND)}"
+    made_for = labels.get(GFX) or labels.get(PLATFORM, "")
+    if made_for != wanted.gfx:
+        return f"it is for {made_for}"
+    if wanted.rocm and labels.get(ROCM) != wanted.rocm:
+        return f"it has ROCm {labels.get(ROCM)}"
+    drivers = [driver for driver in labels.get(DRIVERS, "").split(",") if driver]
+    if wanted.driver and drivers and not _released_for(wanted.driver, drivers):
+        return f"it is for amdgpu {', '.join(drivers)}; this machine has {wanted.driver}"
+    return ""
+
+
+def reason(one: Candidate, wanted: Wanted) -> str:
+    """Why it was taken."""
+    if wanted.gfx == "cpu":
+        return f"{wanted.kind}, for a machine without a GPU"
+    drivers = one.labels.get(DRIVERS)
+    fits = (
+        f"driver {wanted.driver} is among {drivers}"
+        if wanted.driver and drivers
+        else "its driver was not compared: " + ("the kernel's own tells no version" if drivers else "none is on record")
+    )
+    return f"{wanted.kind} for {wanted.gfx} with ROCm {one.labels.get(ROCM)}; {fits}"
+
+
+def _released_for(driver: str, drivers: list[str]) -> bool:
+    return any(driver == one or driver.startswith(f"{one}.") for one in drivers)

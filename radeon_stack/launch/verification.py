@@ -1,0 +1,91 @@
+"""The verify stage's script once more, in a container: with a GPU, where the build had none."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from typing import Any
+
+from radeon_stack.errors import CheckError, MachineError, WorkloadError
+from radeon_stack.host.engines import client
+from radeon_stack.host.machine import Machine
+from radeon_stack.images.labels import GFX
+from radeon_stack.launch.docker import create_arguments
+from radeon_stack.launch.plan import LaunchPlan
+from radeon_stack.launch.planner import SCRATCH, VENV_PYTHON, device_groups
+
+FOLDER = "/etc/radeon-stack"
+MEMORY = 8 << 30
+SHM = 1 << 30
+SECONDS = 900
+
+
+def verification_plan(image: Any, machine: Machine, *, on_gpu: bool) -> LaunchPlan:
+    """The plan of a verification. MachineError when it wants a GPU of the image's gfx and there is none."""
+    gpus = tuple(gpu for gpu in machine.gpus if gpu.gfx == image.labels.get(GFX))[:1] if on_gpu else ()
+    if on_gpu and not gpus:
+        seen = ", ".join(gpu.gfx for gpu in machine.gpus) or "none"
+        raise MachineError(
+            f"the image is for {image.labels.get(GFX, 'cpu')}; GPUs of this machine: {seen}", where="--on-gpu"
+        )
+    command = (VENV_PYTHON, "-m", "radeon_stack.workloads.probe", "verify", FOLDER, "--print")
+    values: dict[str, tuple[Any, str]] = {
+        "run_id": (f"verify-{secrets.token_hex(4)}", "names the container"),
+        "run_dir": ("", "nothing is kept but what it prints"),
+        "engine": ("docker", "an image is what is verified"),
+        "image": (str(image.id), "by id: a tag may move"),
+        "command": ((*command, "--on-gpu") if on_gpu else command, "the image's own verification"),
+        "env": (
+            (("HOME", SCRATCH), ("HF_HUB_OFFLINE", "1"), ("PYTHONUNBUFFERED", "1"), ("USER", "radeon-stack")),
+            "no hub without a network",
+        ),
+        "secrets": ((), "none are needed"),
+        "mounts": ((), "nothing of the host is needed"),
+        "devices": (("/dev/kfd", *(gpu.render_node for gpu in gpus)) if gpus else (), "one GPU of the image's gfx"),
+        "groups": (device_groups(machine, gpus), "the device nodes' own numeric groups"),
+        "user": (f"{machine.uid}:{machine.gid}", "the caller, as in a run"),
+        "memory": (min(MEMORY, machine.memory), "imports and small tensors"),
+        "shm": (SHM, "as in a run"),
+        "ipc": ("private", "as in a run"),
+        "network": ("none", "nothing is fetched"),
+        "cap_drop": (("ALL",), "no capability is needed"),
+        "security": (("no-new-privileges",), "nothing inside can gain rights"),
+        "read_only_root": (True, "nothing is written"),
+        "tmpfs": ((SCRATCH,), "scratch that leaves with the container"),
+        "init": (True, "signals reach it"),
+        "labels": ((("radeon-stack.run", "verify"),), "finds the container again"),
+        "stop_seconds": (5, "there is nothing to save"),
+    }
+    return LaunchPlan(
+        **{name: value for name, (value, _) in values.items()},
+        reasons={name: why for name, (_, why) in values.items()},
+    )
+
+
+def run_verification(plan: LaunchPlan) -> dict[str, Any]:
+    """What the image found of itself: `checks`, each with `name`, `state`, `detail`. CheckError when it found nothing."""
+    container = client(timeout=SECONDS).containers.create(**create_arguments(plan))
+    try:
+        container.start()
+        code = int(container.wait(timeout=SECONDS)["StatusCode"])
+        lines = container.logs(stdout=True, stderr=False).decode(errors="replace").strip().splitlines()
+        errors = container.logs(stdout=False, stderr=True).decode(errors="replace").strip().splitlines()
+    finally:
+        container.remove(force=True)
+    try:
+        found = json.loads(lines[-1])
+        checks = [(str(check["name"]), str(check["state"]), str(check["detail"])) for check in found["checks"]]
+    except (IndexError, ValueError, KeyError, TypeError) as error:
+        why = errors[-1] if errors else "it said nothing"
+        raise WorkloadError(f"the verification ended with {code}: {why}", where=str(plan.image)) from error
+    return {"checks": [{"name": name, "state": state, "detail": detail} for name, state, detail in checks]}
+
+
+def require_ok(found: dict[str, Any], image: str) -> None:
+    """CheckError with the first check that failed."""
+    failed = [check for check in found["checks"] if check["state"] == "failed"]
+    if failed:
+        raise CheckError(
+            f"{len(failed)} of {len(found['checks'])} checks failed: {failed[0]['name']}: {failed[0]['detail']}",
+            where=image,
+        )
