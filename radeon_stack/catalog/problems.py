@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -113,8 +113,12 @@ def _shown(value: object) -> str:
 def _fields_at(model: type[BaseModel], location: Location) -> list[str]:
     """Field names of the model nested at a location; [] where there is none."""
     for part in location:
+        if isinstance(part, int):  # a place in an array whose items are the model already
+            continue
         field = model.model_fields.get(str(part))
-        annotation = field.annotation if field else None
+        annotation: Any = field.annotation if field else None
+        items = get_args(annotation)
+        annotation = items[0] if get_origin(annotation) is tuple and items else annotation
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         model = annotation

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import click
 
@@ -20,9 +21,7 @@ AT_ONCE = 4
 
 @click.command()
 @click.argument("names", nargs=-1)
-@click.option(
-    "--check", is_flag=True, help="Ask nobody: is every lock there, with hashes, and made from today's inputs?"
-)
+@click.option("--check", is_flag=True, help="Ask nobody: is every lock there, and made from today's inputs?")
 @click.option("--upgrade", is_flag=True, help="Take the newest versions, not those that are pinned and still fit.")
 @click.option("--dry-run", is_flag=True, help="Print what would be resolved, and do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
@@ -81,13 +80,10 @@ def _check(problems: list[str], unresolved: list[str], as_json: bool) -> None:
         click.echo("every lock is there, with hashes, made from today's inputs")
 
 
-def _sources(refs: list[str], bases: list[str], docker: object, upgrade: bool) -> list[StackError]:
-    from pathlib import Path
-
+def _sources(refs: list[str], bases: list[str], folder: Path, upgrade: bool) -> list[StackError]:
     from radeon_stack.images.references import split
     from radeon_stack.images.registry import Registry
 
-    folder = Path(str(docker))
     before = load_sources(folder)
     digests, commits = dict(before.digests), {ref: commit for ref, commit in before.commits.items() if ref in refs}
     failed: list[StackError] = []

@@ -28,9 +28,7 @@ REGISTRY_VARIABLE = "RADEON_STACK_REGISTRY"
 
 @click.command()
 @click.argument("image")
-@click.option(
-    "--registry", envvar=REGISTRY_VARIABLE, required=True, metavar="HOST/NAME", help="Where to, without a tag."
-)
+@click.option("--registry", envvar=REGISTRY_VARIABLE, required=True, metavar="HOST/NAME", help="Where to.")
 @click.option("--dry-run", is_flag=True, help="Print where it would go, and do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def push(image: str, registry: str, dry_run: bool, as_json: bool) -> None:

@@ -17,9 +17,9 @@ from radeon_stack.host.engines import require_engine
 from radeon_stack.host.gpus import driver_version
 from radeon_stack.host.machine import probe
 from radeon_stack.images.download import PATIENCE_SECONDS
-from radeon_stack.images.published import STABLE, Choice, Wanted, choose, in_channel
+from radeon_stack.images.published import STABLE, Candidate, Choice, Wanted, choose, in_channel
 from radeon_stack.images.publishing import published
-from radeon_stack.images.pulling import need, require_room
+from radeon_stack.images.pulling import Need, need, require_room
 from radeon_stack.images.pulling import pull as fetch
 from radeon_stack.images.references import repository, split
 from radeon_stack.images.registry import Registry
@@ -37,9 +37,7 @@ from radeon_stack.runs.view import print_line
 @click.option("--arch", metavar="GFX", help="Instead of this machine's: gfx1201 …, or cpu.")
 @click.option("--rocm", metavar="RELEASE", help="This release, instead of the newest that fits.")
 @click.option("--channel", default=STABLE, show_default=True, help="The channel to take it from.")
-@click.option(
-    "--patience", default=PATIENCE_SECONDS, show_default=True, help="Seconds without a byte before giving up."
-)
+@click.option("--patience", default=PATIENCE_SECONDS, show_default=True, help="Seconds to wait for a next byte.")
 @click.option("--or-build", is_flag=True, help="Build it here when it cannot be had.")
 @click.option("--sysroot", type=click.Path(path_type=Path), default=Path("/"), help="Look at this tree as the machine.")
 @click.option("--dry-run", is_flag=True, help="Say what would be pulled, and why; do nothing.")
@@ -117,13 +115,7 @@ def _take(registry: Registry, choice: Choice, patience: float, dry_run: bool, as
     print_line(f"  why: {choice.why}", sys.stderr)
     for tag, why in choice.turned_down:
         print_line(f"  not {tag}: {why}", sys.stderr)
-    size = (
-        "nothing to download: the engine has it"
-        if needed.here
-        else f"{format_size(needed.download)} to download ({len(needed.layers)} of {len(one.manifest.layers)} layers are "
-        f"missing), about {format_size(needed.unpacked)} unpacked, {format_size(needed.free)} free"
-    )
-    print_line(f"  {size}", sys.stderr)
+    print_line(f"  {_room(one, needed)}", sys.stderr)
     told = {
         "reference": f"{registry.repository}@{one.manifest.digest}",
         "why": choice.why,
@@ -151,3 +143,11 @@ def _take(registry: Registry, choice: Choice, patience: float, dry_run: bool, as
         click.echo(json.dumps({**told, "id": done.id, "image": done.reference, "tag": done.tag}, indent=2))
     else:
         click.echo(f"{done.reference}\n  as {done.tag}, held to its digests")
+
+
+def _room(one: Candidate, needed: Need) -> str:
+    if needed.here:
+        return "nothing to download: the engine has it"
+    missing = f"{len(needed.layers)} of {len(one.manifest.layers)} layers are missing"
+    unpacked, free = format_size(needed.unpacked), format_size(needed.free)
+    return f"{format_size(needed.download)} to download ({missing}), about {unpacked} unpacked, {free} free"

@@ -1,4 +1,4 @@
-"""Blobs to disk, over connections that break: each goes on from the byte where it was cut, and is held to its digest."""
+"""Blobs to disk, over connections that break: each goes on where it was cut, and is held to its digest."""
 
 from __future__ import annotations
 
@@ -72,17 +72,20 @@ def _continue(registry: Registry, digest: str, size: int, partial: Path, told: T
 
     offset = _size(partial)
     try:
-        with registry.blob_from(digest, offset) as (ranged, chunks):
-            with partial.open("ab" if ranged else "wb") as file:
-                done = offset if ranged else 0
-                for chunk in chunks:
-                    done += len(chunk)
-                    if done > size:
-                        break  # more than was said: the digest will not hold
-                    file.write(chunk)
-                    told(done)
-                file.flush()
-                os.fsync(file.fileno())
+        with registry.blob_from(digest, offset) as (ranged, chunks), partial.open("ab") as file:
+            if not ranged:
+                file.truncate(0)
+            done = offset if ranged else 0
+            for chunk in chunks:
+                done += len(chunk)
+                if done > size:
+                    raise CheckError(
+                        "a layer is longer than its manifest says", where=f"{registry.repository}@{digest}"
+                    )
+                file.write(chunk)
+                told(done)
+            file.flush()
+            os.fsync(file.fileno())
     except (requests.RequestException, HTTPError) as error:
         raise ImageError("the connection broke", where=str(registry.repository)) from error
     except OSError as error:

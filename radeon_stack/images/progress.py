@@ -12,7 +12,7 @@ STEP = re.compile(r"^\[(?P<stage>[^\]]*?)\s*(?P<count>\d+/\d+)?\] (?P<text>.*)$"
 OUTPUT = re.compile(r"^\d+\.\d+ (.*)$")
 DONE = re.compile(r"^DONE (\d+(?:\.\d+)?)s$")
 TELLING = re.compile(
-    r"^(?:[\w.]*(?:Error|Exception)|error|fatal|verify|E)\s?: ?(?!metadata-generation-failed|subprocess)(.+)"
+    r"^(?:[\w.]*(?:Error|Exception)|ERROR|error|fatal|verify|E)\s?: *+(?!metadata-generation-failed|subprocess)(.+)"
 )
 TITLE_LENGTH = 68
 

@@ -58,7 +58,7 @@ def push(image: Any, repository: Repository, told: Callable[[str, int, int], Non
         raise CheckError(
             f"the tag is {there.digest}, and immutable",
             where=f"{repository}:{tag}",
-            remedy="what was built differs: why?",
+            remedy="what differs?",
         )
     sbom = attach_sbom(registry, digest, manifest.media_type, len(manifest.raw), read_record(image))
     registry.put_manifest(tag, manifest.media_type, manifest.raw)

@@ -37,7 +37,7 @@ def repository(text: str) -> Repository:
         raise UsageError(
             f"'{text[:100]}' is no repository",
             where="--registry",
-            remedy="host/name, such as registry.example.org/radeon",
+            remedy="host/name: registry.example.org/radeon",
         )
     return Repository(host, name)
 

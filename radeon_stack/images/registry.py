@@ -140,7 +140,7 @@ class Registry:
         headers = {"Range": f"bytes={offset}-"} if offset else {}
         with self._request("GET", self._url(f"blobs/{digest}"), headers) as answer:
             assert answer is not None  # noqa: S101
-            yield answer.status_code == requests.codes.partial_content, answer.iter_content(CHUNK)
+            yield answer.status_code == requests.codes.partial_content, _as_it_comes(answer)
 
     def has_blob(self, digest: str) -> bool:
         with self._request("HEAD", self._url(f"blobs/{digest}"), missing_ok=True) as answer:
@@ -188,6 +188,10 @@ class Registry:
         except requests.exceptions.RequestException:
             return f"http://{self.repository.host}/v2/"
         return secure
+
+    @property
+    def _login(self) -> str:
+        return f"docker login {self.repository.host}"
 
     def _url(self, path: str) -> str:
         return f"{self._root}{self.repository.name}/{path}"
@@ -258,7 +262,7 @@ class Registry:
 
     def _credentials(self) -> tuple[str, str] | None:
         """Docker's own for this registry, from its config.json or the helper named there."""
-        from docker import auth
+        import docker.auth as auth
 
         found = auth.resolve_authconfig(auth.load_config(), registry=self.repository.host)
         if not found:
@@ -269,12 +273,10 @@ class Registry:
     def _complain(self, answer: requests.Response) -> None:
         code = answer.status_code
         if code in (requests.codes.unauthorized, requests.codes.forbidden):
-            raise ImageError(
-                "the registry refuses us", where=str(self.repository), remedy=f"docker login {self.repository.host}"
-            )
+            raise ImageError("the registry refuses us", where=str(self.repository), remedy=self._login)
         if code == requests.codes.not_found:
             raise ImageError("there is no such thing in the registry", where=urlparse(answer.url).path)
-        if code >= requests.codes.bad_request:
+        if code >= 400:
             raise ImageError(f"the registry answers {code}", where=urlparse(answer.url).path)
 
 
@@ -296,6 +298,12 @@ def _bounded(answer: requests.Response, limit: int) -> bytes:
         if len(raw) > limit:
             raise CheckError(f"the registry gave more than {limit} bytes", where=urlparse(answer.url).path)
     return raw
+
+
+def _as_it_comes(answer: requests.Response) -> Iterator[bytes]:
+    """Each piece once it is there: what waits for a full chunk is lost when the connection breaks."""
+    while chunk := answer.raw.read1(CHUNK, decode_content=False):
+        yield chunk
 
 
 def _digest(raw: bytes) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from radeon_stack import __version__
 from radeon_stack.images.keys import digest, key_of
 from radeon_stack.images.labels import BASE, DRIVERS, GFX, KEY, KIND, PLATFORM, ROCM, TORCH, WHEELS
-from radeon_stack.images.spec import ImageSpec, WheelSpec
+from radeon_stack.images.spec import JOB_MEMORY, ImageSpec, WheelSpec
 
 REQUIREMENTS = "requirements"
 # What runs inside an image; the host side stays outside, and a change of it moves no key.
@@ -19,7 +19,7 @@ INSIDE = (
     "__init__.py",
     "errors.py",
     "atomic.py",
-    "audit",
+    "codeobjects",
     "contracts",
     "runs/__init__.py",
     "runs/events.py",
@@ -30,14 +30,23 @@ SOURCE_SUFFIXES = (".py", ".toml", ".json", ".j2")
 
 
 def image_key(spec: ImageSpec) -> str:
-    """The image's key: of its Dockerfile with every stage built from source, all it copies, and its base."""
-    files = {name: digest(data) for name, data in context_files(spec, key="").items()}
-    return key_of({"identity": spec.identity, "files": files})
+    """The image's key: of its base, the keys of its wheels, its own stages, and the files these copy."""
+    stages = _stages(_render(spec, frozenset(), key=""))
+    return key_of(
+        {
+            "identity": spec.identity,
+            "wheels": {wheel.name: wheel_key(spec, wheel) for wheel in spec.wheels},
+            "stages": {name: text for name, text in stages.items() if not name.startswith("wheel-")},
+            "files": {name: digest(data) for name, data in _own_files(spec, key="").items()},
+        }
+    )
 
 
 def wheel_key(spec: ImageSpec, wheel: WheelSpec) -> str:
     """A wheel's key: of its stage, the stage's files, and the base it is built on."""
     stage = _stages(_render(spec, frozenset(), key=""))[f"wheel-{wheel.name}-build"]
+    # How much memory a compiler job takes decides how many run at once, and nothing about the wheel.
+    stage = "\n".join(line for line in stage.splitlines() if JOB_MEMORY not in line)
     files = {name: digest(text.encode()) for name, text in wheel.files.items()}
     return key_of({"identity": spec.identity, "stage": stage, "files": files, "driver": digest(_driver(spec))})
 
@@ -53,23 +62,17 @@ def dockerfile(spec: ImageSpec, stored: Iterable[str] = ()) -> str:
 
 
 def context(spec: ImageSpec) -> dict[str, bytes]:
-    """All files that `docker build` needs, by their path in the context."""
-    return context_files(spec, image_key(spec))
-
-
-def context_files(spec: ImageSpec, key: str) -> dict[str, bytes]:
-    """The context's files with a key written into them; all stages built from source."""
+    """All files that `docker build` needs, by their path in the context; every stage is built from source."""
+    key = image_key(spec)
     files = {
+        **_own_files(spec, key),
         "Dockerfile": _render(spec, frozenset(), key).encode(),
-        "image.json": _json(description(spec, key)).encode(),
-        "requirements.txt": spec.requirements.encode(),
         ".dockerignore": b"Dockerfile\ndocker-bake.json\n",
     }
     if spec.wheels:
         files["stage.sh"] = _driver(spec)
     for wheel in spec.wheels:
         files |= {f"wheels/{wheel.name}/{name}": text.encode() for name, text in wheel.files.items()}
-    files |= {f"radeon_stack/{name}": data for name, data in _package().items()}
     return dict(sorted(files.items()))
 
 
@@ -175,8 +178,17 @@ def _driver(spec: ImageSpec) -> bytes:
     return (spec.docker / "wheels" / "stage.sh").read_bytes()
 
 
+def _own_files(spec: ImageSpec, key: str) -> dict[str, bytes]:
+    """What the image's own stages copy."""
+    return {
+        "image.json": _json(description(spec, key)).encode(),
+        "requirements.txt": spec.requirements.encode(),
+        **{f"radeon_stack/{name}": data for name, data in package_files().items()},
+    }
+
+
 @lru_cache
-def _package() -> dict[str, bytes]:
+def package_files() -> dict[str, bytes]:
     """The sources that go inside, by their path in the package."""
     root = Path(__file__).resolve().parent.parent
     found = {}

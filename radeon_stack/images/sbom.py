@@ -23,4 +23,5 @@ def cyclonedx(record: dict[str, Any], digest: str) -> bytes:
             bom.components.add(
                 Component(type=ComponentType.LIBRARY, name=package, version=version, purl=url, bom_ref=url.to_string())
             )
+    bom.register_dependency(bom.metadata.component, bom.components)
     return JsonV1Dot6(bom).output_as_string(indent=2).encode()

@@ -15,6 +15,8 @@ from radeon_stack.catalog.problems import nearest
 from radeon_stack.catalog.wheels import Variant, Wheel, find_variant, load_wheels
 from radeon_stack.errors import UsageError
 
+JOB_MEMORY = "JOB_MEMORY_MIB"
+
 
 @dataclass(frozen=True)
 class WheelSpec:
@@ -107,7 +109,7 @@ def image_spec(
 def wheel_spec(name: str, wheel: Wheel, variant: str, platform: Platform, docker: Path) -> WheelSpec:
     """The stage of one wheel. UsageError when its commit or its tools were never locked."""
     settings = wheel.variants[variant]
-    env = {**settings.env, "JOB_MEMORY_MIB": str(wheel.job_memory >> 20), "WHEEL_VERSION": wheel.version}
+    env = {**settings.env, JOB_MEMORY: str(wheel.job_memory >> 20)}
     if platform.gfx:
         env |= {"GFX": platform.gfx, "ROCM": str(platform.rocm), "ROCM_SHORT": platform.rocm_short}
     if settings.git:
@@ -158,6 +160,6 @@ def _commit(name: str, variant: str, settings: Variant, docker: Path) -> str:
         raise UsageError(
             f"the commit of {ref} was never resolved",
             where=f"{docker / 'locks' / 'sources.toml'}: commits",
-            remedy=f"resolve it: radeon-stack image lock wheel-{name}-{variant}",
+            remedy="resolve it: radeon-stack image lock sources",
         )
     return commit

@@ -143,7 +143,7 @@ def _container(effective: Effective, machine: Machine, paths: _Paths, run_dir: P
         ),
         "groups": (
             device_groups(machine, gpus),
-            "the device nodes' own numeric groups: names mean other numbers inside",
+            "the device nodes' own numbers: names mean others inside",
         ),
         "user": (f"{machine.uid}:{machine.gid}", "the caller, so that the caller owns what is written"),
         "memory": (resources.memory, "the recipe's limit: a run does not take the machine down"),

@@ -63,7 +63,7 @@ def verification_plan(image: Any, machine: Machine, *, on_gpu: bool) -> LaunchPl
 
 
 def run_verification(plan: LaunchPlan) -> dict[str, Any]:
-    """What the image found of itself: `checks`, each with `name`, `state`, `detail`. CheckError when it found nothing."""
+    """What the image found of itself: `checks`, each with `name`, `state`, `detail`. WorkloadError when nothing."""
     container = client(timeout=SECONDS).containers.create(**create_arguments(plan))
     try:
         container.start()

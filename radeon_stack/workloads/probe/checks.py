@@ -137,7 +137,9 @@ def requirements_met(description: Description) -> str:
         except PackageNotFoundError:
             wrong.append(f"{name} needs {requirement}, which is missing")
             continue
-        if not requirement.specifier.contains(found.partition("+")[0], prereleases=True):
+        # Some ask for a build by its local name (2.13.0+cpu), most for a version.
+        names = (found, found.partition("+")[0])
+        if not any(requirement.specifier.contains(name, prereleases=True) for name in names):
             wrong.append(f"{name} needs {requirement}, here is {found}")
     if wrong:
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -162,8 +164,8 @@ def bitsandbytes_native(description: Description) -> str:
 
 def code_objects(description: Description) -> str:
     """Every HIP library in the venv that the image will load has code for its gfx."""
-    from radeon_stack.audit.report import audit
-    from radeon_stack.audit.sources import folder
+    from radeon_stack.codeobjects.report import audit
+    from radeon_stack.codeobjects.sources import folder
 
     site = Path(__import__("sysconfig").get_path("purelib"))
     others = re.compile(rf"libbitsandbytes_rocm(?!{description['rocm_short']}\.so)\d+\.so$")
