@@ -2,6 +2,9 @@
 PYTHON ?= python3
 ARCH   ?= cpu
 ROCM   ?=
+KIND   ?= train
+# Another base than the platform's: the stand-in where nothing can be pulled.
+BASE   ?=
 # Build steps' network; `host` where containers have no bridge.
 BUILD_NETWORK ?= default
 
@@ -18,20 +21,20 @@ comma      := ,
 export UV_FIND_LINKS := $(subst $(eval) ,$(comma),$(strip $(FIND_LINKS)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint image clean
+.PHONY: help setup demo test lint image wheels lock figures clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## a Python environment in .venv with all that training and testing need
 
-$(READY): pyproject.toml Makefile docker/locks/cpu.txt docker/locks/dev.txt
+$(READY): pyproject.toml Makefile docker/locks/train-cpu.txt docker/locks/dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make setup PYTHON=python3.12")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import uv' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@echo "setting up $(VENV) …"
 	@$(UV) $(TORCH)
-	@$(UV) --no-deps --require-hashes --requirement docker/locks/cpu.txt --requirement docker/locks/dev.txt
+	@$(UV) --no-deps --require-hashes --requirement docker/locks/train-cpu.txt --requirement docker/locks/dev.txt
 	@$(UV) --no-deps --editable .
 	@touch $@
 
@@ -41,16 +44,34 @@ demo: setup  ## teach a 135M model a birthday on this CPU, in about two minutes
 test: setup  ## every test this machine can run
 	@$(BIN)/python -m pytest
 
-lint: setup  ## ruff, mypy
+lint: setup  ## ruff, mypy, and whether the locks are made from today's inputs
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/radeon-stack image lock --check
 
-image: setup  ## a training image: ARCH=cpu, or ROCM=7.1.1 ARCH=gfx1201
-ifeq ($(ARCH),cpu)
+WHICH = --kind $(KIND) --arch $(ARCH) $(if $(ROCM),--rocm $(ROCM)) $(if $(BASE),--base $(BASE)) --network $(BUILD_NETWORK)
+
+image: setup stand-in  ## an image: ARCH=cpu, or ROCM=7.1.1 ARCH=gfx1201; KIND=train or verify
+	@$(BIN)/radeon-stack image build $(WHICH)
+
+wheels: setup stand-in  ## an image's wheels into the local store: it then builds without a network
+	@$(BIN)/radeon-stack image wheels $(WHICH)
+
+# What `cpu` starts from, and what BASE=radeon-stack/stand-in:hip asks for; made once.
+.PHONY: stand-in
+stand-in: setup
+ifeq ($(BASE),radeon-stack/stand-in:hip)
+	@$(BIN)/python tools/stand_in_base.py --hip
+else ifeq ($(ARCH),cpu)
 	@$(BIN)/python tools/stand_in_base.py
 endif
-	@$(BIN)/radeon-stack image build --arch $(ARCH) $(if $(ROCM),--rocm $(ROCM)) --network $(BUILD_NETWORK)
+
+lock: setup  ## resolve packages, commits and digests anew
+	@$(BIN)/radeon-stack image lock
+
+figures: setup  ## build, rebuild, push and pull, timed: benchmarks/images.json (20 minutes)
+	@$(BIN)/python benchmarks/images.py
 
 clean:  ## remove .venv and caches; runs are kept
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

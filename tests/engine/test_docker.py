@@ -29,18 +29,8 @@ from radeon_stack.runs import events as ev
 from radeon_stack.runs.store import Run, RunStore, State
 from tests.conftest import ROOT, Cli, wait_for
 
-pytestmark = [pytest.mark.engine, pytest.mark.work]
+pytestmark = [pytest.mark.engine, pytest.mark.work, pytest.mark.usefixtures("image")]
 DOCKER = ("--engine", "docker")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def image() -> str:
-    """The CPU training image, built as a user builds it; what did not change is not built again."""
-    done = subprocess.run(
-        ["make", "image", "ARCH=cpu", "BUILD_NETWORK=host"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return "radeon-stack/train:cpu"
 
 
 @pytest.fixture(autouse=True)
@@ -226,22 +216,6 @@ def test_what_is_out_of_memory_is_told_as_killed(cli: Cli, tiny_run: list[str]) 
     result = cli(*tiny_run, *DOCKER, "--set", "resources.memory=128MiB")
     assert result.code == Exit.WORKLOAD
     assert "for want of memory" in result.error
-
-
-def test_no_secret_of_the_build_is_left_in_any_layer(image: str, tmp_path: Path) -> None:
-    """The mirror's settings and the private CA were there for a step, and are in no layer, label or history."""
-    history = json.dumps(client().images.get(image).history()) + json.dumps(client().images.get(image).attrs)
-    conf = Path("/etc/pip.conf")
-    words = [line for line in (conf.read_text().splitlines() if conf.is_file() else []) if "://" in line]
-    assert not [word for word in words if word in history]
-    listing = subprocess.run(
-        ["docker", "run", "--rm", "--entrypoint", "/bin/sh", image, "-c", "ls /run/secrets /etc/pip.conf /wheels 2>&1"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout
-    assert "pip.conf'" in listing or "pip.conf:" in listing
-    assert "No such file" in listing
 
 
 class TestADeadEngine:
