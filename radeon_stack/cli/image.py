@@ -21,6 +21,7 @@ from radeon_stack.images.bases import base_reference, find_base
 from radeon_stack.images.builder import (
     BuildSettings,
     Output,
+    baking_client,
     build_command,
     default_ca,
     default_pip_conf,
@@ -28,6 +29,7 @@ from radeon_stack.images.builder import (
 from radeon_stack.images.builds import (
     Built,
     Workplace,
+    bake_images,
     build_image,
     ensure_requirements,
     ensure_wheel,
@@ -141,6 +143,8 @@ def build_images(
 ) -> None:
     """Build an image in stages, verify it, and tag it. What has its key already is not built again.
 
+    Several are baked in one graph where docker has buildx, else built one after another.
+
     \b
       radeon-stack image build --arch cpu
       radeon-stack image build --rocm 7.1.1 --arch gfx1201
@@ -164,8 +168,12 @@ def build_images(
     made: list[Built] = []
     with step_view(sys.stderr) as tell:
         place = Workplace(home(), settings, tell, offline)
-        for platform in platforms:
-            made.append(build_image(found_spec(platform, **chosen), place, budget=limit))
+        specs = [found_spec(platform, **chosen) for platform in platforms]
+        baker = baking_client() if len(specs) > 1 else None
+        if baker:
+            made += bake_images(specs, place, baker, budget=limit)
+        else:
+            made += [build_image(spec, place, budget=limit) for spec in specs]
     if as_json:
         told = [summary(built) for built in made]
         click.echo(json.dumps(told if len(told) > 1 else told[0], indent=2))

@@ -17,10 +17,18 @@ from radeon_stack import atomic
 from radeon_stack.catalog.sizes import format_size
 from radeon_stack.errors import BuildError, ImageError
 from radeon_stack.host.engines import client
-from radeon_stack.images.builder import BuildSettings, Output, build, build_command, building_client
+from radeon_stack.images.builder import BuildSettings, Output, bake_command, build, build_command, building_client
 from radeon_stack.images.labels import KEY
 from radeon_stack.images.progress import Step, Steps
-from radeon_stack.images.render import REQUIREMENTS, context, dockerfile, image_key, requirements_key, wheel_key
+from radeon_stack.images.render import (
+    REQUIREMENTS,
+    bake_file,
+    context,
+    dockerfile,
+    image_key,
+    requirements_key,
+    wheel_key,
+)
 from radeon_stack.images.spec import ImageSpec, WheelSpec
 from radeon_stack.images.store import StoredWheels, WheelStore
 
@@ -79,6 +87,39 @@ def build_image(spec: ImageSpec, place: Workplace, *, budget: int | None = None)
         built = Built(spec.tag, str(image.id), key, int(image.attrs["Size"]), True, seconds, log, steps.finished)
         atomic.write_text(folder / "result.json", json.dumps(summary(built), indent=2) + "\n")
     return built
+
+
+def bake_images(specs: list[ImageSpec], place: Workplace, baker: str, *, budget: int | None = None) -> list[Built]:
+    """Many images in one graph: what they share is built once, and what is not goes on at once.
+
+    An image that is there already is left out. All are built before one is tagged; BuildError tags none.
+    """
+    started = time.monotonic()
+    keys = {spec.name: image_key(spec) for spec in specs}
+    there = {} if place.settings.no_cache else {name: image_of_key(key) for name, key in keys.items()}
+    missing = [spec for spec in specs if there.get(spec.name) is None]
+    done = {spec.name: build_image(spec, place, budget=budget) for spec in specs if spec not in missing}
+    if missing:
+        with record(place.home, "bake") as folder, tempfile.TemporaryDirectory(prefix="radeon-stack-") as contexts:
+            for spec in missing:
+                write_context(spec, Path(contexts) / spec.name, _stored(spec, place))
+            bake = Path(contexts) / "docker-bake.json"
+            bake.write_text(bake_file({f"./{spec.name}": spec for spec in missing}, tagged=False), encoding="utf-8")
+            steps, log, metadata = Steps(place.tell), folder / "log.txt", folder / "metadata.json"
+            build(bake_command(baker, bake, metadata, _settings(place)), steps, log, folder=Path(contexts))
+            images = {spec.name: _made(keys[spec.name], log) for spec in missing}
+            for spec in missing:
+                _within(int(images[spec.name].attrs["Size"]), budget, spec)
+            for spec in missing:
+                image = images[spec.name]
+                image.tag(spec.tag)
+                seconds, size = time.monotonic() - started, int(image.attrs["Size"])
+                done[spec.name] = Built(
+                    spec.tag, str(image.id), keys[spec.name], size, True, seconds, log, steps.finished
+                )
+            results = [summary(done[spec.name]) for spec in missing]
+            atomic.write_text(folder / "result.json", json.dumps(results, indent=2) + "\n")
+    return [done[spec.name] for spec in specs]
 
 
 def ensure_wheel(spec: ImageSpec, wheel: WheelSpec, place: Workplace, *, again: bool = False) -> StoredWheels:
@@ -151,6 +192,20 @@ def write_context(spec: ImageSpec, folder: Path, stored: Iterable[StoredWheels] 
             _link(file, target / file.name)
     if names:
         (folder / "Dockerfile").write_text(dockerfile(spec, names), encoding="utf-8")
+
+
+def _made(key: str, log: Path) -> Any:
+    image = image_of_key(key)
+    if image is None:
+        raise BuildError(f"the build ended, and left no image of key {key}", remedy=f"the full log: {log}")
+    return image
+
+
+def _stored(spec: ImageSpec, place: Workplace) -> list[StoredWheels]:
+    """What the store has of an image's leaves; the others are built in the graph."""
+    found = [place.store.get(wheel.name, wheel_key(spec, wheel)) for wheel in spec.wheels]
+    found.append(place.store.get(REQUIREMENTS, requirements_key(spec)))
+    return [stored for stored in found if stored is not None]
 
 
 def _build_leaf(

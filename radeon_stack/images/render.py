@@ -76,10 +76,10 @@ def context(spec: ImageSpec) -> dict[str, bytes]:
     return dict(sorted(files.items()))
 
 
-def bake_file(specs: Mapping[str, ImageSpec]) -> str:
+def bake_file(specs: Mapping[str, ImageSpec], *, tagged: bool = True) -> str:
     """A bake file of JSON: one target a context folder, all in one group."""
     targets: dict[str, Any] = {
-        _target(folder): {"context": folder, "tags": [spec.tag], "output": ["type=docker"]}
+        _target(folder): {"context": folder, "output": ["type=docker"], **({"tags": [spec.tag]} if tagged else {})}
         for folder, spec in specs.items()
     }
     return _json({"group": {"default": {"targets": list(targets)}}, "target": targets})
