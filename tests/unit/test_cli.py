@@ -158,7 +158,7 @@ def test_image_render_writes_a_context_and_refuses_a_full_folder(cli: Cli, tmp_p
 
 def test_image_build_dry_run_prints_the_command(cli: Cli) -> None:
     command = cli("image", "build", "--arch", "cpu", "--dry-run", "--json").json["command"]
-    assert command[:4] == ["docker", "build", "--tag", "radeon-stack/train:cpu"]
+    assert command[:2] == ["docker", "build"] and command[command.index("--tag") + 1] == "radeon-stack/train:cpu"
 
 
 def test_dry_run_needs_no_home_and_makes_none(cli: Cli, tmp_path: Path) -> None:
