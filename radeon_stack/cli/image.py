@@ -37,7 +37,10 @@ from radeon_stack.images.builds import (
     write_context,
 )
 from radeon_stack.images.labels import KEY, KIND, PLATFORM
+from radeon_stack.images.references import repository
+from radeon_stack.images.registry import Registry
 from radeon_stack.images.render import REQUIREMENTS, bake_file, dockerfile, image_key, requirements_key, wheel_key
+from radeon_stack.images.shared_wheels import push_wheels, wheel_tag
 from radeon_stack.images.spec import ImageSpec, image_spec
 from radeon_stack.runs.store import home
 from radeon_stack.runs.view import print_line
@@ -167,7 +170,7 @@ def build_images(
 
     made: list[Built] = []
     with step_view(sys.stderr) as tell:
-        place = Workplace(home(), settings, tell, offline)
+        place = Workplace(home(), settings, tell, offline, registries())
         specs = [found_spec(platform, **chosen) for platform in platforms]
         baker = baking_client() if len(specs) > 1 else None
         if baker:
@@ -191,12 +194,14 @@ def build_images(
 @build_options
 @click.option("--only", multiple=True, metavar="NAME", help="Build this one anew; `requirements` is one too.")
 @click.option("--export", "folder", type=click.Path(path_type=Path, file_okay=False), help="Copy the wheels here.")
+@click.option("--push", "to", metavar="HOST/NAME", help="Put them into a registry: others build nothing.")
 @click.option("--dry-run", is_flag=True, help="Print which are stored, and do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON array on stdout.")
 def build_wheels(
     archs: tuple[str, ...],
     only: tuple[str, ...],
     folder: Path | None,
+    to: str | None,
     dry_run: bool,
     as_json: bool,
     offline: bool,
@@ -208,6 +213,9 @@ def build_wheels(
       radeon-stack image wheels --rocm 7.1.1 --arch gfx1201
       radeon-stack image wheels --kind verify --arch gfx1201 --only llama-cpp-python
       radeon-stack image wheels --arch gfx1201 --export ./wheels
+      radeon-stack image wheels --arch gfx1201 --push registry.example.org/radeon
+
+    Those that a registry has (RADEON_STACK_REGISTRY) are taken from it.
     """
     if not dry_run:
         require_engine()
@@ -215,10 +223,15 @@ def build_wheels(
 
     rows = []
     with step_view(sys.stderr) as tell:
-        place = Workplace(home(), build_settings(chosen), tell, offline)
+        place = Workplace(home(), build_settings(chosen), tell, offline, registries())
         for platform in chosen_platforms(archs, chosen["rocm"]):
             spec = rendered_spec(platform, **chosen) if dry_run else found_spec(platform, **chosen)
             rows += _wheel_rows(spec, place, only, dry_run)
+    if to and not dry_run:
+        registry = Registry(repository(to))
+        for row in rows:
+            if row["name"] != REQUIREMENTS and (stored := place.store.get(row["name"], row["key"])):
+                print_line(f"✓ {to}:{wheel_tag(row['name'], row['key'])} {push_wheels(registry, stored)}", sys.stderr)
     if folder and not dry_run:
         import shutil
 
@@ -305,6 +318,11 @@ def build_settings(chosen: dict[str, Any]) -> BuildSettings:
     ca, pip_conf = chosen.pop("ca"), chosen.pop("pip_conf")
     network, no_cache = chosen.pop("network"), chosen.pop("no_cache")
     return BuildSettings(ca or default_ca(environ), pip_conf or default_pip_conf(environ), network, no_cache)
+
+
+def registries() -> tuple[Registry, ...]:
+    """Those that are set, in their order."""
+    return tuple(Registry(repository(name)) for name in os.environ.get("RADEON_STACK_REGISTRY", "").split())
 
 
 def size_of(text: str | None) -> int | None:

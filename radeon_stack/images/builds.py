@@ -8,8 +8,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from radeon_stack.host.engines import client
 from radeon_stack.images.builder import BuildSettings, Output, bake_command, build, build_command, building_client
 from radeon_stack.images.labels import KEY
 from radeon_stack.images.progress import Step, Steps
+from radeon_stack.images.registry import Registry
 from radeon_stack.images.render import (
     REQUIREMENTS,
     bake_file,
@@ -29,6 +30,7 @@ from radeon_stack.images.render import (
     requirements_key,
     wheel_key,
 )
+from radeon_stack.images.shared_wheels import fetch_wheels
 from radeon_stack.images.spec import ImageSpec, WheelSpec
 from radeon_stack.images.store import StoredWheels, WheelStore
 
@@ -41,6 +43,8 @@ class Workplace:
     settings: BuildSettings
     tell: Callable[[Step], None]
     offline: bool = False
+    registries: tuple[Registry, ...] = ()
+    """Where wheels are looked for before they are built."""
 
     @property
     def store(self) -> WheelStore:
@@ -123,7 +127,7 @@ def bake_images(specs: list[ImageSpec], place: Workplace, baker: str, *, budget:
 
 
 def ensure_wheel(spec: ImageSpec, wheel: WheelSpec, place: Workplace, *, again: bool = False) -> StoredWheels:
-    """A wheel by its key: from the store, else built in its stage alone."""
+    """A wheel by its key: from the store, a registry, or built in its stage alone. `again` builds it in any case."""
     key = wheel_key(spec, wheel)
     found = None if again else place.store.get(wheel.name, key)
     if found is not None:
@@ -131,12 +135,19 @@ def ensure_wheel(spec: ImageSpec, wheel: WheelSpec, place: Workplace, *, again: 
         return found
     if place.offline:
         raise _not_stored(wheel.name, spec)
+    for registry in () if again else place.registries:
+        with suppress(ImageError):  # a registry that is away costs a build, and no more
+            if (found := fetch_wheels(registry, place.store, wheel.name, key)) is not None:
+                place.tell(Step(f"wheel-{wheel.name} · {key}, from {registry.repository}", "cached"))
+                return found
+    if again:
+        place = replace(place, settings=replace(place.settings, no_cache=True))
     about = {"variant": wheel.variant, "platform": spec.platform.name, "base": spec.base, "identity": spec.identity}
     return _build_leaf(spec, f"wheel-{wheel.name}", wheel.name, key, about, place)
 
 
 def ensure_requirements(spec: ImageSpec, place: Workplace, *, again: bool = False) -> StoredWheels:
-    """The lock's packages as files: what a build without a network installs."""
+    """The lock's packages as files: what a build without a network installs. `again` downloads them in any case."""
     key = requirements_key(spec)
     found = None if again else place.store.get(REQUIREMENTS, key)
     if found is not None:

@@ -21,12 +21,16 @@ import pytest
 from radeon_stack.catalog.platforms import load_platforms
 from radeon_stack.codeobjects.report import audit
 from radeon_stack.codeobjects.sources import entries
-from radeon_stack.errors import Exit
+from radeon_stack.errors import CheckError, Exit
 from radeon_stack.host.engines import client
 from radeon_stack.images.builder import BuildSettings, default_ca, default_pip_conf
 from radeon_stack.images.builds import Workplace, ensure_wheel
+from radeon_stack.images.references import repository
+from radeon_stack.images.registry import Registry
 from radeon_stack.images.render import image_key
+from radeon_stack.images.shared_wheels import fetch_wheels, push_wheels
 from radeon_stack.images.spec import image_spec
+from radeon_stack.images.store import WheelStore
 from tests.conftest import ROOT, Cli, wait_for
 from tests.engine.conftest import CANARY, PASSWORD, RealRegistry
 
@@ -162,6 +166,26 @@ def test_a_hip_extension_is_compiled_for_each_gfx_without_a_gpu_and_holds_that_g
         assert all("from the store" in line for line in told) and len(told) == 1
 
 
+def test_a_wheel_that_one_machine_built_another_takes_from_the_registry(
+    registry: RealRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    docker({**os.environ, "DOCKER_CONFIG": str(tmp_path)}, "login", registry.host, "--username", "radeon",
+           "--password-stdin", input=PASSWORD)  # fmt: skip
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    where = Registry(repository(f"{registry.host}/radeon/stack"))
+    (tmp_path / "built").mkdir()
+    (tmp_path / "built" / "probe-1.0-py3-none-any.whl").write_bytes(b"wheel")
+    here, there = WheelStore(tmp_path / "here"), WheelStore(tmp_path / "there")
+    assert fetch_wheels(where, there, "probe", "k") is None
+    push_wheels(where, here.put("probe", "k", tmp_path / "built", {"variant": "v"}))
+    found = fetch_wheels(where, there, "probe", "k")
+    assert found is not None and found.files[0].read_bytes() == b"wheel" and found.record["variant"] == "v"
+    assert there.get("probe", "k") == found and here.get("probe", "k") is not None
+    found.files[0].write_bytes(b"other")
+    with pytest.raises(CheckError, match="not what was stored"):
+        there.get("probe", "k")
+
+
 def test_what_is_rendered_builds_with_plain_docker_and_without_us(cli: Cli, image: str, tmp_path: Path) -> None:
     folder = tmp_path / "context"
     assert cli("image", "render", "--arch", "cpu", "-o", folder).code == 0
@@ -294,7 +318,8 @@ def test_pushed_promoted_pulled_on_another_machine_through_a_registry_that_dies_
     assert pulled.json["image"] == f"{where}@{digest}"
     assert pulled.json["id"] == client().images.get(image).id
     assert not list((Path(there["RADEON_STACK_HOME"]) / "blobs").glob("*"))
-    again = cli("pull", "--registry", where, env=there)
+    again = cli("pull", "--registry", f"{UNREACHABLE}/away", "--registry", where, env=there)
+    assert "does not answer" in again.err  # and the next source is asked
     assert "nothing to download: the engine has it" in again.err
 
     ran = cli("run", "train-llama", "--preset", "demo", "--engine", "docker", "--image", pulled.json["image"], "--json",
