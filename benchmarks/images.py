@@ -149,7 +149,9 @@ def registry(place: Path) -> Iterator[None]:
         f"version: 0.1\nlog: {{level: warn}}\nstorage: {{filesystem: {{rootdirectory: {place / 'registry'}}}}}\n"
         f"http: {{addr: '127.0.0.1:{PORT}'}}\n"
     )
-    with subprocess.Popen(["docker-registry", "serve", str(config)], stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        ["docker-registry", "serve", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
         time.sleep(1)
         try:
             yield

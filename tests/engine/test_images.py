@@ -23,8 +23,8 @@ from radeon_stack.codeobjects.report import audit
 from radeon_stack.codeobjects.sources import entries
 from radeon_stack.errors import CheckError, Exit
 from radeon_stack.host.engines import client
-from radeon_stack.images.builder import BuildSettings, default_ca, default_pip_conf
-from radeon_stack.images.builds import Workplace, ensure_wheel
+from radeon_stack.images.builder import BuildSettings, baking_client, default_ca, default_pip_conf
+from radeon_stack.images.builds import Workplace, bake_images, ensure_wheel
 from radeon_stack.images.references import repository
 from radeon_stack.images.registry import Registry
 from radeon_stack.images.render import image_key
@@ -218,6 +218,40 @@ def test_a_build_from_the_lock_and_a_filled_store_needs_no_network(cli: Cli, ima
     built = cli("image", "build", "--arch", "cpu", "--offline", "--no-cache", "--json")
     assert built.code == 0, built.err
     assert built.json["built"] and any("stored/requirements" in step["step"] for step in built.json["steps"])
+
+
+def test_two_images_are_baked_in_one_graph_where_docker_has_buildx(image: str, tmp_path: Path, home: Path) -> None:
+    baker = baking_client()
+    if baker is None:
+        pytest.skip("no docker client has buildx (Debian: docker-buildx)")
+    folder = tmp_path / "docker"
+    shutil.copytree(ROOT / "docker", folder)
+    kinds = (folder / "kinds.toml").read_text()
+    train = kinds[kinds.index("[train]") : kinds.index("[verify]")]
+    (folder / "kinds.toml").write_text(
+        kinds + train.replace("[train]", "[first]") + train.replace("[train]", "[second]")
+    )
+    for name in ("first", "second"):
+        shutil.copy(folder / "locks" / "train-cpu.txt", folder / "locks" / f"{name}-cpu.txt")
+    (folder / "kinds.toml").write_text(kinds)
+    environ = dict(os.environ)
+    place = Workplace(home, BuildSettings(default_ca(environ), default_pip_conf(environ), "host"), lambda step: None)
+    identity = str(client().images.get("radeon-stack/stand-in:cpu").id)
+    specs = [
+        image_spec(name, load_platforms(folder)["cpu"], identity=identity, docker=folder)
+        for name in ("first", "second")
+    ]
+    try:
+        baked = bake_images(specs, place, baker)
+        assert [one.tag for one in baked] == ["radeon-stack/first:cpu", "radeon-stack/second:cpu"]
+        assert all(one.built for one in baked) and baked[0].id != baked[1].id
+        # What they share was built once: one download of the requirements for both.
+        assert sum("requirements-build" in s.title and "pip" in s.title for s in baked[0].steps) <= 1
+        assert not any(one.built for one in bake_images(specs, place, baker))
+    finally:
+        for name in ("first", "second"):
+            for found in client().images.list(name=f"radeon-stack/{name}"):
+                client().images.remove(found.id, force=True)
 
 
 def test_an_image_above_its_budget_is_not_tagged(cli: Cli, image: str) -> None:

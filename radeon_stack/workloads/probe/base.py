@@ -39,7 +39,12 @@ def guarded(found: list[Distribution] | None = None) -> list[Guarded]:
 
 def facts() -> dict[str, Any]:
     """What `base.json` holds."""
-    return {"python": platform.python_version(), "guarded": [asdict(one) for one in guarded()]}
+    installed = {normal(str(dist.metadata["Name"])): dist.version for dist in distributions()}
+    return {
+        "python": platform.python_version(),
+        "guarded": [asdict(one) for one in guarded()],
+        "installed": dict(sorted(installed.items())),
+    }
 
 
 def constraints(found: list[Guarded]) -> str:
