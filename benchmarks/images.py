@@ -31,7 +31,8 @@ from radeon_stack.images.builder import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-PORT = 5087
+# Two registries: an engine mounts what it has pushed to one already, and the second push would cost nothing.
+PORT, PLAIN_PORT = 5087, 5088
 OURS = [sys.executable, "-m", "radeon_stack"]
 HIP = "radeon-stack/stand-in:hip"
 RENDERS = 5
@@ -48,7 +49,7 @@ def main() -> None:
         figures["no-op"] = no_op(place, environ)
         figures["one leaf"] = leaf(environ)
         figures["sizes"] = sizes(environ)
-        with registry(place):
+        with registry(place, PORT), registry(place, PLAIN_PORT):
             figures["push"], figures["pull"] = transfer(place, environ)
     show(figures)
     record = {
@@ -113,18 +114,18 @@ def sizes(environ: dict[str, str]) -> dict[str, Any]:
 
 
 def transfer(place: Path, environ: dict[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    where = f"localhost:{PORT}"
+    where, other = f"localhost:{PORT}", f"localhost:{PLAIN_PORT}"
     ours = seconds([*OURS, "image", "push", "radeon-stack/train:cpu", "--registry", f"{where}/ours"], environ)
-    run(["docker", "tag", "radeon-stack/train:cpu", f"{where}/plain:cpu"], environ)
-    pushed = {"ours, verified before": ours, "docker push": seconds(["docker", "push", f"{where}/plain:cpu"], environ)}
-    run(["docker", "rmi", f"{where}/plain:cpu"], environ)
+    run(["docker", "tag", "radeon-stack/train:cpu", f"{other}/plain:cpu"], environ)
+    pushed = {"ours, verified before": ours, "docker push": seconds(["docker", "push", f"{other}/plain:cpu"], environ)}
+    run(["docker", "rmi", f"{other}/plain:cpu"], environ)
     tags = json.loads(out(["curl", "-s", f"http://{where}/v2/ours/tags/list"]))["tags"]
     tag = next(tag for tag in tags if tag.startswith("train-"))
     run([*OURS, "image", "promote", f"{where}/ours:{tag}"], environ)
     pulled = {}
     for name, words in (
         ("ours", [*OURS, "pull", "--registry", f"{where}/ours"]),
-        ("docker pull", ["docker", "pull", f"{where}/plain:cpu"]),
+        ("docker pull", ["docker", "pull", f"{other}/plain:cpu"]),
     ):
         with engine(place / name.replace(" ", "-")) as host:
             pulled[name] = seconds(words, {**environ, "DOCKER_HOST": host, "RADEON_STACK_HOME": str(place / "there")})
@@ -143,11 +144,11 @@ def buildkit() -> dict[str, str]:
 
 
 @contextmanager
-def registry(place: Path) -> Iterator[None]:
-    config = place / "registry.yml"
+def registry(place: Path, port: int) -> Iterator[None]:
+    config, data = place / f"registry-{port}.yml", place / f"registry-{port}"
     config.write_text(
-        f"version: 0.1\nlog: {{level: warn}}\nstorage: {{filesystem: {{rootdirectory: {place / 'registry'}}}}}\n"
-        f"http: {{addr: '127.0.0.1:{PORT}'}}\n"
+        f"version: 0.1\nlog: {{level: warn}}\nstorage: {{filesystem: {{rootdirectory: {data}}}}}\n"
+        f"http: {{addr: '127.0.0.1:{port}'}}\n"
     )
     with subprocess.Popen(
         ["docker-registry", "serve", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

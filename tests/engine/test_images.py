@@ -233,7 +233,6 @@ def test_two_images_are_baked_in_one_graph_where_docker_has_buildx(image: str, t
     )
     for name in ("first", "second"):
         shutil.copy(folder / "locks" / "train-cpu.txt", folder / "locks" / f"{name}-cpu.txt")
-    (folder / "kinds.toml").write_text(kinds)
     environ = dict(os.environ)
     place = Workplace(home, BuildSettings(default_ca(environ), default_pip_conf(environ), "host"), lambda step: None)
     identity = str(client().images.get("radeon-stack/stand-in:cpu").id)
