@@ -51,7 +51,7 @@ def building_client() -> str:
 
 def baking_client() -> str | None:
     """The first docker client on PATH with buildx, which bakes many images in one graph; None without one."""
-    return next((client for client in _clients() if _answers(client, "buildx", "bake", "--help")), None)
+    return next((client for client in _clients() if _answers(client, "buildx", "version")), None)
 
 
 def build_command(client: str, folder: Path, output: Output, settings: BuildSettings) -> list[str]:

@@ -17,7 +17,15 @@ import pytest
 from radeon_stack.catalog.platforms import load_platforms
 from radeon_stack.errors import BuildError, MachineError, UsageError
 from radeon_stack.images.bases import base_reference
-from radeon_stack.images.builder import BuildSettings, Output, build, build_command, building_client, default_ca
+from radeon_stack.images.builder import (
+    BuildSettings,
+    Output,
+    baking_client,
+    build,
+    build_command,
+    building_client,
+    default_ca,
+)
 from radeon_stack.images.builds import write_context
 from radeon_stack.images.progress import Step, Steps
 from radeon_stack.images.render import bake_file, context, dockerfile, labels
@@ -184,10 +192,10 @@ def test_secrets_are_named_by_file_and_never_by_value(tmp_path: Path, monkeypatc
     assert "hunter2" not in " ".join(command)
 
 
-def client(folder: Path, exit_code: int) -> Path:
+def client(folder: Path, script_text: str) -> Path:
     folder.mkdir()
     script = folder / "docker"
-    script.write_text(f"#!/bin/sh\nexit {exit_code}\n")
+    script.write_text(f"#!/bin/sh\n{script_text}\n")
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     return script
 
@@ -195,12 +203,24 @@ def client(folder: Path, exit_code: int) -> Path:
 def test_a_client_without_buildx_is_passed_over_for_one_that_builds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    newer, older = client(tmp_path / "newer", 1), client(tmp_path / "older", 0)
+    newer, older = client(tmp_path / "newer", "exit 1"), client(tmp_path / "older", "exit 0")
     monkeypatch.setenv("PATH", f"{newer.parent}:{older.parent}:/usr/bin:/bin")
     assert building_client() == str(older)
     monkeypatch.setenv("PATH", str(newer.parent))
     with pytest.raises(MachineError, match="no BuildKit; install Docker"):
         building_client()
+
+
+def test_a_client_that_answers_every_question_for_help_does_not_bake_therefore(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the plugin, `docker buildx bake --help` prints docker's own help and ends with 0."""
+    helpful = client(tmp_path / "helpful", 'case "$*" in *--help) exit 0 ;; *) exit 1 ;; esac')
+    monkeypatch.setenv("PATH", str(helpful.parent))
+    assert building_client() == str(helpful) and baking_client() is None
+    baker = client(tmp_path / "baker", "exit 0")
+    monkeypatch.setenv("PATH", f"{helpful.parent}:{baker.parent}")
+    assert baking_client() == str(baker)
 
 
 PLAIN = """#1 [internal] load build definition from Dockerfile
