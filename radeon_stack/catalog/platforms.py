@@ -149,7 +149,9 @@ class Platforms(Mapping[str, Platform]):
                 f"ROCm {rocm or self.default} has no code for {arch}", where="ROCM, ARCH", remedy=f"{arch}: {there}"
             )
         known = sorted({platform.gfx for platform in self.values() if platform.gfx} | {CPU})
-        raise UsageError(f"no platform for '{arch}'; {nearest(arch, known)}", where="ARCH")
+        by_arch = {name: [str(p.rocm) for p in self.values() if p.gfx == name] for name in known if name != CPU}
+        pairs = "; ".join(f"{name}: {', '.join(those)}" for name, those in by_arch.items())
+        raise UsageError(f"no platform for '{arch}'", where="ARCH", remedy=f"there are cpu; {pairs}")
 
 
 def load_platforms(folder: Path | None = None) -> Platforms:
