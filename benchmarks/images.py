@@ -20,12 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from radeon_stack.host.clients import building_client
 from radeon_stack.host.engines import client, require_engine
 from radeon_stack.images.builder import (
     BuildSettings,
     Output,
     build_command,
-    building_client,
     default_ca,
     default_pip_conf,
 )

@@ -25,8 +25,8 @@ from typing import Any
 
 from radeon_stack.catalog.load import read, resolve
 from radeon_stack.host.engines import require_engine
-from radeon_stack.host.machine import probe
-from radeon_stack.images.resolve import find_image
+from radeon_stack.host.sysroot import Sysroot
+from radeon_stack.launch.circumstances import Asked, find_out
 from radeon_stack.launch.docker import DockerEngine
 from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.launch.planner import plan
@@ -112,12 +112,10 @@ def empty_plan(folder: Path, number: int) -> LaunchPlan:
     cache.mkdir(exist_ok=True)
     made = plan(
         resolve(read("train-llama"), "demo"),
-        probe(),
+        find_out(resolve(read("train-llama"), "demo"), Sysroot(), Asked(engine="docker"), folder),
         run_id=f"overhead-{os.getpid()}-{number}",
         run_dir=run_dir,
         cache=cache,
-        engine="docker",
-        image=find_image("train", "cpu"),
     )
     return replace(made, command=(made.command[0], "-c", "pass"))
 

@@ -18,13 +18,13 @@ import tempfile
 from pathlib import Path
 
 from radeon_stack.errors import BuildError, MachineError, StackError
+from radeon_stack.host.clients import building_client
 from radeon_stack.host.engines import client, require_engine
 from radeon_stack.images.builder import (
     BuildSettings,
     Output,
     build,
     build_command,
-    building_client,
     default_ca,
     default_pip_conf,
 )

@@ -16,12 +16,12 @@ import click
 from radeon_stack.catalog.kinds import load_kinds
 from radeon_stack.catalog.platforms import Platform, load_platforms
 from radeon_stack.catalog.sizes import format_size, parse_size
+from radeon_stack.host.clients import baking_client
 from radeon_stack.host.engines import client, require_engine
 from radeon_stack.images.bases import base_reference, find_base
 from radeon_stack.images.builder import (
     BuildSettings,
     Output,
-    baking_client,
     build_command,
     default_ca,
     default_pip_conf,

@@ -13,8 +13,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from radeon_stack.catalog.platforms import load_platforms
 from radeon_stack.catalog.sizes import format_size
 from radeon_stack.errors import ImageError, StackError, UsageError
+from radeon_stack.host.bundle import opened
 from radeon_stack.host.engines import require_engine
-from radeon_stack.host.gpus import driver_version
 from radeon_stack.host.machine import probe
 from radeon_stack.images.download import PATIENCE_SECONDS
 from radeon_stack.images.published import STABLE, Candidate, Choice, Wanted, choose, in_channel
@@ -39,7 +39,7 @@ from radeon_stack.runs.view import print_line
 @click.option("--channel", default=STABLE, show_default=True, help="The channel to take it from.")
 @click.option("--patience", default=PATIENCE_SECONDS, show_default=True, help="Seconds to wait for a next byte.")
 @click.option("--or-build", is_flag=True, help="Build it here when it cannot be had.")
-@click.option("--sysroot", type=click.Path(path_type=Path), default=Path("/"), help="Look at this tree as the machine.")
+@click.option("--sysroot", metavar="DIR", default="/", help="Look at this tree as the machine.")
 @click.option("--dry-run", is_flag=True, help="Say what would be pulled, and why; do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def pull(
@@ -51,7 +51,7 @@ def pull(
     channel: str,
     patience: float,
     or_build: bool,
-    sysroot: Path,
+    sysroot: str,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -66,8 +66,10 @@ def pull(
       radeon-stack pull --arch gfx1201 --rocm 7.1.1 --dry-run
       radeon-stack pull registry.example.org/radeon@sha256:…
     """
-    machine = probe(sysroot)
-    wanted = Wanted(kind, arch or (machine.gpus[0].gfx if machine.gpus else "cpu"), driver_version(sysroot), rocm)
+    with opened(Path(sysroot)) as place:
+        machine = probe(place)
+    cards = [gpu for gpu in machine.gpus if not gpu.integrated] or list(machine.gpus)
+    wanted = Wanted(kind, arch or (cards[0].gfx if cards else "cpu"), machine.driver, rocm)
     require_engine()
     try:
         registry, choice = _find(reference, registries, wanted, channel)

@@ -1,8 +1,9 @@
-"""Is there a container engine, and what can it do?"""
+"""Is there a container engine, of what kind, and what can it do?"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +14,33 @@ PROBE_SECONDS = 5
 
 @dataclass(frozen=True)
 class EngineProbe:
-    """What asking the engine gave: its version, or why there is none."""
+    """What asking the engine gave: what it is, or why there is none.
+
+    `product` is docker or podman; `desktop` Docker Desktop, whose containers run in a virtual machine;
+    `cdi` that it reads CDI specifications from `/etc/cdi`.
+    """
 
     address: str
     version: str = ""
     why_not: str = ""
+    denied: bool = False
+    product: str = "docker"
+    api: str = ""
+    rootless: bool = False
+    desktop: bool = False
+    cdi: bool = False
+    selinux: bool = False
+    storage: str = ""
+    root: str = ""
 
     @property
     def answers(self) -> bool:
         return not self.why_not
+
+    @property
+    def what(self) -> str:
+        """`docker 28.5.2`, `podman 4.3.1, rootless`."""
+        return f"{self.product} {self.version}{', rootless' if self.rootless else ''}"
 
 
 def address() -> str:
@@ -40,15 +59,34 @@ def client(timeout: int = 60) -> Any:
         raise MachineError(*_unreachable(_reason(error))) from error
 
 
-def probe_engine() -> EngineProbe:
-    """Ask the engine for its version, within a few seconds."""
+def probe_engine(seconds: int = PROBE_SECONDS) -> EngineProbe:
+    """Ask the engine what it is, waiting so long for each answer at most."""
     try:
-        engine = client(timeout=PROBE_SECONDS)
-        return EngineProbe(address(), version=str(engine.version()["Version"]))
+        engine = client(timeout=seconds)
+        return described(address(), engine.version(), engine.info())
     except MachineError as error:
-        return EngineProbe(address(), why_not=error.what)
+        return EngineProbe(address(), why_not=error.what, denied="permission denied" in error.what)
     except Exception as error:  # requests, docker and urllib3 each have their own families
         return EngineProbe(address(), why_not=_unreachable(_reason(error))[0])
+
+
+def described(where: str, version: Mapping[str, Any], info: Mapping[str, Any]) -> EngineProbe:
+    """The probe of what `/version` and `/info` answered."""
+    parts = version.get("Components") or []
+    podman = any("podman" in str(part.get("Name", "")).lower() for part in parts if isinstance(part, dict))
+    security = [str(option) for option in info.get("SecurityOptions") or []]
+    return EngineProbe(
+        where,
+        version=str(version.get("Version", "")),
+        product="podman" if podman else "docker",
+        api=str(version.get("ApiVersion", "")),
+        rootless=bool(info.get("Rootless")) or any("name=rootless" in option for option in security),
+        desktop="docker desktop" in str(info.get("OperatingSystem", "")).lower(),
+        cdi=bool(info.get("CDISpecDirs")) and not podman,
+        selinux=any("name=selinux" in option for option in security),
+        storage=str(info.get("Driver", "")),
+        root=str(info.get("DockerRootDir", "")),
+    )
 
 
 def require_engine() -> EngineProbe:

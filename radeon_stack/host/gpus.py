@@ -1,63 +1,194 @@
-"""GPUs that ROCm can compute on, read from the kernel's KFD topology: no subprocess, no rocminfo."""
+"""The compute GPUs of a machine, from sysfs alone: no subprocess, no rocminfo, no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-TOPOLOGY = "sys/class/kfd/kfd/topology/nodes"
+from radeon_stack.host.gpu_names import marketing_name
+from radeon_stack.host.kfd import VRAM_HIDDEN, VRAM_VISIBLE, KfdNode, Link, gfx_name, nodes
+from radeon_stack.host.sysroot import Sysroot, as_number
+
+PCI = "/sys/bus/pci/devices"
+DRM = "/sys/class/drm"
+FIRST_RENDER_MINOR, LAST_RENDER_MINOR = 128, 255  # drivers/gpu/drm/drm_drv.c: minors of DRM_MINOR_RENDER
+AMD = 0x1002
+DISPLAY_CLASSES = ("0x03", "0x12")  # PCI base classes: display controllers; processing accelerators (Instinct)
+
+# The APUs among AMD's processors: "Target Architecture" APU in LLVM's AMDGPUUsage, "AMDGPU Processors".
+APUS = frozenset(
+    f"gfx{name}"
+    for name in (
+        *("700", "801", "902", "909", "90c", "1013", "1033", "1035", "1036", "1037"),
+        *("1103", "1150", "1151", "1152", "1153"),
+    )
+)
+# An APU that people buy to compute on: its GPU has the whole memory, and is a card like any other.
+STRIX_HALO = "gfx1151"
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One compute GPU: its index among GPUs, ISA name and render node."""
+    """One compute GPU, or one partition of one. Memory in bytes.
+
+    `index` counts in the kernel's order, as ROCR and HIP do. `vram` is its own memory; `visible_vram` what of that
+    the CPU sees (all of it with a large BAR); `gtt` the system memory it may map. `problem` says why it cannot be used.
+    """
 
     index: int
+    node: int
     gfx: str
+    name: str
+    vram: int
+    visible_vram: int
+    gtt: int
+    compute_units: int
     render_node: str
+    pci: str
+    pci_id: str
+    numa_node: int | None
+    unique_id: str
+    integrated: bool
+    partition: int | None
+    links: tuple[Link, ...]
+    problem: str = ""
+
+    @property
+    def memory(self) -> int:
+        """What a model may fill: its own memory; an APU's is a small window, and it computes in system memory."""
+        return max(self.vram, self.gtt) if self.gfx in APUS else self.vram
 
 
-def gfx_name(target_version: int) -> str:
-    """`gfx1201` of 120001: decimal major * 10000 + minor * 100 + stepping, the last two written in hex.
+@dataclass(frozen=True)
+class PciGpu:
+    """An AMD GPU on the PCI bus, with a driver or without."""
 
-    Source: `gfx_target_version` in the kernel's drivers/gpu/drm/amd/amdkfd/kfd_topology.c.
-    """
-    major, rest = divmod(target_version, 10_000)
-    minor, stepping = divmod(rest, 100)
-    return f"gfx{major}{minor:x}{stepping:x}"
-
-
-def gpus(sysroot: Path = Path("/")) -> list[Gpu]:
-    """The compute GPUs of a machine; [] without the amdgpu driver. CPU nodes have no gfx version."""
-    found = list(_nodes(sysroot / TOPOLOGY))
-    return [
-        Gpu(index, gfx_name(node["gfx_target_version"]), f"/dev/dri/renderD{node['drm_render_minor']}")
-        for index, node in enumerate(found)
-    ]
+    address: str
+    pci_id: str
+    driver: str
 
 
-def _nodes(folder: Path) -> Iterator[dict[str, int]]:
-    if not folder.is_dir():
-        return
-    for entry in sorted((e for e in folder.iterdir() if e.name.isdigit()), key=lambda e: int(e.name)):
-        properties = _properties(entry / "properties")
-        if properties.get("gfx_target_version") and properties.get("drm_render_minor"):
-            yield properties
+@dataclass(frozen=True)
+class Topology:
+    """All that was seen; `problems` are nodes that could not be read or made sense of."""
+
+    gpus: tuple[Gpu, ...]
+    cpus: int
+    pci: tuple[PciGpu, ...]
+    problems: tuple[str, ...]
 
 
-def _properties(path: Path) -> dict[str, int]:
-    try:
-        lines = path.read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return {}
-    pairs = (line.split() for line in lines)
-    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
+def topology(sysroot: Sysroot) -> Topology:
+    """GPUs, CPU nodes and what is on the bus; never an error, whatever the files hold."""
+    gpus: list[Gpu] = []
+    problems: list[str] = []
+    found = nodes(sysroot)
+    partitions = _partitions(found)
+    for node in found:
+        if node.problem:
+            problems.append(node.problem)
+        elif node.has_gpu:
+            gpu = _gpu(sysroot, node, len(gpus), partitions)
+            if gpu is None:
+                problems.append(f"node {node.number}: a GPU without a gfx_target_version that makes sense")
+            else:
+                gpus.append(gpu)
+    return Topology(tuple(gpus), sum(node.has_cpu for node in found), tuple(pci_gpus(sysroot)), tuple(problems))
 
 
-def driver_version(sysroot: Path = Path("/")) -> str | None:
+def pci_gpus(sysroot: Sysroot) -> list[PciGpu]:
+    """AMD's display controllers and accelerators on the PCI bus."""
+    found = []
+    for address in sysroot.names(PCI):
+        folder = f"{PCI}/{address}"
+        kind = sysroot.text(f"{folder}/class") or ""
+        if kind.startswith(DISPLAY_CLASSES) and sysroot.text(f"{folder}/vendor") == f"0x{AMD:04x}":
+            found.append(PciGpu(address, _pci_id(sysroot, folder), sysroot.target(f"{folder}/driver")))
+    return found
+
+
+def driver_version(sysroot: Sysroot) -> str | None:
     """The version of AMD's packaged amdgpu driver, such as 30.20.1; None for the kernel's own, which tells none."""
-    try:
-        return (sysroot / "sys/module/amdgpu/version").read_text(encoding="ascii", errors="replace").strip() or None
-    except OSError:
+    return sysroot.text("/sys/module/amdgpu/version") or None
+
+
+def _gpu(sysroot: Sysroot, node: KfdNode, index: int, partitions: dict[tuple[int, int], int]) -> Gpu | None:
+    gfx = gfx_name(node.get("gfx_target_version"))
+    if not gfx:
         return None
+    many = partitions[_slot(node)] > 1
+    pci = _address(sysroot, node, many)
+    folder = f"{PCI}/{pci}"
+    render_node, problem = _render_node(sysroot, node, pci, many)
+    hidden, visible = node.memory.get(VRAM_HIDDEN, 0), node.memory.get(VRAM_VISIBLE, 0)
+    vram = sysroot.number(f"{folder}/mem_info_vram_total") if not many else None
+    seen = sysroot.number(f"{folder}/mem_info_vis_vram_total") if not many else None
+    unique = node.get("unique_id")
+    numa = sysroot.text(f"{folder}/numa_node") or ""
+    return Gpu(
+        index=index,
+        node=node.number,
+        gfx=gfx,
+        name=marketing_name(sysroot, folder, gfx),
+        vram=vram or hidden + visible,
+        visible_vram=seen if seen is not None else visible,
+        gtt=sysroot.number(f"{folder}/mem_info_gtt_total") or 0,
+        compute_units=node.get("simd_count") // max(1, node.get("simd_per_cu")),
+        render_node=render_node,
+        pci=pci,
+        pci_id=_pci_id(sysroot, folder) or f"{node.get('vendor_id'):04x}:{node.get('device_id'):04x}",
+        numa_node=as_number(numa),  # -1 where the firmware tells none
+        unique_id=f"GPU-{unique:016x}" if unique else "",
+        integrated=gfx in APUS and gfx != STRIX_HALO,
+        partition=_partition(node) if many else None,
+        links=node.links,
+        problem=problem,
+    )
+
+
+def _slot(node: KfdNode) -> tuple[int, int]:
+    """Domain, and bus with device: what the partitions of one card share."""
+    return node.get("domain"), (node.get("location_id") & 0xFFFF) >> 3
+
+
+def _partitions(found: list[KfdNode]) -> dict[tuple[int, int], int]:
+    count: dict[tuple[int, int], int] = {}
+    for node in found:
+        if node.has_gpu:
+            count[_slot(node)] = count.get(_slot(node), 0) + 1
+    return count
+
+
+def _partition(node: KfdNode) -> int:
+    # Kernels write a partition's number into bits 31:28, others into the function's three bits; never into both.
+    location = node.get("location_id")
+    return (location >> 28) & 0xF or location & 7
+
+
+def _address(sysroot: Sysroot, node: KfdNode, many: bool) -> str:
+    """`0000:03:00.0`; of a partition, its card's."""
+    domain, slot = _slot(node)
+    function = node.get("location_id") & 7
+    address = f"{domain & 0xFFFFFFFF:04x}:{slot >> 5:02x}:{slot & 31:02x}"
+    if many and not sysroot.exists(f"{PCI}/{address}.{function}"):
+        function = 0
+    return f"{address}.{function}"
+
+
+def _render_node(sysroot: Sysroot, node: KfdNode, pci: str, many: bool) -> tuple[str, str]:
+    """The render node's path, or "" and why there is none."""
+    minor = node.get("drm_render_minor")
+    if FIRST_RENDER_MINOR <= minor <= LAST_RENDER_MINOR:
+        return f"/dev/dri/renderD{minor}", ""
+    if minor:
+        return "", f"drm_render_minor {minor} is outside {FIRST_RENDER_MINOR} to {LAST_RENDER_MINOR}"
+    # Where the minor is not told, the render node of the same PCI device is it.
+    if not many:
+        for name in sysroot.names(f"{PCI}/{pci}/drm"):
+            if name.startswith("renderD") and as_number(name[len("renderD") :]) is not None:
+                return f"/dev/dri/{name}", ""
+    return "", "the kernel tells no render node for it (drm_render_minor)"
+
+
+def _pci_id(sysroot: Sysroot, folder: str) -> str:
+    vendor, device = sysroot.text(f"{folder}/vendor") or "", sysroot.text(f"{folder}/device") or ""
+    return f"{vendor[2:6]}:{device[2:6]}" if vendor.startswith("0x") and device.startswith("0x") else ""

@@ -3,29 +3,94 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from radeon_stack.host.gpus import Gpu, gpus
+from radeon_stack.host.gpus import Gpu, Topology, driver_version, topology
+from radeon_stack.host.kfd import numbers
+from radeon_stack.host.sysroot import Node, Sysroot, as_number
+
+KFD = "/dev/kfd"
+DXG = "/dev/dxg"
+
+
+@dataclass(frozen=True)
+class User:
+    """Who calls: numbers of the process, and the groups that /etc/group has for that name."""
+
+    uid: int
+    gid: int
+    groups: frozenset[int]
+    name: str = ""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What was found; memory in bytes."""
+    """What was found; memory in bytes. `nodes` are the device nodes that a GPU could need, by path."""
 
-    gpus: tuple[Gpu, ...]
+    topology: Topology
+    nodes: Mapping[str, Node]
     memory: int
-    uid: int
-    gid: int
-    sysroot: Path = Path("/")
+    user: User
+    kernel: str = ""
+    driver: str | None = None
+    selinux: bool = False
+
+    @classmethod
+    def unknown(cls) -> Machine:
+        """A machine of which nothing was found out."""
+        return cls(Topology((), 0, (), ()), {}, 0, User(os.getuid(), os.getgid(), frozenset()))
+
+    @property
+    def gpus(self) -> tuple[Gpu, ...]:
+        return self.topology.gpus
+
+    @property
+    def wsl(self) -> bool:
+        """Windows' own GPU device, and no KFD: WSL2."""
+        return DXG in self.nodes and KFD not in self.nodes
 
 
-def probe(sysroot: Path = Path("/")) -> Machine:
-    """Look at this machine, or at the tree below `sysroot` in its place."""
+def probe(sysroot: Sysroot | None = None) -> Machine:
+    """Look at this machine, or at the tree below `sysroot` in its place. Never an error."""
+    sysroot = sysroot or Sysroot()
+    paths = [KFD, DXG, *(f"/dev/dri/{name}" for name in sysroot.node_names("/dev/dri"))]
+    found = {path: sysroot.node(path) for path in paths}
     return Machine(
-        gpus=tuple(gpus(sysroot)),
-        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        uid=os.getuid(),
-        gid=os.getgid(),
-        sysroot=sysroot,
+        topology=topology(sysroot),
+        nodes={path: node for path, node in found.items() if node is not None},
+        memory=numbers_in_kib(sysroot.text("/proc/meminfo") or "").get("MemTotal", 0),
+        user=_user(sysroot),
+        kernel=sysroot.text("/proc/sys/kernel/osrelease") or "",
+        driver=driver_version(sysroot),
+        selinux=sysroot.text("/sys/fs/selinux/enforce") == "1",
     )
+
+
+def boot_id(sysroot: Sysroot) -> str:
+    """What tells one boot of this machine from the next: random(4)."""
+    return sysroot.text("/proc/sys/kernel/random/boot_id") or ""
+
+
+def numbers_in_kib(text: str) -> dict[str, int]:
+    """`Name: 123 kB` lines in bytes, as /proc/meminfo has them."""
+    plain = "\n".join(line.replace(":", " ").removesuffix(" kB") for line in text.splitlines())
+    return {name: value << 10 for name, value in numbers(plain + "\n").items()}
+
+
+def _user(sysroot: Sysroot) -> User:
+    if sysroot.live:
+        import pwd
+
+        try:
+            name = pwd.getpwuid(os.getuid()).pw_name
+        except KeyError:  # a container's uid may have no name
+            name = ""
+        return User(os.getuid(), os.getgid(), frozenset(os.getgroups()) | {os.getgid()}, name)
+    told: Any = sysroot.overlay.get("user")
+    told = told if isinstance(told, dict) else {}
+    uid, gid = (as_number(str(told.get(key, 1000))) or 0 for key in ("uid", "gid"))
+    listed = told.get("groups", [])
+    groups = (as_number(str(group)) for group in (listed if isinstance(listed, list) else []))
+    return User(uid, gid, frozenset(g for g in groups if g is not None) | {gid}, str(told.get("name", "")))

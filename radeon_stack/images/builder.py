@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from radeon_stack.errors import BuildError, MachineError
-from radeon_stack.host.engines import address
+from radeon_stack.errors import BuildError
+from radeon_stack.host.clients import client_environment
 from radeon_stack.images.progress import Steps
 
 CA_VARIABLES = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE")
 PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
-PROBE_SECONDS = 20
 
 
 @dataclass(frozen=True)
@@ -36,22 +33,6 @@ class Output:
     id_file: Path | None = None
     stage: str | None = None
     folder: Path | None = None
-
-
-def building_client() -> str:
-    """The first docker client on PATH that builds with BuildKit; a newer one may lack its buildx plugin."""
-    tried = []
-    for client in _clients():
-        if _answers(client, "build", "--help"):
-            return client
-        tried.append(client)
-    seen = f"{', '.join(tried)}: no BuildKit" if tried else "no docker client on PATH"
-    raise MachineError(seen, remedy="install Docker with its buildx plugin (Debian: docker.io or docker-buildx)")
-
-
-def baking_client() -> str | None:
-    """The first docker client on PATH with buildx, which bakes many images in one graph; None without one."""
-    return next((client for client in _clients() if _answers(client, "buildx", "version")), None)
 
 
 def build_command(client: str, folder: Path, output: Output, settings: BuildSettings) -> list[str]:
@@ -88,7 +69,7 @@ def build(command: list[str], steps: Steps, log: Path, *, folder: Path | None = 
         log.open("a", encoding="utf-8") as kept,
         subprocess.Popen(
             command,
-            env=_environment(),
+            env=client_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -117,25 +98,3 @@ def default_pip_conf(environ: dict[str, str]) -> Path | None:
     places = [Path(named)] if named else []
     places += [home / ".config" / "pip" / "pip.conf", home / ".pip" / "pip.conf", Path("/etc/pip.conf")]
     return next((place for place in places if place.is_file()), None)
-
-
-def _answers(client: str, *arguments: str) -> bool:
-    command: list[str] = [client, *arguments]
-    try:
-        done = subprocess.run(command, env=_environment(), capture_output=True, timeout=PROBE_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return done.returncode == 0
-
-
-def _clients() -> Iterator[str]:
-    seen = set()
-    for folder in os.get_exec_path():
-        found = shutil.which("docker", path=folder)
-        if found and os.path.realpath(found) not in seen:
-            seen.add(os.path.realpath(found))
-            yield found
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "DOCKER_BUILDKIT": "1", "DOCKER_HOST": address()}

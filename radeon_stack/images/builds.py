@@ -16,8 +16,9 @@ from typing import Any
 from radeon_stack import atomic
 from radeon_stack.catalog.sizes import format_size
 from radeon_stack.errors import BuildError, ImageError
+from radeon_stack.host.clients import building_client
 from radeon_stack.host.engines import client
-from radeon_stack.images.builder import BuildSettings, Output, bake_command, build, build_command, building_client
+from radeon_stack.images.builder import BuildSettings, Output, bake_command, build, build_command
 from radeon_stack.images.labels import KEY
 from radeon_stack.images.progress import Step, Steps
 from radeon_stack.images.registry import Registry

@@ -6,17 +6,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from radeon_stack.errors import ImageError
-from radeon_stack.host.engines import client
-from radeon_stack.images.labels import KIND, PLATFORM
+from radeon_stack.host.engines import PROBE_SECONDS, client
+from radeon_stack.host.facts import ImageFact
+from radeon_stack.images.labels import DRIVERS, GFX, KIND, PLATFORM, ROCM, TORCH
 
 
 @dataclass(frozen=True)
 class Image:
-    """An image that fits, and why it was taken."""
+    """An image that fits, why it was taken, and what its labels say is inside ("": nothing)."""
 
     id: str
     name: str
     why: str
+    gfx: str = ""
+    rocm: str = ""
+    torch: str = ""
 
 
 def find_image(kind: str, platform: str) -> Image | None:
@@ -27,7 +31,22 @@ def find_image(kind: str, platform: str) -> Image | None:
         return None
     newest = max(fitting, key=lambda image: str(image.attrs["Created"]))
     name = newest.tags[0] if newest.tags else newest.short_id
-    return Image(str(newest.id), name, f"docker: the engine answers, and {name} is labelled {kind} for {platform}")
+    return _image(newest, name, f"docker: the engine answers, and {name} is labelled {kind} for {platform}")
+
+
+def image_facts() -> tuple[ImageFact, ...]:
+    """All images of ours in the engine, as doctor judges them."""
+    found = client(timeout=PROBE_SECONDS).images.list(filters={"label": [KIND]})
+    return tuple(
+        ImageFact(
+            image.tags[0] if image.tags else image.short_id,
+            image.labels.get(KIND, ""),
+            image.labels.get(ROCM, ""),
+            image.labels.get(GFX, ""),
+            tuple(filter(None, image.labels.get(DRIVERS, "").split(","))),
+        )
+        for image in found
+    )
 
 
 def named_image(reference: str) -> Image | None:
@@ -38,7 +57,12 @@ def named_image(reference: str) -> Image | None:
         image = client().images.get(reference)
     except ImageNotFound:
         return None
-    return Image(str(image.id), reference, f"docker: {reference} was asked for")
+    return _image(image, reference, f"docker: {reference} was asked for")
+
+
+def _image(found: Any, name: str, why: str) -> Image:
+    labels = found.labels
+    return Image(str(found.id), name, why, labels.get(GFX, ""), labels.get(ROCM, ""), labels.get(TORCH, ""))
 
 
 def _fits(label: str, platform: str) -> bool:

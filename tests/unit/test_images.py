@@ -16,14 +16,13 @@ import pytest
 
 from radeon_stack.catalog.platforms import load_platforms
 from radeon_stack.errors import BuildError, MachineError, UsageError
+from radeon_stack.host.clients import baking_client, building_client
 from radeon_stack.images.bases import base_reference
 from radeon_stack.images.builder import (
     BuildSettings,
     Output,
-    baking_client,
     build,
     build_command,
-    building_client,
     default_ca,
 )
 from radeon_stack.images.builds import write_context
