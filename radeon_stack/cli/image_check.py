@@ -18,6 +18,7 @@ from radeon_stack.codeobjects.sources import entries, tar
 from radeon_stack.errors import CheckError
 from radeon_stack.host.engines import require_engine
 from radeon_stack.host.machine import probe
+from radeon_stack.host.sysroot import Sysroot
 from radeon_stack.images.contents import Contents, exported, image_contents, layers, read_contents
 from radeon_stack.images.labels import GFX
 from radeon_stack.images.resolve import local_image
@@ -110,7 +111,7 @@ def verify(image: str, on_gpu: bool, dry_run: bool, as_json: bool) -> None:
       radeon-stack image verify radeon-stack/train:rocm7.1.1-gfx1201 --on-gpu
     """
     require_engine()
-    plan = verification_plan(local_image(image), probe(), on_gpu=on_gpu)
+    plan = verification_plan(local_image(image), probe(), Sysroot(), on_gpu=on_gpu)
     if dry_run:
         import shlex
 

@@ -12,13 +12,12 @@ import click
 
 from radeon_stack.catalog.load import Effective, read, resolve
 from radeon_stack.errors import Exit
-from radeon_stack.host.machine import probe
-from radeon_stack.launch.choose import choose
+from radeon_stack.host.bundle import opened
+from radeon_stack.launch.circumstances import Asked, find_out
 from radeon_stack.launch.engine import engine_named
 from radeon_stack.launch.launcher import Draft, detach, draft, paste_lines, resumable, write_records
-from radeon_stack.launch.planner import require_gpus
 from radeon_stack.launch.supervise import carry_out
-from radeon_stack.runs.outcome import Outcome
+from radeon_stack.runs.outcome import Outcome, recorded
 from radeon_stack.runs.store import Run, RunStore, home
 from radeon_stack.runs.summary import lines, summary
 from radeon_stack.runs.view import print_line, view_for
@@ -37,7 +36,13 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option("--image", metavar="REF", help="A particular image instead of the newest that fits."),
             click.option("--resume", metavar="RUN", help="Continue a run from its last checkpoint ('last' works)."),
-            click.option("--sysroot", type=click.Path(path_type=Path), default=Path("/"), hidden=True),
+            click.option("--after-fault", is_flag=True, help="With --resume: though its GPU faulted in this boot."),
+            click.option("--gpus", metavar="WHICH", help="0,2 or all or gfx1201 or '>=24GiB'. Default: free ones."),
+            click.option("--share", is_flag=True, help="Have the GPUs together with other runs."),
+            click.option(
+                "--without", multiple=True, metavar="RS-KI-…", help="Leave this known issue's mitigation out."
+            ),
+            click.option("--sysroot", metavar="DIR", default="/", help="Look at this tree as the machine."),
         ]
     ):
         command = option(command)
@@ -55,13 +60,13 @@ def run(dry_run: bool, detached: bool, as_json: bool, **options: Any) -> int:
 
     \b
       radeon-stack run train-llama --preset demo
-      radeon-stack run train-llama --model ./Meta-Llama-3.1-8B-Instruct --set train.steps=200
+      radeon-stack run train-llama --model ./Meta-Llama-3.1-8B-Instruct --set train.steps=200 --gpus gfx1201
       radeon-stack run train-llama --preset demo --data chats.jsonl --set data.loss_on=assistant
       radeon-stack run train-llama --preset demo --engine docker --dry-run
       radeon-stack run --resume last
     """
     store = RunStore(home())
-    drafted, why = _draft(store, **options)
+    drafted, why = drafted_from(store, **options)
     if dry_run:
         record = {"command": engine_named(drafted.plan.engine).render(drafted.plan), **drafted.plan.as_record()}
         click.echo(json.dumps(record, indent=2) if as_json else "\n".join(paste_lines(drafted, store)))
@@ -72,7 +77,7 @@ def run(dry_run: bool, detached: bool, as_json: bool, **options: Any) -> int:
         detach(drafted.run)
         status = drafted.run.status()
         if status is not None and status.what:
-            return end(drafted.run, Outcome(status.state, status.exit_code or 0, status.what, status.where), as_json)
+            return end(drafted.run, recorded(status), as_json)
         click.echo(json.dumps({"run": drafted.run.id}) if as_json else drafted.run.id)
         return Exit.OK
     with view_for(sys.stderr if as_json else sys.stdout) as view:
@@ -90,8 +95,9 @@ def explain(as_json: bool, **options: Any) -> int:
     \b
       radeon-stack explain train-llama --preset demo
       radeon-stack explain train-llama --preset demo --engine docker --json
+      radeon-stack explain train-llama --model ./Meta-Llama-3.1-8B-Instruct --gpus '>=24GiB'
     """
-    drafted, _ = _draft(RunStore(home()), **options)
+    drafted, _ = drafted_from(RunStore(home()), **options)
     record = drafted.plan.as_record()
     if as_json:
         click.echo(json.dumps(record, indent=2))
@@ -99,10 +105,12 @@ def explain(as_json: bool, **options: Any) -> int:
     for name, field in record["fields"].items():
         click.echo(click.style(f"{name}", bold=True) + f"  {json.dumps(field['value'], default=str)}")
         click.echo(f"    {field['reason']}")
+        for item, reason in field.get("items", {}).items():
+            click.echo(f"      {item}: {reason}")
     return Exit.OK
 
 
-def _draft(
+def drafted_from(
     store: RunStore,
     *,
     recipe: str | None,
@@ -113,16 +121,22 @@ def _draft(
     engine: str | None,
     image: str | None,
     resume: str | None,
-    sysroot: Path,
+    after_fault: bool,
+    gpus: str | None,
+    share: bool,
+    without: tuple[str, ...],
+    sysroot: str,
+    at: Run | None = None,
+    cache: Path | None = None,
 ) -> tuple[Draft, str]:
-    """The drafted launch, and why its engine."""
+    """The drafted launch, and why its engine; `at` another place than the store's next run directory."""
     resumed: Run | None = None
     effective: Effective
     if resume is not None:
         if recipe or preset or sets or model or data:
             raise click.UsageError("--resume continues a run as it was: give no recipe, preset or values with it")
         resumed = store.find(resume)
-        effective = resumable(resumed)
+        effective = resumable(resumed, after_fault=after_fault)
         status = resumed.status()
         engine = engine or (status.engine if status else None)
     elif recipe is None:
@@ -134,10 +148,10 @@ def _draft(
         if data:
             flags["--data"] = {"config": {"data": {"dataset": data}}}
         effective = resolve(read(recipe), preset, sets, flags)
-    machine = probe(sysroot)
-    require_gpus(effective, machine)
-    choice = choose(effective, machine, engine or "auto", image)
-    return draft(effective, machine, store, choice, resumed), choice.why
+    asked = Asked(gpus, engine or "auto", image, share, without)
+    with opened(Path(sysroot)) as place:
+        here = find_out(effective, place, asked, store.home)
+        return draft(effective, here, store, resumed or at, resume=resumed is not None, cache=cache), here.choice.why
 
 
 def end(run: Run, outcome: Outcome, as_json: bool) -> int:
@@ -147,6 +161,9 @@ def end(run: Run, outcome: Outcome, as_json: bool) -> int:
     else:
         for line in lines(run, outcome):
             print_line(line)
+    if outcome.diagnosis and not as_json:
+        print_line(f"  {outcome.diagnosis.signature}  {outcome.diagnosis.evidence}", sys.stderr)
+        print_line(f"  cause: {outcome.diagnosis.cause}", sys.stderr)
     if outcome.what:
         place = f"{outcome.where}: " if outcome.where else ""
         remedy = f"; {outcome.remedy}" if outcome.remedy else ""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from radeon_stack.catalog.load import Effective
 from radeon_stack.errors import ImageError, MachineError, StackError
-from radeon_stack.host.engines import probe_engine, require_engine
-from radeon_stack.host.machine import Machine
+from radeon_stack.host.engines import EngineProbe, probe_engine, require_engine
+from radeon_stack.host.selection import Selection
 from radeon_stack.images.resolve import Image, find_image, named_image
 
 # What the workloads import; looked for, never imported, on the host side.
@@ -22,37 +22,38 @@ class Choice:
     engine: str
     image: Image | None
     why: str
+    probe: EngineProbe | None = None
 
 
-def choose(effective: Effective, machine: Machine, engine: str, reference: str | None) -> Choice:
+def choose(effective: Effective, selection: Selection, engine: str, reference: str | None) -> Choice:
     """The engine and image for a recipe. MachineError or ImageError says what is missing and how to get it."""
     if engine == "local":
         return _local("local: asked for")
     if engine == "docker":
-        require_engine()
-        image = _image(effective, machine, reference)
-        return Choice("docker", image, image.why)
+        probe = require_engine()
+        image = _image(effective, selection, reference)
+        return Choice("docker", image, image.why, probe)
     probe = probe_engine()
     if not probe.answers:
         return _local(f"local: {probe.why_not}")
     try:
-        image = _image(effective, machine, reference)
+        image = _image(effective, selection, reference)
     except ImageError as error:
         if reference:
             raise
         return _local(f"local: {error.what}")
-    return Choice("docker", image, image.why)
+    return Choice("docker", image, image.why, probe)
 
 
-def platform_of(effective: Effective, machine: Machine) -> str:
-    """The image platform a recipe runs on here: its own, else that of the first GPU, else `cpu`."""
+def platform_of(effective: Effective, selection: Selection) -> str:
+    """The image platform a recipe runs on here: its own, else that of the chosen GPUs, else `cpu`."""
     if effective.recipe.platform:
         return effective.recipe.platform
-    return machine.gpus[0].gfx if machine.gpus else "cpu"
+    return selection.gpus[0].gfx if selection.gpus else "cpu"
 
 
-def _image(effective: Effective, machine: Machine, reference: str | None) -> Image:
-    kind, platform = effective.recipe.image, platform_of(effective, machine)
+def _image(effective: Effective, selection: Selection, reference: str | None) -> Image:
+    kind, platform = effective.recipe.image, platform_of(effective, selection)
     found = named_image(reference) if reference else find_image(kind, platform)
     if found is None:
         wanted = f"image {reference}" if reference else f"image labelled {kind} for {platform}"

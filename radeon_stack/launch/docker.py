@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from radeon_stack.errors import ImageError, MachineError, StackError, UsageError
 from radeon_stack.host.engines import address, client
+from radeon_stack.launch.access import KEEP_GROUPS
 from radeon_stack.launch.engine import Handle
 from radeon_stack.launch.plan import LaunchPlan
 
 if TYPE_CHECKING:
     from docker.models.containers import Container
+
+
+ENV = "/usr/bin/env"
 
 
 class DockerEngine:
@@ -96,17 +100,20 @@ def container_name(plan: LaunchPlan) -> str:
 
 def create_arguments(plan: LaunchPlan) -> dict[str, Any]:
     """The plan in the SDK's words."""
-    from docker.types import Mount
+    from docker.types import DeviceRequest, Mount
 
+    cdi = [device for device in plan.devices if is_cdi(device)]
     return {
         "image": plan.image,
         "name": container_name(plan),
-        "entrypoint": plan.command[0],
-        "command": list(plan.command[1:]),
+        "entrypoint": without_variables(plan)[0],
+        "command": list(without_variables(plan)[1:]),
         "environment": dict(plan.env) | secret_values(plan),
         "mounts": [Mount(m.target, m.source, type="bind", read_only=m.read_only) for m in plan.mounts],
-        "devices": [f"{device}:{device}:rwm" for device in plan.devices],
-        "group_add": [str(group) for group in plan.groups],
+        "devices": [f"{device}:{device}:rwm" for device in plan.devices if not is_cdi(device)],
+        "device_requests": [DeviceRequest(driver="cdi", device_ids=cdi)] if cdi else [],
+        # A word of podman's command line, which its socket does not know: there containers.conf says it (RS204).
+        "group_add": [group for group in plan.groups if group != KEEP_GROUPS],
         "user": plan.user,
         "mem_limit": plan.memory,
         "memswap_limit": plan.memory,
@@ -126,7 +133,7 @@ def create_arguments(plan: LaunchPlan) -> dict[str, Any]:
 
 def run_arguments(plan: LaunchPlan) -> list[str]:
     """The plan in the words of `docker run`; secrets stay names, which docker fills from the caller's environment."""
-    entrypoint, *arguments = plan.command
+    entrypoint, *arguments = without_variables(plan)
     flags: list[str] = ["--name", container_name(plan)]
     flags += ["--init"] if plan.init else []
     flags += ["--read-only"] if plan.read_only_root else []
@@ -152,6 +159,17 @@ def run_arguments(plan: LaunchPlan) -> list[str]:
         for value in values:
             flags += [flag, text(value)]
     return [*flags, "--entrypoint", entrypoint, str(plan.image), *arguments]
+
+
+def is_cdi(device: str) -> bool:
+    """`amd.com/gpu=0`, in distinction from a path."""
+    return "=" in device and not device.startswith("/")
+
+
+def without_variables(plan: LaunchPlan) -> tuple[str, ...]:
+    """The command, started without the variables that it must not see: an image may bring them."""
+    drop = tuple(part for name in plan.unset for part in ("-u", name))
+    return (ENV, *drop, *plan.command) if drop else plan.command
 
 
 def secret_values(plan: LaunchPlan) -> dict[str, str]:

@@ -14,9 +14,9 @@ from typing import Any
 from radeon_stack import atomic
 from radeon_stack.catalog.load import Effective, from_record
 from radeon_stack.errors import MachineError, UsageError
-from radeon_stack.host.machine import Machine
-from radeon_stack.launch.choose import Choice
+from radeon_stack.launch.circumstances import Circumstances
 from radeon_stack.launch.engine import engine_named
+from radeon_stack.launch.explaining import require_reboot, with_other_order
 from radeon_stack.launch.inputs import absolute_inputs
 from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.launch.planner import plan
@@ -36,25 +36,33 @@ class Draft:
     run: Run
 
 
-def draft(effective: Effective, machine: Machine, store: RunStore, choice: Choice, resumed: Run | None = None) -> Draft:
-    """Decide everything; writes nothing."""
-    run = resumed or store.new(effective.name)
+def draft(
+    effective: Effective,
+    here: Circumstances,
+    store: RunStore,
+    run: Run | None = None,
+    *,
+    resume: bool = False,
+    cache: Path | None = None,
+) -> Draft:
+    """Decide everything; writes nothing. `run`: this one, instead of the store's next."""
+    run = run or store.new(effective.name)
     launch_plan = plan(
         effective,
-        machine,
+        here,
         run_id=run.id,
         run_dir=run.path,
-        cache=store.home / "cache",
-        engine=choice.engine,
-        image=choice.image,
-        why=choice.why,
-        resume=resumed is not None,
+        cache=cache or store.home / "cache",
+        resume=resume,
     )
     return Draft(effective, launch_plan, run)
 
 
-def resumable(run: Run) -> Effective:
-    """The recipe of an ended run, as it was. UsageError for one that goes on or has nothing to continue."""
+def resumable(run: Run, *, after_fault: bool = False) -> Effective:
+    """The recipe of an ended run, as it was; after a GPU fault with its data in another order.
+
+    UsageError for one that goes on or has nothing to continue, MachineError where a fault wants a reboot first.
+    """
     state = settle(run).state
     if state is State.RUNNING:
         raise UsageError(f"{run.id} is still running", remedy=f"watch it: radeon-stack runs attach {run.id}")
@@ -63,7 +71,9 @@ def resumable(run: Run) -> Effective:
     record = run.read_json(run.config)
     if not record:
         raise UsageError("has no readable config.json", where=str(run.path), remedy="start a new run")
-    return from_record(record, run.config)
+    status = run.status()
+    require_reboot(status, anyway=after_fault)
+    return from_record(with_other_order(record, status), run.config)
 
 
 def write_records(drafted: Draft, store: RunStore) -> None:

@@ -33,7 +33,7 @@ class LocalEngine:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env={**os.environ, **dict(plan.env)},
+                    env={k: v for k, v in os.environ.items() if k not in plan.unset} | dict(plan.env),
                     start_new_session=True,
                 )
             except OSError as error:
@@ -74,7 +74,8 @@ class LocalEngine:
                     os.kill(_process(handle).pid, signal.SIGTERM)
 
     def render(self, plan: LaunchPlan) -> list[str]:
-        return ["env", *(f"{name}={value}" for name, value in plan.env), *plan.command]
+        unset = [part for name in plan.unset for part in ("-u", name)]
+        return ["env", *unset, *(f"{name}={value}" for name, value in plan.env), *plan.command]
 
 
 def _process(handle: Handle) -> Process:

@@ -21,19 +21,24 @@ class Mount:
 class LaunchPlan:
     """What an engine carries out. Dry run, JSON and the real launch are renderings of it.
 
-    `memory` and `shm` are bytes. A field that an engine has no use for is empty, and its reason says so.
+    `memory` and `shm` are bytes, `gpus` PCI addresses (of a partition with its number); `shared` that others may have
+    them too. `unset` are variables that the workload must not see. A field that an engine has no use for is empty,
+    and its reason says so. `reasons` has one for each field, and may have more: `env.NAME`, `mounts.TARGET`.
     """
 
     run_id: str
     run_dir: str
     engine: str
     image: str | None
+    gpus: tuple[str, ...]
+    shared: bool
     command: tuple[str, ...]
     env: tuple[tuple[str, str], ...]
+    unset: tuple[str, ...]
     secrets: tuple[str, ...]
     mounts: tuple[Mount, ...]
     devices: tuple[str, ...]
-    groups: tuple[int, ...]
+    groups: tuple[str, ...]
     user: str | None
     memory: int | None
     shm: int | None
@@ -49,9 +54,15 @@ class LaunchPlan:
     reasons: Mapping[str, str]
 
     def __post_init__(self) -> None:
-        unexplained = set(self.field_names()) ^ set(self.reasons)
+        unexplained = set(self.field_names()) ^ {name for name in self.reasons if "." not in name}
+        unexplained |= {name for name in self.reasons if "." in name and not self._has(*name.split(".", 1))}
         if unexplained:
             raise ValueError(f"a reason is owed for each field, and for no other: {sorted(unexplained)}")
+
+    def _has(self, field: str, item: str) -> bool:
+        """Is there an item of that name in that field? Of a mount the target is its name."""
+        items = getattr(self, field, ())
+        return any(item == (i.target if isinstance(i, Mount) else i[0] if isinstance(i, tuple) else i) for i in items)
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
@@ -66,9 +77,16 @@ class LaunchPlan:
             if isinstance(value, list):
                 values[name] = tuple(tuple(item) if isinstance(item, list) else item for item in value)
         values["mounts"] = tuple(Mount(**mount) for mount in values["mounts"])
-        return cls(**values, reasons={name: fields[name]["reason"] for name in cls.field_names()})
+        reasons = {name: fields[name]["reason"] for name in cls.field_names()}
+        for name in cls.field_names():
+            reasons |= {f"{name}.{item}": why for item, why in fields[name].get("items", {}).items()}
+        return cls(**values, reasons=reasons)
 
     def as_record(self) -> dict[str, Any]:
         """`plan.json`: each field with its value and reason."""
         values = dataclasses.asdict(self)
-        return {"fields": {name: {"value": values[name], "reason": self.reasons[name]} for name in self.field_names()}}
+        fields = {}
+        for name in self.field_names():
+            items = {key.split(".", 1)[1]: why for key, why in self.reasons.items() if key.startswith(f"{name}.")}
+            fields[name] = {"value": values[name], "reason": self.reasons[name]} | ({"items": items} if items else {})
+        return {"fields": fields}

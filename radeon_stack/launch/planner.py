@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,32 +10,24 @@ from typing import Any
 from radeon_stack.catalog.load import Effective
 from radeon_stack.catalog.sizes import format_size
 from radeon_stack.errors import MachineError, UsageError
-from radeon_stack.host.machine import Machine
-from radeon_stack.images.resolve import Image
+from radeon_stack.host.engines import require_engine
+from radeon_stack.launch.access import VISIBLE, container_access, local_env
+from radeon_stack.launch.circumstances import Circumstances
+from radeon_stack.launch.confinement import Reasoned, confined
 from radeon_stack.launch.inputs import data_file, model_folder
 from radeon_stack.launch.plan import LaunchPlan, Mount
 
 ROOM = "/radeon-stack"  # everything of ours inside a container is below this folder
 VENV_PYTHON = "/opt/venv/bin/python"  # the contract of rocm/pytorch images
-SCRATCH = "/tmp"  # noqa: S108 - the container's own, in memory
 STOP_SECONDS = 120  # an optimizer step of a large model and its checkpoint fit
 NO_CONTAINER = "a child process, no container: it has what you have"
 
 
 def plan(
-    effective: Effective,
-    machine: Machine,
-    *,
-    run_id: str,
-    run_dir: Path,
-    cache: Path,
-    engine: str,
-    image: Image | None,
-    why: str = "",
-    resume: bool = False,
+    effective: Effective, here: Circumstances, *, run_id: str, run_dir: Path, cache: Path, resume: bool = False
 ) -> LaunchPlan:
-    """The plan for one run; `why` is the reason for its engine. MachineError when this machine lacks what it needs."""
-    require_gpus(effective, machine)
+    """The plan for one run. MachineError when this machine lacks what it needs."""
+    image, machine = here.choice.image, here.machine
     inside = image is not None
     if inside and effective.recipe.resources.memory > machine.memory:
         raise MachineError(
@@ -49,34 +40,22 @@ def plan(
     paths = _Paths(inside, run_dir, cache)
     paths.add_model(config.model, effective.origin.get("config.model", str(effective.path)) + ": config.model")
     paths.add_data(config.data.dataset, effective.origin.get("config.data.dataset", "") + ": config.data.dataset")
-    common = _common(effective, machine, run_id, run_dir, image) | {"engine": (engine, why)}
     python = VENV_PYTHON if inside else sys.executable
     command = (python, "-m", f"radeon_stack.workloads.{effective.recipe.workload}", *paths.arguments)
-    if resume:
-        command = (*command, "--resume")
-    container = _container(effective, machine, paths, run_dir) if image else _no_container()
-    values = {**common, **container}
-    values["command"] = (command, "the recipe's workload; paths as it sees them")
-    values["env"] = (
-        _environment(effective, inside),
-        "the recipe's, and where caches are; no hub without a network",
-    )
-    return LaunchPlan(
-        **{name: value for name, (value, _) in values.items()},
-        reasons={name: reason for name, (_, reason) in values.items()},
-    )
-
-
-def require_gpus(effective: Effective, machine: Machine) -> None:
-    """MachineError when the recipe needs more GPUs than there are."""
-    needed, found = effective.recipe.resources.gpus.min, len(machine.gpus)
-    if needed > found:
-        seen = f"it has {found}" if found else "none is visible (no /dev/kfd topology)"
-        raise MachineError(
-            f"{effective.name} needs {needed} GPU{'s' * (needed > 1)}; on this machine {seen}",
-            where="resources.gpus.min",
-            remedy="without a Radeon, run the same code on a small model: --preset demo",
-        )
+    values = _common(effective, here, run_id, run_dir)
+    values["command"] = ((*command, "--resume") if resume else command, "the recipe's workload; paths as it sees them")
+    env = _Environment(effective, here)
+    if inside:
+        values |= _container(effective, here, paths, run_dir, env)
+    else:
+        values |= _no_container()
+        env.add_local(here)
+    values["env"] = (tuple(sorted(env.values.items())), "the recipe's, and where caches are; no hub without a network")
+    values["unset"] = (tuple(sorted(env.unset)), "would change what was decided here")
+    reasons = {name: reason for name, (_, reason) in values.items()}
+    reasons |= {f"env.{name}": why for name, why in env.reasons.items()}
+    reasons |= {f"mounts.{mount.target}": why for mount, why in paths.reasons} if inside else {}
+    return LaunchPlan(**{name: value for name, (value, _) in values.items()}, reasons=reasons)
 
 
 class _Paths:
@@ -84,16 +63,24 @@ class _Paths:
 
     def __init__(self, inside: bool, run_dir: Path, cache: Path) -> None:
         self.inside = inside
-        self.mounts: list[Mount] = []
+        self.reasons: list[tuple[Mount, str]] = []
         self.arguments: list[str] = []
         self._add_run(run_dir)
-        self._add("--cache", cache, f"{ROOM}/cache", read_only=False)
+        self._add("--cache", cache, f"{ROOM}/cache", "what is expensive to make again", read_only=False)
+
+    @property
+    def mounts(self) -> tuple[Mount, ...]:
+        return tuple(mount for mount, _ in self.reasons)
 
     def _add_run(self, run_dir: Path) -> None:
         # Not the whole directory: what runs inside must not rewrite the records that the host acts upon.
         if self.inside:
-            for name, read_only in (("config.json", True), ("events.jsonl", False), ("artifacts", False)):
-                self.mounts.append(Mount(str(run_dir / name), f"{ROOM}/run/{name}", read_only))
+            for name, read_only, why in (
+                ("config.json", True, "the recipe as it is run"),
+                ("events.jsonl", False, "what it reports"),
+                ("artifacts", False, "what it makes"),
+            ):
+                self.mount(Mount(str(run_dir / name), f"{ROOM}/run/{name}", read_only), why)
         self.arguments += ["--run", f"{ROOM}/run" if self.inside else str(run_dir)]
 
     def add_model(self, model: str, where: str) -> None:
@@ -101,51 +88,100 @@ class _Paths:
         if folder is None:
             self.arguments += ["--model", model]
         else:
-            self._add("--model", folder, f"{ROOM}/models/{folder.name}", read_only=True)
+            self._add("--model", folder, f"{ROOM}/models/{folder.name}", "the model, never written", read_only=True)
 
     def add_data(self, dataset: str, where: str) -> None:
         file = data_file(dataset, where=where)
         if file is not None:
-            self._add("--data", file, f"{ROOM}/data/{file.name}", read_only=True)
+            self._add("--data", file, f"{ROOM}/data/{file.name}", "the data, never written", read_only=True)
 
-    def _add(self, flag: str, source: Path, target: str, *, read_only: bool) -> None:
+    def mount(self, mount: Mount, why: str) -> None:
+        self.reasons.append((mount, why))
+
+    def _add(self, flag: str, source: Path, target: str, why: str, *, read_only: bool) -> None:
         if self.inside:
-            self.mounts.append(Mount(str(source), target, read_only))
+            self.mount(Mount(str(source), target, read_only), why)
         self.arguments += [flag, target if self.inside else str(source)]
 
 
-Reasoned = dict[str, tuple[Any, str]]
+class _Environment:
+    """Variables with their reasons: the recipe's, then the engine's, then what known issues ask for."""
+
+    def __init__(self, effective: Effective, here: Circumstances) -> None:
+        recipe = effective.recipe
+        _refuse_visibility(effective)
+        self.values: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
+        self.unset: set[str] = set()
+        self.add("PYTHONUNBUFFERED", "1", "its lines arrive as they are printed")
+        self.add("HF_HUB_DISABLE_TELEMETRY", "1", "nothing is told to anyone")
+        if recipe.resources.network == "none":
+            self.add("HF_HUB_OFFLINE", "1", "there is no network")
+        if here.choice.image is not None:
+            # The caller's uid has no home in the image, and the root file system is read-only.
+            for name, value in _caches(f"{ROOM}/cache").items():
+                self.add(name, value, "kept in the cache: the image is read-only")
+        for name, value in recipe.env.items():
+            self.add(name, value, "the recipe's")
+        for mitigation in here.mitigations:
+            for name, value in mitigation.env.items():
+                if mitigation.id in here.without:
+                    self.unset.add(name)
+                elif name not in recipe.env:
+                    self.add(name, value, f"{mitigation.id}: {mitigation.why}")
+        self.unset -= set(self.values)
+
+    def add(self, name: str, value: str, why: str) -> None:
+        self.values[name], self.reasons[name] = value, why
+
+    def add_local(self, here: Circumstances) -> None:
+        chosen, others = local_env(here.selection.gpus, here.machine.gpus)
+        for name, value, why in chosen:
+            self.add(name, value, why)
+        self.unset |= set(others)
 
 
-def _common(effective: Effective, machine: Machine, run_id: str, run_dir: Path, image: Image | None) -> Reasoned:
-    gpus = machine.gpus[: effective.recipe.resources.gpus.max]
+def _refuse_visibility(effective: Effective) -> None:
+    for name in VISIBLE:
+        if name in effective.recipe.env:
+            raise UsageError(
+                f"{name} is set once, from the chosen GPUs", where=f"{effective.path}: env.{name}", remedy="use --gpus"
+            )
+
+
+def _common(effective: Effective, here: Circumstances, run_id: str, run_dir: Path) -> Reasoned:
+    image, gpus = here.choice.image, here.selection.gpus
+    cards = "; ".join(f"GPU {gpu.index}: {gpu.name} ({gpu.gfx}, {format_size(gpu.memory)})" for gpu in gpus)
     return {
         "run_id": (run_id, "names the run directory and the container"),
         "run_dir": (str(run_dir), "the record of this run"),
+        "engine": (here.choice.engine, here.choice.why),
         "image": (image.id if image else None, f"{image.name}, by id: a tag may move" if image else NO_CONTAINER),
-        "secrets": (effective.recipe.secrets, "passed on by name; their values are in no plan, log or report"),
-        "devices": (
-            ("/dev/kfd", *(gpu.render_node for gpu in gpus)) if gpus and image else (),
-            "the compute interface and the chosen render nodes, no other" if gpus and image else "no GPU is passed",
+        "gpus": (
+            tuple(gpu.pci if gpu.partition is None else f"{gpu.pci}/{gpu.partition}" for gpu in gpus),
+            f"{cards}; {here.selection.why}" if gpus else here.selection.why,
         ),
+        "shared": (here.shared, "asked for" if here.shared else "one run has a card at a time"),
+        "secrets": (effective.recipe.secrets, "passed on by name; their values are in no plan, log or report"),
         "stop_seconds": (STOP_SECONDS, "time to end its step and save before it is killed"),
     }
 
 
-def _container(effective: Effective, machine: Machine, paths: _Paths, run_dir: Path) -> Reasoned:
+def _container(effective: Effective, here: Circumstances, paths: _Paths, run_dir: Path, env: _Environment) -> Reasoned:
     resources = effective.recipe.resources
-    gpus = machine.gpus[: resources.gpus.max]
-    asked = [Mount(_existing(m.source), m.target, m.read_only) for m in effective.recipe.mounts]
-    return {
+    engine = here.choice.probe or require_engine()
+    access = container_access(here.machine, here.selection.gpus, engine, here.sysroot)
+    for asked in effective.recipe.mounts:
+        paths.mount(Mount(_existing(asked.source), asked.target, asked.read_only), "the recipe names it")
+    for mount in access.mounts:
+        paths.mount(mount, "WSL2: the way to Windows' GPU driver")
+    for name, value, why in access.env:
+        env.add(name, value, why)
+    return confined(access) | {
         "mounts": (
-            (*paths.mounts, *asked),
+            paths.mounts,
             "events, artifacts and cache to write; config, model and data to read, and what the recipe names",
         ),
-        "groups": (
-            device_groups(machine, gpus),
-            "the device nodes' own numbers: names mean others inside",
-        ),
-        "user": (f"{machine.uid}:{machine.gid}", "the caller, so that the caller owns what is written"),
         "memory": (resources.memory, "the recipe's limit: a run does not take the machine down"),
         "shm": (resources.shm, "data loaders and RCCL need a large /dev/shm; the default is 64 MiB"),
         "ipc": (resources.ipc, "a private /dev/shm of the right size serves; host ipc is never needed"),
@@ -153,11 +189,6 @@ def _container(effective: Effective, machine: Machine, paths: _Paths, run_dir: P
             resources.network,
             "the recipe asks for none" if resources.network == "none" else "the recipe asks",
         ),
-        "cap_drop": (("ALL",), "training needs no capability"),
-        "security": (("no-new-privileges",), "nothing inside can gain rights"),
-        "read_only_root": (True, "only the run, the cache and /tmp are written"),
-        "tmpfs": ((SCRATCH,), "scratch that leaves with the container"),
-        "init": (True, "signals reach the workload, and no zombie stays"),
         "labels": (
             (("radeon-stack.run", str(run_dir)), ("radeon-stack.recipe", effective.name)),
             "finds the container again",
@@ -168,7 +199,7 @@ def _container(effective: Effective, machine: Machine, paths: _Paths, run_dir: P
 def _no_container() -> Reasoned:
     empty: dict[str, Any] = {
         **dict.fromkeys(("user", "memory", "shm", "ipc", "network")),
-        **dict.fromkeys(("mounts", "groups", "cap_drop", "security", "tmpfs", "labels"), ()),
+        **dict.fromkeys(("devices", "mounts", "groups", "cap_drop", "security", "tmpfs", "labels"), ()),
         **dict.fromkeys(("read_only_root", "init"), False),
     }
     return {name: (value, NO_CONTAINER) for name, value in empty.items()}
@@ -179,23 +210,6 @@ def _existing(source: str) -> str:
     if not path.exists():
         raise UsageError(f"nothing at {path} to mount", where="mounts")
     return str(path)
-
-
-def device_groups(machine: Machine, gpus: tuple[Any, ...]) -> tuple[int, ...]:
-    """The numeric groups of the compute interface and of these GPUs' render nodes, sorted."""
-    nodes = ["/dev/kfd", *(gpu.render_node for gpu in gpus)] if gpus else []
-    return tuple(sorted({os.stat(machine.sysroot / node.lstrip("/")).st_gid for node in nodes}))
-
-
-def _environment(effective: Effective, inside: bool) -> tuple[tuple[str, str], ...]:
-    env: dict[str, str] = {"PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    if effective.recipe.resources.network == "none":
-        env["HF_HUB_OFFLINE"] = "1"
-    if inside:
-        # The caller's uid has no home in the image, and the root file system is read-only.
-        env |= _caches(f"{ROOM}/cache")
-    env.update(effective.recipe.env)
-    return tuple(sorted(env.items()))
 
 
 def _caches(root: str) -> Mapping[str, str]:

@@ -8,16 +8,19 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from radeon_stack.errors import Exit, MachineError, StackError
 from radeon_stack.host.processes import Process
 from radeon_stack.launch.engine import Engine, Handle, engine_named
+from radeon_stack.launch.explaining import explained
+from radeon_stack.launch.leases import lease_folder, leased
 from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.runs.events import Event, EventReader, read_events
-from radeon_stack.runs.outcome import Outcome, judge
+from radeon_stack.runs.outcome import Outcome, judge, recorded
 from radeon_stack.runs.report import write as write_report
 from radeon_stack.runs.store import Run, State, Status
 
@@ -31,11 +34,17 @@ def carry_out(run: Run, plan: LaunchPlan, watch: Watcher, say: Speaker) -> Outco
     """Start a run and watch it to its end. Nothing of it is left behind, however it ends."""
     engine = engine_named(plan.engine)
     begins = run.events.stat().st_size if run.events.exists() else 0  # a resumed run has told its first part before
-    with _interrupts() as interrupts:
+    with _interrupts() as interrupts, _leased(run, plan):
         handle = _start(run, plan, engine)
         reader = EventReader(run.events, offset=begins)
         _watch_to_the_end(engine, handle, reader, watch, say, interrupts, plan.stop_seconds)
         return _settle(run, engine)
+
+
+def going_on(folder: Path) -> bool:
+    """Is the workload of the run in that folder still there?"""
+    run = Run(folder)
+    return run.status() is not None and settle(run).state is State.RUNNING
 
 
 def attach(run: Run, watch: Watcher) -> Outcome:
@@ -56,7 +65,7 @@ def settle(run: Run) -> Outcome:
     if status is None:
         return Outcome(State.LOST, Exit.WORKLOAD, "the run was killed before it had a record", remedy="run it again")
     if status.state.ended:
-        return Outcome(status.state, status.exit_code or 0, status.what, status.where, status.remedy)
+        return recorded(status)
     if status.keeper is not None and Process(**status.keeper).alive:
         return Outcome(State.RUNNING, Exit.OK)
     return _settle(run, engine_named(status.engine))
@@ -77,6 +86,17 @@ def stop(run: Run, *, seconds: float, force: bool = False) -> Outcome:
             deadline = float("inf")
         time.sleep(POLL_SECONDS)
     return outcome
+
+
+@contextmanager
+def _leased(run: Run, plan: LaunchPlan) -> Iterator[None]:
+    with ExitStack() as held:
+        try:
+            held.enter_context(leased(plan, lease_folder(run.path.parent.parent), going_on))
+        except StackError as error:
+            _record(run, Outcome(State.FAILED, error.exit_code, error.what, error.where, error.remedy))
+            raise
+        yield
 
 
 def _start(run: Run, plan: LaunchPlan, engine: Engine) -> Handle:
@@ -154,6 +174,8 @@ def _take_down(run: Run, engine: Engine) -> Outcome:
     if outcome.state is State.FAILED and shutil.disk_usage(run.path).free < FULL_DISK_BYTES:
         remedy = "free some room, then continue: radeon-stack run --resume last"
         outcome = Outcome(State.FAILED, Exit.WORKLOAD, "the disk is full", str(run.path), remedy)
+    elif outcome.state is State.FAILED and outcome.exit_code == Exit.WORKLOAD:
+        outcome = explained(outcome, run.log)
     return _record(run, outcome)
 
 
@@ -167,6 +189,7 @@ def _record(run: Run, outcome: Outcome) -> Outcome:
             "what": outcome.what,
             "where": outcome.where,
             "remedy": outcome.remedy,
+            "diagnosis": outcome.diagnosis,
         }
         run.write_status(status.model_copy(update=end))
         write_report(run)

@@ -7,12 +7,15 @@ import secrets
 from typing import Any
 
 from radeon_stack.errors import CheckError, MachineError, WorkloadError
-from radeon_stack.host.engines import client
+from radeon_stack.host.engines import client, require_engine
 from radeon_stack.host.machine import Machine
+from radeon_stack.host.sysroot import Sysroot
 from radeon_stack.images.labels import GFX
+from radeon_stack.launch.access import container_access
+from radeon_stack.launch.confinement import SCRATCH, Reasoned, confined
 from radeon_stack.launch.docker import create_arguments
 from radeon_stack.launch.plan import LaunchPlan
-from radeon_stack.launch.planner import SCRATCH, VENV_PYTHON, device_groups
+from radeon_stack.launch.planner import VENV_PYTHON
 
 FOLDER = "/etc/radeon-stack"
 MEMORY = 8 << 30
@@ -20,7 +23,7 @@ SHM = 1 << 30
 SECONDS = 900
 
 
-def verification_plan(image: Any, machine: Machine, *, on_gpu: bool) -> LaunchPlan:
+def verification_plan(image: Any, machine: Machine, sysroot: Sysroot, *, on_gpu: bool) -> LaunchPlan:
     """The plan of a verification. MachineError when it wants a GPU of the image's gfx and there is none."""
     gpus = tuple(gpu for gpu in machine.gpus if gpu.gfx == image.labels.get(GFX))[:1] if on_gpu else ()
     if on_gpu and not gpus:
@@ -29,30 +32,25 @@ def verification_plan(image: Any, machine: Machine, *, on_gpu: bool) -> LaunchPl
             f"the image is for {image.labels.get(GFX, 'cpu')}; GPUs of this machine: {seen}", where="--on-gpu"
         )
     command = (VENV_PYTHON, "-m", "radeon_stack.workloads.probe", "verify", FOLDER, "--print")
-    values: dict[str, tuple[Any, str]] = {
+    values: Reasoned = confined(container_access(machine, gpus, require_engine(), sysroot)) | {
         "run_id": (f"verify-{secrets.token_hex(4)}", "names the container"),
         "run_dir": ("", "nothing is kept but what it prints"),
         "engine": ("docker", "an image is what is verified"),
         "image": (str(image.id), "by id: a tag may move"),
+        "gpus": (tuple(gpu.pci for gpu in gpus), "one GPU of the image's gfx"),
+        "shared": (True, "it takes seconds"),
         "command": ((*command, "--on-gpu") if on_gpu else command, "the image's own verification"),
         "env": (
             (("HOME", SCRATCH), ("HF_HUB_OFFLINE", "1"), ("PYTHONUNBUFFERED", "1"), ("USER", "radeon-stack")),
             "no hub without a network",
         ),
+        "unset": ((), "nothing has to be hidden"),
         "secrets": ((), "none are needed"),
         "mounts": ((), "nothing of the host is needed"),
-        "devices": (("/dev/kfd", *(gpu.render_node for gpu in gpus)) if gpus else (), "one GPU of the image's gfx"),
-        "groups": (device_groups(machine, gpus), "the device nodes' own numeric groups"),
-        "user": (f"{machine.uid}:{machine.gid}", "the caller, as in a run"),
         "memory": (min(MEMORY, machine.memory), "imports and small tensors"),
         "shm": (SHM, "as in a run"),
         "ipc": ("private", "as in a run"),
         "network": ("none", "nothing is fetched"),
-        "cap_drop": (("ALL",), "no capability is needed"),
-        "security": (("no-new-privileges",), "nothing inside can gain rights"),
-        "read_only_root": (True, "nothing is written"),
-        "tmpfs": ((SCRATCH,), "scratch that leaves with the container"),
-        "init": (True, "signals reach it"),
         "labels": ((("radeon-stack.run", "verify"),), "finds the container again"),
         "stop_seconds": (5, "there is nothing to save"),
     }

@@ -8,7 +8,7 @@ from typing import Any
 
 from radeon_stack.errors import Exit
 from radeon_stack.runs.events import Error, Event, Result, Stopped
-from radeon_stack.runs.store import State
+from radeon_stack.runs.store import Diagnosis, State, Status
 
 FORCED = (137, -9)  # SIGKILL, as docker and as subprocess tell it
 TERMINATED = (143, -15, 130, -2)  # SIGTERM or SIGINT before the workload could take note of it
@@ -24,6 +24,12 @@ class Outcome:
     what: str = ""
     where: str = ""
     remedy: str = ""
+    diagnosis: Diagnosis | None = None
+
+
+def recorded(status: Status) -> Outcome:
+    """The outcome that an ended run's status holds."""
+    return Outcome(status.state, status.exit_code or 0, status.what, status.where, status.remedy, status.diagnosis)
 
 
 def judge(exit_code: int | None, events: Iterable[Event], expect: Mapping[str, Any]) -> Outcome:

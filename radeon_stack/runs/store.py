@@ -38,6 +38,16 @@ class State(StrEnum):
         return self not in (State.STARTING, State.RUNNING)
 
 
+@dataclass(frozen=True)
+class Diagnosis:
+    """A known error text that explains a failure; `boot` names the boot in which a GPU faulted, "" without a fault."""
+
+    signature: str
+    cause: str
+    evidence: str
+    boot: str = ""
+
+
 class Status(BaseModel):
     """`status.json`: replaced as a whole at every change."""
 
@@ -55,6 +65,7 @@ class Status(BaseModel):
     what: str = ""
     where: str = ""
     remedy: str = ""
+    diagnosis: Diagnosis | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from pydantic import JsonValue
@@ -27,6 +28,7 @@ def summary(run: Run, outcome: Outcome) -> dict[str, Any]:
         "engine": status.engine if status else "",
         "image": _field(run, "image"),
         "error": {"what": outcome.what, "where": outcome.where, "remedy": outcome.remedy} if outcome.what else None,
+        "diagnosis": asdict(outcome.diagnosis) if outcome.diagnosis else None,
         "result": result,
         "metrics": [{"step": step, **values} for step, values in metrics_by_step(events).items()],
         "samples": {phase: [_sample(s) for s in samples_of(events, phase)] for phase in PHASES},

@@ -18,9 +18,9 @@ import pytest
 from radeon_stack.catalog.load import read, resolve
 from radeon_stack.errors import Exit
 from radeon_stack.host.engines import client
-from radeon_stack.host.machine import probe
-from radeon_stack.images.resolve import find_image
-from radeon_stack.launch.choose import Choice
+from radeon_stack.host.machine import User
+from radeon_stack.host.sysroot import Sysroot
+from radeon_stack.launch.circumstances import Asked, find_out
 from radeon_stack.launch.docker import create_arguments, run_arguments
 from radeon_stack.launch.launcher import draft, write_records
 from radeon_stack.launch.planner import plan
@@ -99,12 +99,10 @@ def test_a_caller_other_than_root_gets_a_whole_run_and_owns_all_of_it(
     sets = [value for flag, value in pairwise(tiny_run) if flag == "--set"]
     for file in (tiny_model, *tiny_model.iterdir()):
         file.chmod(file.stat().st_mode | 0o055)
-    drafted = draft(
-        resolve(read("train-llama"), "demo", sets, {"--model": {"config": {"model": str(tiny_model)}}}),
-        replace(probe(), uid=12345, gid=12345),
-        store,
-        Choice("docker", find_image("train", "cpu"), ""),
-    )
+    effective = resolve(read("train-llama"), "demo", sets, {"--model": {"config": {"model": str(tiny_model)}}})
+    here = find_out(effective, Sysroot(), Asked(engine="docker"), store.home)
+    caller = replace(here.machine, user=User(12345, 12345, frozenset()))
+    drafted = draft(effective, replace(here, machine=caller), store)
     write_records(drafted, store)
     for path in (store.home, *store.home.rglob("*")):
         os.chown(path, 12345, 12345)
@@ -115,20 +113,13 @@ def test_a_caller_other_than_root_gets_a_whole_run_and_owns_all_of_it(
 
 
 def test_sdk_and_printed_command_make_the_same_container(tmp_path: Path) -> None:
-    found = find_image("train", "cpu")
+    effective = resolve(read("train-llama"), "demo")
     for folder in ("run/artifacts", "cache"):
         (tmp_path / folder).mkdir(parents=True)
     for file in ("config.json", "events.jsonl"):
         (tmp_path / "run" / file).touch()
-    made = plan(
-        resolve(read("train-llama"), "demo"),
-        probe(),
-        run_id="same",
-        run_dir=tmp_path / "run",
-        cache=tmp_path / "cache",
-        engine="docker",
-        image=found,
-    )
+    here = find_out(effective, Sysroot(), Asked(engine="docker"), tmp_path)
+    made = plan(effective, here, run_id="same", run_dir=tmp_path / "run", cache=tmp_path / "cache")
     ours = client().containers.create(**create_arguments(made))
     theirs = subprocess.run(
         ["docker", "create", *run_arguments(made)[2:]], capture_output=True, text=True, check=True

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from radeon_stack.catalog.platforms import load_platforms
-from radeon_stack.images.builder import baking_client
+from radeon_stack.host.clients import baking_client
 from radeon_stack.images.builds import write_context
 from radeon_stack.images.spec import image_spec
 

@@ -22,8 +22,9 @@ from radeon_stack.catalog.platforms import load_platforms
 from radeon_stack.codeobjects.report import audit
 from radeon_stack.codeobjects.sources import entries
 from radeon_stack.errors import CheckError, Exit
+from radeon_stack.host.clients import baking_client, building_client
 from radeon_stack.host.engines import client
-from radeon_stack.images.builder import BuildSettings, baking_client, default_ca, default_pip_conf
+from radeon_stack.images.builder import BuildSettings, default_ca, default_pip_conf
 from radeon_stack.images.builds import Workplace, bake_images, ensure_wheel
 from radeon_stack.images.references import repository
 from radeon_stack.images.registry import Registry
@@ -195,8 +196,6 @@ def test_what_is_rendered_builds_with_plain_docker_and_without_us(cli: Cli, imag
     secrets = ["--secret", f"id=ca,src={default_ca(dict(os.environ))}"] if default_ca(dict(os.environ)) else []
     conf = default_pip_conf(dict(os.environ))
     secrets += ["--secret", f"id=pip,src={conf}"] if conf else []
-    from radeon_stack.images.builder import building_client
-
     done = subprocess.run(
         [building_client(), "build", "--quiet", "--network", "host", *secrets, str(folder)],
         env={**os.environ, "DOCKER_BUILDKIT": "1"},

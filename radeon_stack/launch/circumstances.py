@@ -1,0 +1,94 @@
+"""What a plan is made in, found out in its order: cards, then engine and image, then the faults known of all three."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from radeon_stack.catalog.load import Effective
+from radeon_stack.errors import ImageError
+from radeon_stack.host.known_issues import Mitigation, Setup, mitigations
+from radeon_stack.host.machine import Machine, probe
+from radeon_stack.host.selection import Selection, select
+from radeon_stack.host.sysroot import Sysroot
+from radeon_stack.launch.choose import Choice, choose
+from radeon_stack.launch.leases import busy, lease_folder
+from radeon_stack.launch.supervise import going_on
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a person asked for beyond the recipe."""
+
+    gpus: str | None = None
+    engine: str = "auto"
+    image: str | None = None
+    shared: bool = False
+    without: tuple[str, ...] = ()
+    """Known issues whose mitigations are left out."""
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """The machine, the cards chosen on it, the engine and image, the mitigations that they ask for."""
+
+    machine: Machine
+    selection: Selection
+    choice: Choice
+    mitigations: tuple[Mitigation, ...] = ()
+    without: tuple[str, ...] = ()
+    shared: bool = False
+    sysroot: Sysroot = field(default_factory=Sysroot)
+
+
+def find_out(effective: Effective, sysroot: Sysroot, asked: Asked, home: Path) -> Circumstances:
+    """Look at the machine and decide. MachineError or ImageError says what is missing and how to get it."""
+    machine = probe(sysroot)
+    wanted = effective.recipe.resources.gpus
+    in_use = busy(machine.gpus, lease_folder(home), going_on) if sysroot.live and not asked.shared else {}
+    selection = select(
+        machine.gpus, asked.gpus, least=wanted.min, most=wanted.max, busy=in_use, wsl=machine.wsl and wanted.min > 0
+    )
+    choice = choose(effective, selection, asked.engine, asked.image)
+    _require_same_gfx(selection, choice)
+    found = mitigations(setup(machine, selection, choice), asked.without)
+    return Circumstances(machine, selection, choice, found, asked.without, asked.shared, sysroot)
+
+
+def setup(machine: Machine, selection: Selection, choice: Choice) -> Setup:
+    """What known issues are looked up for: the chosen cards, and what is in the image or in this Python."""
+    gpus = selection.gpus
+    torch = choice.image.torch if choice.image else _installed("torch")
+    rocm = choice.image.rocm if choice.image else _rocm_of(torch)
+    return Setup(
+        gfx=frozenset(gpu.gfx for gpu in gpus),
+        gpus=len(gpus),
+        rocm=rocm,
+        kernel=machine.kernel,
+        components={"torch": torch},
+        integrated=any(gpu.integrated for gpu in machine.gpus) and not all(gpu.integrated for gpu in machine.gpus),
+    )
+
+
+def _require_same_gfx(selection: Selection, choice: Choice) -> None:
+    chosen = {gpu.gfx for gpu in selection.gpus}
+    if choice.image is not None and choice.image.gfx and chosen and choice.image.gfx not in chosen:
+        raise ImageError(
+            f"{choice.image.name} has code for {choice.image.gfx}; the chosen GPU is {min(chosen)}",
+            where="--image",
+            remedy=f"make image ARCH={min(chosen)}, or choose another GPU: --gpus {choice.image.gfx}",
+        )
+
+
+def _installed(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _rocm_of(torch: str) -> str:
+    """`7.1.1` of `2.9.1+rocm7.1.1.git351ff442`."""
+    _, _, local = torch.partition("+rocm")
+    return ".".join(part for part in local.split(".") if part.isdigit())

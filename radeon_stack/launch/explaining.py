@@ -1,0 +1,54 @@
+"""A failed run's log against the known error texts; and what a GPU fault means for starting again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from radeon_stack.errors import MachineError
+from radeon_stack.host.machine import boot_id
+from radeon_stack.host.signatures import causes, diagnose
+from radeon_stack.host.sysroot import Sysroot
+from radeon_stack.runs.outcome import Outcome
+from radeon_stack.runs.store import Diagnosis, Status
+
+NEXT_ORDER = 1  # added to the seed of the data's order: a fault comes again at the same step of the same order
+SEED = "config.train.data_seed"
+
+
+def explained(outcome: Outcome, log: Path) -> Outcome:
+    """The outcome with the cause that its log shows nearest, when one is known."""
+    try:
+        with log.open("rb") as stream:
+            found = causes(diagnose(stream))
+    except OSError:
+        return outcome
+    if not found:
+        return outcome
+    first = found[0]
+    known = first.signature
+    boot = boot_id(Sysroot()) if any(match.signature.fault for match in found) else ""
+    diagnosis = Diagnosis(known.id, known.cause, first.line, boot)
+    return replace(outcome, what=known.title, where="log.txt", remedy=known.remedy, diagnosis=diagnosis)
+
+
+def require_reboot(status: Status | None, *, anyway: bool) -> None:
+    """MachineError while the boot lasts in which this run's GPU faulted: starting again has hung whole machines."""
+    diagnosis = status.diagnosis if status else None
+    if diagnosis and diagnosis.boot and diagnosis.boot == boot_id(Sysroot()) and not anyway:
+        raise MachineError(
+            f"this run ended in a GPU fault ({diagnosis.signature}), and the machine has not been rebooted since",
+            where="--resume",
+            remedy="reboot, then continue; or take the risk: --after-fault",
+        )
+
+
+def with_other_order(record: dict[str, Any], status: Status | None) -> dict[str, Any]:
+    """The record of a run with another order of its data, when it ended in a GPU fault; else as it is."""
+    train = record.get("recipe", {}).get("config", {}).get("train", {})
+    if not (status and status.diagnosis and status.diagnosis.boot) or not isinstance(train.get("data_seed"), int):
+        return record
+    train = train | {"data_seed": (train["data_seed"] + NEXT_ORDER) % (1 << 32)}
+    config = record["recipe"]["config"] | {"train": train}
+    return record | {"recipe": record["recipe"] | {"config": config}}

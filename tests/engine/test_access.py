@@ -1,0 +1,175 @@
+"""In real containers of docker and podman: exactly the chosen nodes, the caller's number and groups, and no right."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import stat
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from radeon_stack.catalog.load import read, resolve
+from radeon_stack.host.engines import address, client, probe_engine
+from radeon_stack.host.machine import User, probe
+from radeon_stack.host.selection import select
+from radeon_stack.host.sysroot import Sysroot
+from radeon_stack.images.resolve import Image
+from radeon_stack.launch.choose import Choice
+from radeon_stack.launch.circumstances import Circumstances
+from radeon_stack.launch.docker import DockerEngine, run_arguments
+from radeon_stack.launch.plan import LaunchPlan
+from radeon_stack.launch.planner import plan
+from tests.engine.conftest import missing
+from tests.engine.podman import UID, service
+from tests.engine.podman import missing as missing_for_podman
+from tests.stages import RENDER, STAGES, build
+
+pytestmark = [pytest.mark.engine]
+NODES = ("/dev/kfd", "/dev/dri/renderD128", "/dev/dri/renderD129", "/dev/dri/renderD130")
+CALLER = 12345
+LOOK = """
+echo nodes $(ls -d /dev/kfd /dev/dri/* 2>/dev/null)
+for node in /dev/kfd /dev/dri/*; do : <>$node && echo open $node; done
+echo uid $(id -u) gid $(id -g)
+echo groups $(id -G)
+grep -E '^(Cap|NoNewPrivs)' /proc/self/status
+touch /radeon-stack/models/model/new 2>/dev/null && echo model written
+touch /new 2>/dev/null && echo root written
+touch /radeon-stack/run/artifacts/made && echo artifact written
+ls /sys/class/net
+"""
+APPLETS = ("sh", "ls", "id", "grep", "touch", "echo")
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[None]:
+    """Device nodes of the right names, which are /dev/null's twins."""
+    if os.getuid() or os.path.exists("/dev/kfd"):
+        pytest.skip("needs root to make device nodes, and a machine that has none of these")
+    made = Path("/dev/dri")
+    there = made.is_dir()
+    made.mkdir(exist_ok=True)
+    for name in NODES:
+        os.mknod(name, stat.S_IFCHR | 0o660, os.makedev(1, 3))
+        os.chown(name, 0, RENDER)
+        os.chmod(name, 0o660)
+    yield
+    for name in NODES:
+        os.unlink(name)
+    if not there:
+        made.rmdir()
+
+
+@dataclass(frozen=True)
+class Place:
+    """An engine's tiny image, the number of who calls it, and what that number is inside."""
+
+    image: str
+    caller: int
+    inside: int
+
+
+@pytest.fixture(params=["docker", "podman", "rootless podman"])
+def place(request: pytest.FixtureRequest, nodes: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    busybox = shutil.which("busybox")
+    if busybox is None or subprocess.run(["ldd", busybox], capture_output=True, check=False).returncode == 0:
+        missing("a static busybox (Debian: busybox-static)")
+    assert busybox
+    if request.param == "docker":
+        yield Place(tiny(busybox), CALLER, CALLER)
+        return
+    if lacking := missing_for_podman():
+        missing(f"podman needs {', '.join(lacking)}")
+    rootless = request.param.startswith("rootless")
+    with ExitStack() as held:
+        try:
+            host = held.enter_context(service(rootless=rootless))
+        except RuntimeError as error:
+            pytest.skip(f"podman's service does not start here: {error}")
+        monkeypatch.setenv("DOCKER_HOST", host)
+        assert probe_engine().rootless is rootless and probe_engine().product == "podman"
+        yield Place(tiny(busybox), UID if rootless else CALLER, 0 if rootless else CALLER)
+
+
+def tiny(busybox: str) -> str:
+    """An image of a busybox and nothing else; its id."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as archive:
+        archive.add(os.path.realpath(busybox), "bin/busybox")
+        for name in APPLETS:
+            link = tarfile.TarInfo(f"bin/{name}")
+            link.type, link.linkname = tarfile.SYMTYPE, "busybox"
+            archive.addfile(link)
+    told = client().api.import_image_from_data(data.getvalue(), repository="localhost/tiny", tag="1")
+    found = re.search(r"sha256:[0-9a-f]{64}", told)
+    assert found, told
+    return found[0]
+
+
+@pytest.fixture
+def planned(place: Place, tmp_path: Path) -> LaunchPlan:
+    """The plan of a training run on the second of three cards, whose command looks around instead."""
+    tree = Sysroot(build(STAGES["three-r9700"], tmp_path / "tree"))
+    model = tmp_path / "model"
+    for folder in (model, tmp_path / "run" / "artifacts", tmp_path / "cache"):
+        folder.mkdir(parents=True)
+        os.chown(folder, place.caller, place.caller)
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (model / name).write_text("{}")
+    for name in ("config.json", "events.jsonl"):
+        (tmp_path / "run" / name).touch()
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == os.getuid() and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o011)
+    machine = replace(probe(tree), user=User(place.caller, place.caller, frozenset({place.caller, RENDER})))
+    effective = resolve(
+        read("train-llama"), None, ["resources.memory=1GiB"], {"--model": {"config": {"model": str(model)}}}
+    )
+    chosen = select(machine.gpus, "1", least=1, most=1)
+    choice = Choice("docker", Image(place.image, "tiny", "it is there"), "asked for", probe_engine())
+    here = Circumstances(machine, chosen, choice, sysroot=tree)
+    made = plan(
+        effective, here, run_id=f"look-{os.getpid()}-{place.caller}", run_dir=tmp_path / "run", cache=tmp_path / "cache"
+    )
+    return replace(made, command=("/bin/sh", "-c", LOOK))
+
+
+def test_a_container_has_the_chosen_nodes_the_callers_number_and_no_right(planned: LaunchPlan, place: Place) -> None:
+    engine = DockerEngine()
+    handle = engine.start(planned)
+    engine.logs(handle)
+    assert engine.wait(handle) is not None
+    held_to(Path(planned.run_dir, "log.txt").read_text(), place)
+    assert Path(planned.run_dir, "artifacts", "made").stat().st_uid == place.caller
+
+
+def test_the_printed_command_gives_the_same(planned: LaunchPlan, place: Place) -> None:
+    if "podman" in address():
+        pytest.skip("podman's own command line is tried with its own words")
+    done = subprocess.run(
+        ["docker", "run", "--rm", *run_arguments(planned)], capture_output=True, text=True, check=False
+    )
+    held_to(done.stdout, place)
+
+
+def held_to(said: str, place: Place) -> None:
+    lines = said.splitlines()
+    assert "nodes /dev/dri/renderD129 /dev/kfd" in lines, said
+    assert {line for line in lines if line.startswith("open")} == {"open /dev/kfd", "open /dev/dri/renderD129"}, said
+    assert f"uid {place.inside} gid {place.inside}" in lines
+    groups = next(line for line in lines if line.startswith("groups")).split()[1:]
+    # Rootless podman keeps groups that have no number inside: they show as the overflow number.
+    assert set(groups) in ({str(place.inside), str(RENDER)}, {str(place.inside), "65534"}), said
+    rights = dict(line.split(":\t") for line in lines if line.startswith(("Cap", "NoNewPrivs")))
+    assert rights.pop("NoNewPrivs") == "1"
+    assert set(rights.values()) == {"0000000000000000"}, said
+    assert "model written" not in lines and "root written" not in lines and "artifact written" in lines
+    assert "lo" in lines and "eth0" not in lines
