@@ -21,7 +21,7 @@ comma      := ,
 export UV_FIND_LINKS := $(subst $(eval) ,$(comma),$(strip $(FIND_LINKS)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint image wheels lock figures clean
+.PHONY: help setup demo test lint image wheels lock docs figures clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,7 @@ lint: setup  ## ruff, mypy, and whether the locks are made from today's inputs
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/radeon-stack image lock --check
+	@$(BIN)/python tools/docs.py --check
 
 WHICH = --kind $(KIND) --arch $(ARCH) $(if $(ROCM),--rocm $(ROCM)) $(if $(BASE),--base $(BASE)) --network $(BUILD_NETWORK)
 
@@ -69,6 +70,9 @@ endif
 
 lock: setup  ## resolve packages, commits and digests anew
 	@$(BIN)/radeon-stack image lock
+
+docs: setup  ## docs/doctor.md from checks, known issues and error texts
+	@$(BIN)/python tools/docs.py
 
 figures: setup  ## build, rebuild, push and pull, timed: benchmarks/images.json (20 minutes)
 	@$(BIN)/python benchmarks/images.py

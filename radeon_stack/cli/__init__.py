@@ -15,8 +15,20 @@ from radeon_stack.errors import Exit, StackError
 COMMANDS = {
     "list": ("catalog:list_recipes", "The recipes there are, with their presets."),
     "show": ("catalog:show", "A recipe's effective values, and where each came from."),
+    "doctor": (
+        "doctor:doctor",
+        "Is this machine ready? What exactly is wrong, and the command that mends it.",
+    ),
+    "diagnose": (
+        "doctor:diagnose_log",
+        "What does this log say went wrong? Known error texts, nearest to the cause first.",
+    ),
     "run": ("run:run", "Run a recipe and record it."),
     "explain": ("run:explain", "Why a run would be launched as it would."),
+    "export": (
+        "export:export",
+        "A run as files that do not need us: the same plan as a script, a compose file or a systemd unit.",
+    ),
     "runs": ("runs:runs", "The runs there were: list, watch, stop, report."),
     "pull": ("pull:pull", "Take the published image that fits this machine: by its labels, not by its name."),
     "image": ("image:image", "Container images: render, build, verify, audit, publish."),
@@ -60,6 +72,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
     """Fine-tuning on AMD Radeon, as commands.
 
     \b
+      radeon-stack doctor                                   # is this machine ready?
       radeon-stack run train-llama --preset demo            # no GPU, no Docker, no model hub
       radeon-stack run train-llama --model ./Meta-Llama-3.1-8B-Instruct
       radeon-stack runs report last

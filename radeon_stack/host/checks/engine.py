@@ -1,0 +1,181 @@
+"""Is there an engine that can build images and give containers the GPUs?"""
+
+from __future__ import annotations
+
+from radeon_stack.catalog.sizes import format_size
+from radeon_stack.catalog.versions import version
+from radeon_stack.host.checks.finding import Check, Finding, Fix, as_root, fail, ok, skipped, warn
+from radeon_stack.host.engines import EngineProbe
+from radeon_stack.host.facts import Facts
+from radeon_stack.host.gpus import Gpu
+from radeon_stack.host.machine import KFD
+
+LEAST_API = "1.41"  # Docker 20.10, the oldest that our tests run with
+# A base is 20 to 30 GB, its layers are there twice while they are unpacked; and a model: third-party figures.
+FIRST_PULL = 60 << 30
+NO_ENGINE = "no engine answers (RS201)"
+SLOW_STORAGE = ("vfs", "devicemapper", "aufs")
+INSTALL = {
+    "debian": "apt-get install -y docker.io docker-buildx",
+    "ubuntu": "apt-get install -y docker.io docker-buildx",
+    "fedora": "dnf install -y moby-engine docker-buildx",
+    "arch": "pacman -S --needed docker docker-buildx",
+    "suse": "zypper install -y docker docker-buildx",
+}
+
+
+def answers(facts: Facts) -> Finding:
+    engine = facts.engine
+    if engine is None:
+        return (
+            fail("the engine did not answer in time", *_start(facts))
+            if "engine" in facts.late
+            else skipped("not known")
+        )
+    if engine.answers:
+        return ok(f"{engine.what} at {engine.address}")
+    if engine.denied:
+        join = Fix(
+            ("usermod", "-aG", "docker", facts.machine.user.name), ("gpasswd", "-d", facts.machine.user.name, "docker")
+        )
+        return fail(
+            f"{engine.why_not}; after joining the group docker, log out and in again. Its members can become root",
+            as_root(facts, "usermod -aG docker $USER"),
+            fixes=(join,) if facts.machine.user.name else (),
+        )
+    if facts.packages_missing == ():
+        return warn(f"{engine.why_not}; --engine local works without one", *_install(facts), *_start(facts))
+    return fail(engine.why_not, *_install(facts), *_start(facts), fixes=_fixes(facts))
+
+
+def api(facts: Facts) -> Finding:
+    engine = facts.engine
+    if engine is None or not engine.answers:
+        return skipped(NO_ENGINE)
+    if engine.product == "podman":
+        return ok(f"podman {engine.version}, by its Docker-compatible socket (API {engine.api})")
+    found, least = version(engine.api), version(LEAST_API)
+    if found is None or least is None or found >= least:
+        return ok(f"API {engine.api}")
+    return fail(f"API {engine.api} is older than {LEAST_API} (Docker 20.10)", *_install(facts))
+
+
+def buildkit(facts: Facts) -> Finding:
+    if facts.engine is None or not facts.engine.answers:
+        return skipped(NO_ENGINE)
+    if facts.buildkit is None:
+        return skipped("not known")
+    if not facts.buildkit:
+        return warn("no docker command here builds with BuildKit; images can be pulled, not built", *_install(facts))
+    baking = "and buildx bakes several images at once" if facts.buildx else "without buildx: images one by one"
+    return ok(f"BuildKit, {baking}")
+
+
+def rootless(facts: Facts) -> Finding:
+    engine = facts.engine
+    if engine is None or not engine.answers:
+        return skipped(NO_ENGINE)
+    if engine.desktop:
+        said = "Docker Desktop runs containers in a virtual machine, which has no /dev/kfd"
+        return fail(said, "docker context use default") if facts.machine.gpus else warn(said)
+    if not engine.rootless:
+        return ok("with root: containers are given the device nodes' groups by number")
+    closed = [node for path, node in facts.machine.nodes.items() if path == KFD and node.mode & 0o006 != 0o006]
+    if engine.product == "podman" and closed and not facts.keeps_groups:
+        return fail(
+            "rootless podman gives containers of its socket your groups only when its containers.conf says so",
+            "mkdir -p ~/.config/containers/containers.conf.d",
+            "printf '[containers]\\nannotations = [\"run.oci.keep_original_groups=1\"]\\n' "
+            "> ~/.config/containers/containers.conf.d/groups.conf",
+            "systemctl --user restart podman.socket",
+        )
+    if engine.product == "podman":
+        return ok("rootless podman: number 0 inside is you, with your groups")
+    if closed:
+        return fail(
+            f"rootless Docker drops your groups, so that no container can open {closed[0].path}",
+            "systemctl --user enable --now podman.socket",
+            "export DOCKER_HOST=unix:///run/user/$(id -u)/podman/podman.sock",
+        )
+    return ok("rootless Docker; no GPU here asks for a group")
+
+
+def storage(facts: Facts) -> Finding:
+    engine = facts.engine
+    if engine is None or not engine.answers or not engine.storage:
+        return skipped(NO_ENGINE)
+    if engine.storage in SLOW_STORAGE:
+        return warn(f"storage driver {engine.storage}: each layer is copied whole; overlay2 is not", "docker info")
+    return ok(engine.storage)
+
+
+def disk(facts: Facts) -> Finding:
+    if facts.engine is None or not facts.engine.answers:
+        return skipped(NO_ENGINE)
+    if facts.engine_free is None:
+        return skipped("the engine's folder is not on this machine, or not ours to look at")
+    free = f"{format_size(facts.engine_free)} free in {facts.engine.root}"
+    if facts.machine.gpus and not facts.images and facts.engine_free < FIRST_PULL:
+        return warn(
+            f"{free}; a first image needs about {format_size(FIRST_PULL)}", "docker system df", "docker image prune"
+        )
+    return ok(free)
+
+
+def cdi(facts: Facts) -> Finding:
+    engine = facts.engine
+    if engine is None or not engine.answers or not engine.cdi or not facts.machine.gpus:
+        return skipped("no CDI here, and none is needed")
+    if not facts.cdi:
+        return skipped("no specification for AMD GPUs; device nodes are passed by path")
+    listed = {node for device in facts.cdi for node in device.nodes}
+    absent = [gpu for gpu in facts.machine.gpus if not gpu.integrated and gpu.render_node not in listed]
+    if absent:
+        return warn(f"the specification is older than GPU {absent[0].index}", as_root(facts, _generate(absent[0])))
+    return ok(f"{len(facts.cdi)} names in /etc/cdi")
+
+
+def selinux(facts: Facts) -> Finding:
+    if not facts.machine.selinux:
+        return skipped("SELinux does not enforce")
+    if facts.engine is None or not facts.engine.answers:
+        return skipped(NO_ENGINE)
+    if facts.engine.selinux:
+        return ok("enforcing: runs have label=disable, since your model and data keep their labels")
+    return ok("enforcing; this engine sets no labels")
+
+
+def _generate(gpu: Gpu) -> str:
+    return "amd-ctk cdi generate --output=/etc/cdi/amd.json"
+
+
+def _install(facts: Facts) -> tuple[str, ...]:
+    engine: EngineProbe | None = facts.engine
+    absent = engine is None or "no such file" in engine.why_not
+    for name, command in INSTALL.items():
+        if absent and name in facts.distribution.split():
+            first = (as_root(facts, "apt-get update"),) if command.startswith("apt-get") else ()
+            return (*first, as_root(facts, command))
+    return ()
+
+
+def _start(facts: Facts) -> tuple[str, ...]:
+    return (as_root(facts, "systemctl start docker" if facts.systemd else "service docker start"),)
+
+
+def _fixes(facts: Facts) -> tuple[Fix, ...]:
+    if facts.systemd:
+        return (Fix(("systemctl", "start", "docker"), ("systemctl", "stop", "docker")),)
+    return (Fix(("service", "docker", "start"), ("service", "docker", "stop")),)
+
+
+CHECKS = (
+    Check("RS201", "container engine", answers),
+    Check("RS202", "engine API", api),
+    Check("RS203", "BuildKit", buildkit),
+    Check("RS204", "rights of the engine", rootless),
+    Check("RS205", "storage driver", storage),
+    Check("RS206", "disk of the engine", disk),
+    Check("RS207", "CDI", cdi),
+    Check("RS208", "SELinux", selinux),
+)

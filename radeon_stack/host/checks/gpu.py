@@ -1,0 +1,263 @@
+"""Is there a GPU, is its driver there, and may this user open it?"""
+
+from __future__ import annotations
+
+from radeon_stack.host.checks.finding import Check, Finding, Fix, as_root, fail, ok, skipped, warn
+from radeon_stack.host.facts import Facts
+from radeon_stack.host.machine import DXG, KFD
+from radeon_stack.host.sysroot import Node
+
+NONE = "no AMD GPU in this machine"
+NO_NODES = "no GPU that ROCm sees"
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+VISIBILITY = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
+VIRTUAL = ("QEMU", "VMware", "innotek", "Xen", "Microsoft Corporation", "Amazon EC2", "Google", "Parallels")
+STUCK_BUSY, STUCK_SHARE = 50, 10  # percent busy; and below a tenth of its clock
+
+
+def present(facts: Facts) -> Finding:
+    found, gpus = facts.machine.topology.pci, facts.machine.gpus
+    if facts.machine.wsl:
+        return ok("WSL2: a GPU of Windows', of which WSL tells no name")
+    if gpus:
+        return ok("; ".join(f"{gpu.index}: {gpu.name} ({gpu.gfx}, {gpu.memory / 2**30:.1f} GiB)" for gpu in gpus))
+    if found:
+        return ok(f"{len(found)} on the PCI bus: " + ", ".join(f"{gpu.address} ({gpu.pci_id})" for gpu in found))
+    return skipped(f"{NONE}; presets for the CPU work without one: radeon-stack run train-llama --preset demo")
+
+
+def driver(facts: Facts) -> Finding:
+    if not _expected(facts):
+        return skipped(NONE if not facts.machine.wsl else "WSL2: the driver is Windows'")
+    unbound = [gpu for gpu in facts.machine.topology.pci if gpu.driver != "amdgpu"]
+    passed_on = [gpu for gpu in unbound if gpu.driver == "vfio-pci"]
+    if not facts.module:
+        load = Fix(("modprobe", "amdgpu"), ("modprobe", "-r", "amdgpu"))
+        return fail("the amdgpu module is not loaded", as_root(facts, "modprobe amdgpu"), fixes=(load,))
+    if passed_on:
+        return warn(f"{passed_on[0].address} is kept for a virtual machine (vfio-pci)")
+    if unbound and len(unbound) == len(facts.machine.topology.pci):
+        return fail(
+            f"amdgpu is loaded and has not taken {unbound[0].address}",
+            as_root(facts, "dmesg | grep -i amdgpu | tail -20"),
+        )
+    version = f"AMD's package, {facts.machine.driver}" if facts.machine.driver else f"of Linux {facts.machine.kernel}"
+    return ok(f"amdgpu, {version}")
+
+
+def topology(facts: Facts) -> Finding:
+    if not _expected(facts):
+        return skipped(NONE if not facts.machine.wsl else "WSL2 has no KFD")
+    problems = [*facts.machine.topology.problems]
+    problems += [f"GPU {gpu.index}: {gpu.problem}" for gpu in facts.machine.gpus if gpu.problem]
+    if problems and not any(not gpu.problem for gpu in facts.machine.gpus):
+        return fail("; ".join(problems), as_root(facts, "dmesg | grep -i kfd | tail -20"))
+    if problems:
+        return warn("; ".join(problems))
+    if not facts.machine.gpus:
+        if not facts.module:
+            return skipped("no driver, so no KFD (RS102)")
+        inside = f"; this is a virtual machine ({facts.vendor}), see RS-KI-021" if _virtual(facts) else ""
+        return fail(
+            f"the driver is loaded, and KFD lists no GPU{inside}",
+            as_root(facts, "dmesg | grep -iE 'amdgpu|kfd' | tail -20"),
+        )
+    return ok(f"{len(facts.machine.gpus)} GPU node(s) beside {facts.machine.topology.cpus} CPU node(s)")
+
+
+def kfd_exists(facts: Facts) -> Finding:
+    if facts.machine.wsl:
+        return ok(f"WSL2: {DXG} in its place")
+    if not _expected(facts):
+        return skipped(NONE)
+    if KFD in facts.machine.nodes:
+        return ok(_owned(facts.machine.nodes[KFD]))
+    if not facts.module:
+        return skipped("no driver, so no /dev/kfd (RS102)")
+    return fail("there is no /dev/kfd", as_root(facts, "dmesg | grep -i kfd | tail -20"))
+
+
+def kfd_usable(facts: Facts) -> Finding:
+    node = facts.machine.nodes.get(KFD)
+    return skipped("no /dev/kfd") if node is None else _usable(facts, [node])
+
+
+def render_nodes_exist(facts: Facts) -> Finding:
+    gpus = [gpu for gpu in facts.machine.gpus if gpu.render_node]
+    if not gpus:
+        return skipped(NO_NODES)
+    missing = [gpu for gpu in gpus if gpu.render_node not in facts.machine.nodes]
+    if missing:
+        return fail(
+            f"GPU {missing[0].index} has no {missing[0].render_node}",
+            as_root(facts, "udevadm trigger --subsystem-match=drm"),
+        )
+    return ok(", ".join(gpu.render_node for gpu in gpus))
+
+
+def render_nodes_usable(facts: Facts) -> Finding:
+    nodes = [
+        facts.machine.nodes[gpu.render_node] for gpu in facts.machine.gpus if gpu.render_node in facts.machine.nodes
+    ]
+    return _usable(facts, nodes) if nodes else skipped(NO_NODES)
+
+
+def groups(facts: Facts) -> Finding:
+    """Membership as /etc/group has it against what this process has: a login apart."""
+    user = facts.machine.user
+    wanted = {node.gid for path, node in facts.machine.nodes.items() if path == KFD or "/renderD" in path}
+    wanted -= {0}
+    if not wanted:
+        return skipped(NO_NODES)
+    names = {group.gid: name for name, group in facts.groups.items()}
+    lacking = sorted(wanted - user.groups)
+    if not lacking or user.uid == 0:
+        return ok("in " + ", ".join(names.get(gid, str(gid)) for gid in sorted(wanted)) if user.uid else "root")
+    told = [gid for gid in lacking if gid in names and user.name in facts.groups[names[gid]].members]
+    if len(told) == len(lacking):
+        return warn(
+            f"{user.name} is in {_named(lacking, names)}, and this login is older: log out and in again",
+            f"newgrp {names[lacking[0]]}",
+        )
+    nodes = [node for path, node in facts.machine.nodes.items() if path == KFD or "/renderD" in path]
+    missing = _named(lacking, names)
+    join = tuple(
+        Fix(("usermod", "-aG", names[g], user.name), ("gpasswd", "-d", user.name, names[g]))
+        for g in lacking
+        if g in names and user.name
+    )
+    said = f"not in {missing}, to which the device nodes belong; after joining, log out and in again"
+    commands = [as_root(facts, f"usermod -aG {missing} $USER")]
+    rootful = facts.engine is not None and facts.engine.answers and not facts.engine.rootless
+    if all(node.usable for node in nodes) or rootful:
+        # A rootful engine gives containers the groups itself.
+        return warn(f"{said}; containers of an engine with root work without", *commands, fixes=join)
+    return fail(said, *commands, fixes=join)
+
+
+def integrated(facts: Facts) -> Finding:
+    both = [gpu for gpu in facts.machine.gpus if gpu.integrated]
+    if not both or len(both) == len(facts.machine.gpus):
+        return skipped("no integrated GPU beside a card")
+    which = f"GPU {both[0].index} ({both[0].gfx})"
+    return ok(f"{which} is integrated: left out of runs, since programs that use all GPUs crash on it (RS-KI-018)")
+
+
+def override(facts: Facts) -> Finding:
+    value = facts.environment.get("HSA_OVERRIDE_GFX_VERSION")
+    if value is None:
+        return ok("HSA_OVERRIDE_GFX_VERSION is not set")
+    if not facts.machine.gpus:
+        return warn(f"HSA_OVERRIDE_GFX_VERSION={value}, and there is no GPU", "unset HSA_OVERRIDE_GFX_VERSION")
+    names = ", ".join(sorted({gpu.gfx for gpu in facts.machine.gpus}))
+    return fail(
+        f"HSA_OVERRIDE_GFX_VERSION={value} makes ROCm take {names} for another GPU: wrong code, crashes",
+        "unset HSA_OVERRIDE_GFX_VERSION",
+    )
+
+
+def allocator(facts: Facts) -> Finding:
+    for name in ALLOCATOR:
+        if "expandable_segments" in facts.environment.get(name, ""):
+            return warn(f"{name} asks for expandable_segments, which ROCm does not have (RS-KI-013)", f"unset {name}")
+    if facts.environment.get("PYTORCH_NO_HIP_MEMORY_CACHING"):
+        name = "PYTORCH_NO_HIP_MEMORY_CACHING"
+        return warn(f"{name} is set: each allocation goes to the driver, which is slow", f"unset {name}")
+    return ok("no allocator variable that hurts")
+
+
+def clock(facts: Facts) -> Finding:
+    if not facts.clocks:
+        return skipped("no card tells its clock")
+    for pci, seen in facts.clocks.items():
+        if seen.busy >= STUCK_BUSY and seen.now * STUCK_SHARE < seen.most:
+            return warn(
+                f"{pci} is {seen.busy} % busy at {seen.now} of {seen.most} MHz: its clock is stuck (RS-KI-011)",
+                as_root(facts, "reboot"),
+            )
+    return ok("; ".join(f"{pci}: {seen.now} of {seen.most} MHz" for pci, seen in facts.clocks.items()))
+
+
+def visibility(facts: Facts) -> Finding:
+    found = [name for name in VISIBILITY if name in facts.environment]
+    if not found:
+        return ok("no variable hides a GPU")
+    said = ", ".join(f"{name}={facts.environment[name]}" for name in found)
+    if len(found) > 1:
+        return warn(f"{said}: they stack, each counting in what the one before left", f"unset {' '.join(found)}")
+    return ok(f"{said}; runs of ours choose by --gpus and do not inherit it")
+
+
+def large_bar(facts: Facts) -> Finding:
+    cards = [gpu for gpu in facts.machine.gpus if not gpu.integrated and gpu.partition is None and gpu.vram > 2 << 30]
+    if not cards:
+        return skipped("no card with memory of its own")
+    small = [gpu for gpu in cards if gpu.visible_vram < gpu.vram]
+    if small:
+        return warn(
+            f"GPU {small[0].index}: the CPU sees {small[0].visible_vram / 2**30:.2f} of "
+            f"{small[0].vram / 2**30:.1f} GiB; switch Above 4G Decoding and Resizable BAR on in the firmware"
+        )
+    return ok("the CPU sees all of each card's memory")
+
+
+def iommu(facts: Facts) -> Finding:
+    cards = [gpu for gpu in facts.machine.gpus if not gpu.integrated and gpu.partition is None]
+    if len(cards) < 2:
+        return skipped("one card: nothing goes from card to card")
+    if "iommu=pt" in facts.cmdline or "amd_iommu=off" in facts.cmdline or "iommu=off" in facts.cmdline:
+        return ok("iommu=pt")
+    add: tuple[str, ...] = ("sed -i 's/^GRUB_CMDLINE_LINUX=\"/&iommu=pt /' /etc/default/grub", "update-grub")
+    if "fedora" in facts.distribution.split():
+        add = ("grubby --update-kernel=ALL --args=iommu=pt",)
+    return warn(
+        f"{len(cards)} cards, and the kernel was started without iommu=pt: transfers between them may hang",
+        *(as_root(facts, command) for command in (*add, "reboot")),
+    )
+
+
+def _expected(facts: Facts) -> bool:
+    """Is there a card that a driver of Linux should have?"""
+    return bool(facts.machine.topology.pci or facts.machine.gpus) and not facts.machine.wsl
+
+
+def _virtual(facts: Facts) -> bool:
+    return facts.vendor.startswith(VIRTUAL)
+
+
+def _owned(node: Node) -> str:
+    return f"{node.path} (group {node.gid}, mode {node.mode:o})"
+
+
+def _usable(facts: Facts, nodes: list[Node]) -> Finding:
+    closed = [node for node in nodes if not node.usable]
+    if not closed:
+        return ok(", ".join(node.path for node in nodes) + ": open to you")
+    said = f"{_owned(closed[0])} is not open to you"
+    engine = facts.engine
+    if engine is not None and engine.answers and not engine.rootless and not engine.desktop:
+        return warn(f"{said}; containers of {engine.what} are given its group, only --engine local is not (RS109)")
+    return fail(f"{said} (RS109)", as_root(facts, "usermod -aG render,video $USER"))
+
+
+def _named(gids: list[int], names: dict[int, str]) -> str:
+    return ",".join(names.get(gid, str(gid)) for gid in gids)
+
+
+CHECKS = (
+    Check("RS101", "AMD GPU", present),
+    Check("RS102", "amdgpu driver", driver),
+    Check("RS104", "KFD topology", topology),
+    Check("RS105", "/dev/kfd", kfd_exists),
+    Check("RS106", "/dev/kfd may be opened", kfd_usable),
+    Check("RS107", "render nodes", render_nodes_exist),
+    Check("RS108", "render nodes may be opened", render_nodes_usable),
+    Check("RS109", "groups", groups),
+    Check("RS111", "integrated GPU", integrated),
+    Check("RS112", "HSA_OVERRIDE_GFX_VERSION", override),
+    Check("RS113", "allocator variables", allocator),
+    Check("RS114", "shader clock", clock),
+    Check("RS115", "visibility variables", visibility),
+    Check("RS116", "large BAR", large_bar),
+    Check("RS117", "iommu=pt", iommu),
+)

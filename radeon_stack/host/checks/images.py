@@ -1,0 +1,154 @@
+"""Do GPU, driver, ROCm and image go together, and is there room to run?"""
+
+from __future__ import annotations
+
+from radeon_stack.catalog.platforms import Platforms, load_platforms
+from radeon_stack.catalog.sizes import format_size
+from radeon_stack.catalog.versions import version
+from radeon_stack.host.checks.finding import Check, Finding, fail, ok, skipped, warn
+from radeon_stack.host.facts import Facts, ImageFact
+
+NO_CARD = "no GPU that ROCm sees"
+RUN_MEMORY = 24 << 30  # train-llama's own: the 16-bit base of 8B is held once while it is merged
+DEMO_MEMORY = 6 << 30
+LEAST_SHM = 8 << 30
+SHOWN = 3
+LEAST_HOME = 20 << 30  # an adapter, checkpoints and a merged 8B model in 16 bit
+
+
+def driver_fits(facts: Facts) -> Finding:
+    """The driver against the ROCm of the images here, else of the default release."""
+    if not facts.machine.gpus:
+        return skipped(NO_CARD)
+    driver = facts.machine.driver
+    if driver is None:
+        return ok("the kernel's own driver tells no version; AMD supports user space of a year around it")
+    mine = _fitting(facts)
+    wanted = mine[0].drivers if mine and mine[0].drivers else _default_drivers(load_platforms())
+    rocm = mine[0].rocm if mine else load_platforms().default
+    if not wanted:
+        return skipped(f"which drivers ROCm {rocm} was made for is not known")
+    if any(_begins(driver, name) for name in wanted):
+        return ok(f"{driver}; ROCm {rocm} was made for {', '.join(wanted)}")
+    return warn(f"driver {driver}; ROCm {rocm} was made for {', '.join(wanted)}: a year around it may work")
+
+
+def gfx_supported(facts: Facts) -> Finding:
+    cards = [gpu for gpu in facts.machine.gpus if not gpu.integrated] or list(facts.machine.gpus)
+    if not cards:
+        return skipped(NO_CARD)
+    known = load_platforms()
+    said, worst = [], ok
+    for gfx in dict.fromkeys(gpu.gfx for gpu in cards):
+        having = [platform for platform in known.values() if platform.gfx == gfx]
+        here = next((platform for platform in having if platform.rocm == known.default), None)
+        if not having:
+            return fail(f"no release of ROCm that we know has code for {gfx}", "radeon-stack image list")
+        if here is None:
+            said.append(f"{gfx}: not in ROCm {known.default}, in {', '.join(str(p.rocm) for p in having)}")
+            worst = warn
+        else:
+            said.append(f"{gfx}: ROCm {here.rocm}{'' if here.official else ', built, and in no matrix of AMD'}")
+    return worst("; ".join(said))
+
+
+def image_here(facts: Facts) -> Finding:
+    if facts.images is None:
+        return skipped("no engine answers (RS201)")
+    cards = [gpu for gpu in facts.machine.gpus if not gpu.integrated]
+    if facts.machine.wsl:
+        return skipped("WSL2 does not tell which GPU it is: --gpus gfx1201 chooses image and card")
+    if facts.machine.topology.pci and not facts.machine.gpus:
+        return skipped("the GPU has to be seen first (RS102, RS104)")
+    mine = _fitting(facts)
+    if mine:
+        named = list(dict.fromkeys(image.name for image in mine))
+        return ok(", ".join(named[:SHOWN]) + (f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""))
+    arch = cards[0].gfx if cards else "cpu"
+    rocm = "" if arch == "cpu" else f"ROCM={load_platforms().default} "
+    if arch == "cpu" and facts.packages_missing == ():
+        return ok("none for the CPU yet; --engine local works without one (make image ARCH=cpu builds one)")
+    return warn(f"the engine has no train image for {arch}", f"make image {rocm}ARCH={arch}")
+
+
+def image_fits(facts: Facts) -> Finding:
+    """Images for other GPUs than this machine's are a mistake that shows late: invalid device function."""
+    ours = [image for image in facts.images or () if image.gfx]
+    present = {gpu.gfx for gpu in facts.machine.gpus}
+    if not ours or not present:
+        return skipped("no image for a GPU here" if not ours else NO_CARD)
+    foreign = [image for image in ours if image.gfx not in present]
+    if len(foreign) == len(ours):
+        return warn(f"{foreign[0].name} has code for {foreign[0].gfx}; here is {', '.join(sorted(present))}")
+    return ok(f"{len(ours) - len(foreign)} of {len(ours)} images are for this machine's GPUs")
+
+
+def memory(facts: Facts) -> Finding:
+    found = facts.machine.memory
+    wanted, recipe = (RUN_MEMORY, "train-llama") if facts.machine.gpus else (DEMO_MEMORY, "train-llama --preset demo")
+    if not found:
+        return skipped("not known")
+    if found < wanted:
+        lower = "radeon-stack run train-llama --set resources.memory=16GiB"
+        return warn(f"{format_size(found)}; {recipe} asks for {format_size(wanted)}", lower)
+    return ok(f"{format_size(found)}; {recipe} asks for {format_size(wanted)}")
+
+
+def shm(facts: Facts) -> Finding:
+    if facts.shm is None:
+        return skipped("not known; containers are given their own")
+    if facts.shm < LEAST_SHM and facts.machine.gpus:
+        return ok(f"{format_size(facts.shm)}; containers are given their own, only --engine local has this")
+    return ok(format_size(facts.shm))
+
+
+def home(facts: Facts) -> Finding:
+    if facts.home_free is None:
+        return skipped("not known")
+    if facts.home_free < LEAST_HOME:
+        return warn(
+            f"{format_size(facts.home_free)} free for runs; a merged 8B model is 15 GiB", "radeon-stack runs list"
+        )
+    return ok(f"{format_size(facts.home_free)} free for runs")
+
+
+def local(facts: Facts) -> Finding:
+    if facts.packages_missing is None:
+        return skipped("not known")
+    if facts.packages_missing:
+        return skipped(
+            f"--engine local lacks {', '.join(facts.packages_missing)} in this Python; containers do not need them"
+        )
+    return ok("this Python has all that --engine local needs")
+
+
+def _fitting(facts: Facts) -> list[ImageFact]:
+    """Train images for the cards here; without a card, for the CPU."""
+    cards = {gpu.gfx for gpu in facts.machine.gpus if not gpu.integrated}
+    return [
+        image
+        for image in facts.images or ()
+        if image.kind == "train" and (image.gfx in cards if cards else not image.gfx)
+    ]
+
+
+def _default_drivers(known: Platforms) -> tuple[str, ...]:
+    return next((p.drivers for p in known.values() if p.rocm == known.default), ())
+
+
+def _begins(driver: str, name: str) -> bool:
+    found, wanted = version(driver), version(name)
+    count = name.count(".") + 1
+    return found is not None and wanted is not None and found[:count] == wanted[:count]
+
+
+CHECKS = (
+    Check("RS103", "driver and ROCm", driver_fits),
+    Check("RS110", "gfx and ROCm", gfx_supported),
+    Check("RS301", "memory", memory),
+    Check("RS302", "shared memory", shm),
+    Check("RS303", "room for runs", home),
+    Check("RS304", "this Python", local),
+    Check("RS401", "image for this machine", image_here),
+    Check("RS402", "image and GPU", image_fits),
+)

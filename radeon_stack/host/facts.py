@@ -1,0 +1,271 @@
+"""All that doctor judges by, probed within a fixed time: what does not answer is told as unknown, never waited for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from radeon_stack.host.cdi import CdiDevice, cdi_devices
+from radeon_stack.host.engines import EngineProbe, described, probe_engine
+from radeon_stack.host.gpus import PCI
+from radeon_stack.host.machine import Machine, probe
+from radeon_stack.host.sysroot import Sysroot, as_number
+
+SECONDS = 2.0  # for all probes together; they run side by side
+WATCHED = (
+    "HSA_OVERRIDE_GFX_VERSION",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_HIP_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_NO_HIP_MEMORY_CACHING",
+    "ROCR_VISIBLE_DEVICES",
+    "HIP_VISIBLE_DEVICES",
+    "CUDA_VISIBLE_DEVICES",
+    "GPU_DEVICE_ORDINAL",
+    "GGML_CUDA_P2P",
+)
+KEEP = "run.oci.keep_original_groups=1"  # crun's: its manual, OCI annotations
+LOCAL_SOCKET = "unix://"
+
+
+@dataclass(frozen=True)
+class ImageFact:
+    """An image of ours in the engine; `drivers` are the beginnings of driver versions that it was made for."""
+
+    name: str
+    kind: str
+    rocm: str = ""
+    gfx: str = ""
+    drivers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Clock:
+    """A card's shader clock: now and at most, in MHz, and how busy the card is, in percent."""
+
+    now: int
+    most: int
+    busy: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """A line of /etc/group."""
+
+    gid: int
+    members: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was found. None: not known here; the names in `late` did not answer in time."""
+
+    machine: Machine
+    module: str = ""
+    """State of the amdgpu module, `live` when it is loaded; "" when there is none."""
+    cmdline: tuple[str, ...] = ()
+    distribution: str = ""
+    systemd: bool = True
+    vendor: str = ""
+    """Of the machine; QEMU and the like are virtual ones."""
+    groups: Mapping[str, Group] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    clocks: Mapping[str, Clock] = field(default_factory=dict)
+    cdi: tuple[CdiDevice, ...] = ()
+    engine: EngineProbe | None = None
+    buildkit: bool | None = None
+    buildx: bool | None = None
+    engine_free: int | None = None
+    home_free: int | None = None
+    shm: int | None = None
+    keeps_groups: bool = False
+    """Does podman's configuration give containers the caller's groups?"""
+    images: tuple[ImageFact, ...] | None = None
+    packages_missing: tuple[str, ...] | None = None
+    late: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Ways:
+    """Probes of other rooms, which doctor hands in: images of the engine, clients that build, packages that lack."""
+
+    images: Callable[[], tuple[ImageFact, ...]] | None = None
+    buildkit: Callable[[], bool] | None = None
+    buildx: Callable[[], bool] | None = None
+    packages_missing: Callable[[], tuple[str, ...]] | None = None
+
+
+def gather(sysroot: Sysroot, home: Path, ways: Ways | None = None, seconds: float = SECONDS) -> Facts:
+    """Everything about this machine, or about the tree below `sysroot`."""
+    if not sysroot.live:
+        return _staged(sysroot)
+    ways = ways or Ways()
+    probes: dict[str, Callable[[], Any]] = {
+        "files": lambda: _from_files(sysroot),
+        "engine": lambda: probe_engine(max(1, int(seconds))),
+        "home_free": lambda: _free(home),
+        "keeps_groups": _keeps_groups,
+        "shm": lambda: shutil.disk_usage("/dev/shm").total,  # noqa: S108 - looked at, not written
+    }
+    given = {name: getattr(ways, name) for name in ("images", "buildkit", "buildx", "packages_missing")}
+    probes |= {name: way for name, way in given.items() if way is not None}
+    found, late = together(probes, seconds)
+    files = found.pop("files", None) or {"machine": Machine.unknown()}
+    engine = found.get("engine")
+    if engine is not None and not engine.answers:
+        found.pop("images", None)
+    environment = {name: os.environ[name] for name in WATCHED if name in os.environ}
+    free = _free(Path(engine.root)) if engine and engine.root and engine.address.startswith(LOCAL_SOCKET) else None
+    return Facts(**files, **found, environment=environment, engine_free=free, late=late)
+
+
+def together(probes: Mapping[str, Callable[[], Any]], seconds: float) -> tuple[dict[str, Any], frozenset[str]]:
+    """What each probe gave, and the names of those that were not back in time. A probe that failed gives None."""
+    found: dict[str, Any] = {}
+
+    def run(name: str, work: Callable[[], Any]) -> None:
+        try:
+            found[name] = work()
+        except Exception:
+            # Doctor judges what is known; a probe that breaks leaves its facts unknown, and its checks say so.
+            found[name] = None
+
+    # Daemons: a read that the kernel does not end cannot be ended by us either, only left behind.
+    threads = {name: threading.Thread(target=run, args=(name, work), daemon=True) for name, work in probes.items()}
+    for thread in threads.values():
+        thread.start()
+    deadline = time.monotonic() + seconds
+    for thread in threads.values():
+        thread.join(max(0.0, deadline - time.monotonic()))
+    late = frozenset(name for name, thread in threads.items() if thread.is_alive())
+    return {name: value for name, value in found.items() if name not in late and value is not None}, late
+
+
+def _from_files(sysroot: Sysroot) -> dict[str, Any]:
+    """What is read below the root, of this machine or of a staged one."""
+    machine = probe(sysroot)
+    return {
+        "machine": machine,
+        "module": (sysroot.text("/sys/module/amdgpu/initstate") or "live") if _has_module(sysroot) else "",
+        "cmdline": tuple((sysroot.text("/proc/cmdline") or "").split()),
+        "distribution": _distribution(sysroot.text("/etc/os-release") or ""),
+        "systemd": not sysroot.live or sysroot.exists("/run/systemd/system"),
+        "vendor": sysroot.text("/sys/class/dmi/id/sys_vendor") or "",
+        "groups": _groups(sysroot.text("/etc/group") or ""),
+        "clocks": {gpu.pci: clock for gpu in machine.gpus if (clock := _clock(sysroot, gpu.pci)) is not None},
+        "cdi": cdi_devices(sysroot),
+    }
+
+
+def _staged(sysroot: Sysroot) -> Facts:
+    """A tree has no engine to ask: its overlay tells what was answered."""
+    told = sysroot.overlay
+    engine = told.get("engine")
+    environment = told.get("environment")
+    facts: dict[str, Any] = {}
+    if isinstance(engine, dict):
+        facts = {
+            "engine": _engine(engine),
+            "buildkit": bool(engine.get("buildkit", True)),
+            "buildx": bool(engine.get("buildx", False)),
+            "engine_free": as_number(str(engine.get("free", ""))),
+            "images": _images(engine.get("images")),
+        }
+    return Facts(
+        **_from_files(sysroot),
+        **facts,
+        home_free=as_number(str(told.get("home_free", ""))),
+        shm=as_number(str(told.get("shm", ""))),
+        environment={k: str(v) for k, v in environment.items() if k in WATCHED}
+        if isinstance(environment, dict)
+        else {},
+    )
+
+
+def _engine(told: Mapping[str, Any]) -> EngineProbe:
+    where = str(told.get("address", "unix:///var/run/docker.sock"))
+    if told.get("why_not"):
+        return EngineProbe(where, why_not=str(told["why_not"]), denied="permission denied" in str(told["why_not"]))
+    version, info = told.get("version"), told.get("info")
+    return described(where, version if isinstance(version, dict) else {}, info if isinstance(info, dict) else {})
+
+
+def _images(told: Any) -> tuple[ImageFact, ...]:
+    found = []
+    for one in told if isinstance(told, list) else []:
+        if isinstance(one, dict):
+            drivers = one.get("drivers")
+            names = tuple(map(str, drivers)) if isinstance(drivers, list) else ()
+            words = [str(one.get(key, "")) for key in ("name", "kind", "rocm", "gfx")]
+            found.append(ImageFact(words[0], words[1], words[2], words[3], names))
+    return tuple(found)
+
+
+def _keeps_groups() -> bool:
+    """containers.conf(5): the user's own, and its drop-ins; the last one that speaks of it counts."""
+    own = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "containers"
+    places = [Path("/etc/containers/containers.conf"), own / "containers.conf"]
+    for folder in (Path("/etc/containers/containers.conf.d"), own / "containers.conf.d"):
+        places += sorted(folder.glob("*.conf")) if folder.is_dir() else []
+    told = os.environ.get("CONTAINERS_CONF")
+    for place in [Path(told)] if told else places:
+        try:
+            lines = tomllib.loads(place.read_text(encoding="utf-8"))["containers"]["annotations"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if KEEP in lines:
+            return True
+    return False
+
+
+def _has_module(sysroot: Sysroot) -> bool:
+    return sysroot.exists("/sys/module/amdgpu")
+
+
+def _distribution(text: str) -> str:
+    """`ID` of /etc/os-release and what it is like: `ubuntu debian`."""
+    pairs = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+    return f"{pairs.get('ID', '')} {pairs.get('ID_LIKE', '')}".replace('"', "").strip()
+
+
+def _groups(text: str) -> dict[str, Group]:
+    found = {}
+    for line in text.splitlines():
+        fields = line.split(":")
+        gid = as_number(fields[2]) if len(fields) == 4 else None
+        if gid is not None:
+            found[fields[0]] = Group(gid, frozenset(filter(None, fields[3].split(","))))
+    return found
+
+
+def _clock(sysroot: Sysroot, pci: str) -> Clock | None:
+    """Of pp_dpm_sclk, whose lines are `1: 2400Mhz *`: Documentation/gpu/amdgpu/thermal.rst of Linux."""
+    speeds: list[int] = []
+    now = 0
+    for line in (sysroot.text(f"{PCI}/{pci}/pp_dpm_sclk") or "").splitlines():
+        words = line.replace("Mhz", " ").split()
+        speed = as_number(words[1]) if len(words) > 1 else None
+        if speed is not None:
+            speeds.append(speed)
+            now = speed if "*" in words else now
+    busy = sysroot.number(f"{PCI}/{pci}/gpu_busy_percent")
+    return Clock(now, max(speeds), busy) if speeds and now and busy is not None else None
+
+
+def _free(folder: Path) -> int | None:
+    """Bytes free where a folder is or would be."""
+    for place in (folder, *folder.parents):
+        try:
+            return shutil.disk_usage(place).free
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return None
+    return None

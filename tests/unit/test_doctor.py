@@ -1,0 +1,269 @@
+"""Doctor: what it says, how it ends, how long it takes; the bundle; and the known issues that it reads."""
+
+from __future__ import annotations
+
+import io
+import socket
+import tarfile
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from radeon_stack.catalog.platforms import load_platforms
+from radeon_stack.catalog.versions import clauses, version, within
+from radeon_stack.errors import Exit, UsageError
+from radeon_stack.host.bundle import opened
+from radeon_stack.host.checks import CHECKS, State, examine
+from radeon_stack.host.facts import Clock, gather, together
+from radeon_stack.host.known_issues import Setup, load_issues, met_by, mitigations
+from radeon_stack.host.sysroot import Sysroot
+from tests.conftest import ROOT, Cli
+from tests.stages import ENGINE, STAGES, Stage, build
+
+
+def states(stage: Stage, root: Path) -> dict[str, State]:
+    return {check.code: finding.state for check, finding in examine(gather(Sysroot(build(stage, root)), root))}
+
+
+def with_engine(name: str, **changes: object) -> Stage:
+    stage = STAGES[name]
+    return replace(stage, overlay={"engine": {**ENGINE, **changes}})
+
+
+def test_a_healthy_machine_is_green_and_exit_0(cli: Cli, tmp_path: Path) -> None:
+    build(STAGES["r9700"], tmp_path)
+    told = cli("doctor", "--sysroot", tmp_path, "--json")
+    assert told.code == Exit.OK
+    assert told.json["states"]["fail"] == told.json["states"]["warn"] == 0
+    assert all(check["document"].startswith("docs/doctor.md#rs") for check in told.json["checks"])
+
+
+def test_only_a_failure_is_exit_3_and_it_comes_with_a_command(cli: Cli, tmp_path: Path) -> None:
+    broken = cli("doctor", "--sysroot", build(STAGES["no-driver"], tmp_path / "a"))
+    assert broken.code == Exit.MACHINE and "sudo modprobe amdgpu" in broken.out
+    warned = cli("doctor", "--sysroot", build(STAGES["no-permission"], tmp_path / "b"))
+    assert warned.code == Exit.OK and "log out and in again" in warned.out
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "state"),
+    [
+        ({"why_not": "no container engine answers at x (no such file or directory)"}, "RS201", State.FAIL),
+        ({"why_not": "no container engine answers at x (permission denied)"}, "RS201", State.FAIL),
+        ({"version": {"Version": "19.03", "ApiVersion": "1.40"}}, "RS202", State.FAIL),
+        ({"version": {"Version": "29.3", "ApiVersion": "1.54"}}, "RS202", State.OK),
+        ({"buildkit": False}, "RS203", State.WARN),
+        ({"info": {"SecurityOptions": ["name=rootless"]}}, "RS204", State.FAIL),
+        ({"info": {"OperatingSystem": "Docker Desktop"}}, "RS204", State.FAIL),
+        ({"version": {"Components": [{"Name": "Podman Engine"}]}, "info": {"Rootless": True}}, "RS204", State.FAIL),
+        ({"version": {"Components": [{"Name": "Podman Engine"}]}, "info": {}}, "RS204", State.OK),
+        ({"info": {"Driver": "vfs"}}, "RS205", State.WARN),
+        ({"info": {"DockerRootDir": "/d"}, "free": 30 << 30, "images": []}, "RS206", State.WARN),
+        ({"images": []}, "RS401", State.WARN),
+        ({"images": [{"name": "a", "kind": "train", "rocm": "7.1.1", "gfx": "gfx1100"}]}, "RS402", State.WARN),
+    ],
+)
+def test_an_engine_is_judged_by_what_it_answers(
+    tmp_path: Path, changes: dict[str, object], code: str, state: State
+) -> None:
+    assert states(with_engine("r9700", **changes), tmp_path)[code] is state
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "code", "state"),
+    [
+        ("HSA_OVERRIDE_GFX_VERSION", "11.0.0", "RS112", State.FAIL),
+        ("PYTORCH_HIP_ALLOC_CONF", "expandable_segments:True", "RS113", State.WARN),
+        ("PYTORCH_NO_HIP_MEMORY_CACHING", "1", "RS113", State.WARN),
+        ("ROCR_VISIBLE_DEVICES", "0", "RS115", State.OK),
+    ],
+)
+def test_variables_that_hurt_are_told(tmp_path: Path, name: str, value: str, code: str, state: State) -> None:
+    stage = replace(STAGES["r9700"], overlay={"engine": ENGINE, "environment": {name: value}})
+    assert states(stage, tmp_path)[code] is state
+
+
+def test_a_busy_card_at_a_tenth_of_its_clock_is_stuck(tmp_path: Path) -> None:
+    pci = "/sys/bus/pci/devices/0000:05:00.0"
+    speeds = "0: 41Mhz *\n1: 500Mhz\n2: 2350Mhz\n"
+    files = {f"{pci}/pp_dpm_sclk": speeds, f"{pci}/gpu_busy_percent": "99\n"}
+    facts = gather(Sysroot(build(replace(STAGES["r9700"], files=files), tmp_path / "a")), tmp_path)
+    assert facts.clocks == {"0000:05:00.0": Clock(41, 2350, 99)}
+    assert states(replace(STAGES["r9700"], files=files), tmp_path / "b")["RS114"] is State.WARN
+    idle = files | {f"{pci}/gpu_busy_percent": "0\n"}
+    assert states(replace(STAGES["r9700"], files=idle), tmp_path / "c")["RS114"] is State.OK
+
+
+def test_a_driver_that_the_image_was_not_made_for_is_a_warning(tmp_path: Path) -> None:
+    assert states(replace(STAGES["r9700"], driver="30.20.1"), tmp_path / "a")["RS103"] is State.OK
+    assert states(replace(STAGES["r9700"], driver="31.10.0"), tmp_path / "b")["RS103"] is State.WARN
+
+
+def test_three_cards_without_iommu_pt_are_told_how_to_add_it(cli: Cli, tmp_path: Path) -> None:
+    told = cli("doctor", "--sysroot", build(STAGES["three-r9700"], tmp_path), "--json")
+    (found,) = [check for check in told.json["checks"] if check["code"] == "RS117"]
+    assert found["state"] == "warn" and "update-grub" in " ".join(found["remedy"])
+
+
+def test_codes_are_of_one_form_and_none_is_there_twice() -> None:
+    codes = [check.code for check in CHECKS]
+    assert codes == sorted(set(codes)) and all(len(code) == 5 and code.startswith("RS") for code in codes)
+
+
+def test_a_read_that_never_ends_is_left_behind_and_the_rest_is_told() -> None:
+    stuck = threading.Event()
+    began = time.monotonic()
+    found, late = together({"stuck": stuck.wait, "quick": lambda: 7, "broken": lambda: 1 / 0}, seconds=0.3)
+    assert time.monotonic() - began < 2 and late == {"stuck"} and found == {"quick": 7}
+    stuck.set()
+
+
+def test_an_engine_socket_that_accepts_and_says_nothing_is_not_waited_for(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(tmp_path / "engine.sock"))
+        dead.listen(64)
+        monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path / 'engine.sock'}")
+        began = time.monotonic()
+        told = cli("doctor", "--json", timeout=60)
+        assert time.monotonic() - began < 20
+    (found,) = [check for check in told.json["checks"] if check["code"] == "RS201"]
+    assert found["state"] == "fail" or "--engine local works" in found["evidence"]
+
+
+def test_fix_shows_each_command_with_the_one_that_takes_it_back_and_dry_run_does_nothing(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
+    told = cli("doctor", "--fix", "--dry-run")
+    if "nothing that we would mend" not in told.out:
+        assert "undo:" in told.out and told.code == Exit.OK
+    asked = cli("doctor", "--fix")  # nobody is there to say yes
+    assert "nothing" in asked.out + asked.err
+    tree = cli("doctor", "--fix", "--sysroot", build(STAGES["no-driver"], tmp_path / "tree"))
+    assert tree.code == Exit.MACHINE and "another machine" in tree.error
+
+
+@pytest.mark.parametrize("name", sorted(STAGES))
+def test_a_bundle_is_diagnosed_elsewhere_as_the_machine_itself(cli: Cli, tmp_path: Path, name: str) -> None:
+    build(STAGES[name], tmp_path / "machine")
+    here = cli("doctor", "--sysroot", tmp_path / "machine", "--json", "--bundle", tmp_path / "b.tar.gz")
+    there = cli("doctor", "--sysroot", tmp_path / "b.tar.gz", "--json")
+    assert there.code == here.code
+    assert [(c["code"], c["state"]) for c in there.json["checks"]] == [
+        (c["code"], c["state"]) for c in here.json["checks"]
+    ]
+
+
+def test_a_bundle_names_no_person_disk_host_or_serial(cli: Cli, tmp_path: Path) -> None:
+    stage = replace(
+        STAGES["two-r9700-and-igpu"],
+        cmdline="BOOT_IMAGE=/vmlinuz root=UUID=1234-abcd cryptdevice=/dev/disk/by-id/serial77 iommu=pt hostname=lab7",
+        files={"/etc/group": "render:x:992:me,alice\nalice:x:1001:\n"},
+    )
+    build(stage, tmp_path / "machine")
+    cli("doctor", "--sysroot", tmp_path / "machine", "--bundle", tmp_path / "b.tar.gz")
+    with tarfile.open(tmp_path / "b.tar.gz") as archive:
+        texts = {m.name: (archive.extractfile(m) or io.BytesIO()).read().decode() for m in archive if m.isreg()}
+    everything = "\n".join(texts.values())
+    for secret in ("alice", "UUID", "serial77", "lab7", "cryptdevice", str(STAGES["r9700"].cards[0].unique_id)):
+        assert secret not in everything, secret
+    assert texts["proc/cmdline"] == "iommu=pt"
+    assert "unique_id 1\n" in everything
+
+
+@pytest.mark.parametrize("kind", ["up", "absolute", "link", "bomb", "many", "garbage", "truncated"])
+def test_a_hostile_bundle_is_an_error_and_writes_nothing_outside(tmp_path: Path, kind: str) -> None:
+    place = tmp_path / "b.tar.gz"
+    with tarfile.open(place, "w:gz") as archive:
+        if kind in ("up", "absolute"):
+            member = tarfile.TarInfo("../out" if kind == "up" else "/out-of-radeon-stack")
+            archive.addfile(member, io.BytesIO())
+        elif kind == "link":
+            link = tarfile.TarInfo("proc")
+            link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
+            archive.addfile(link)
+        elif kind == "bomb":
+            member = tarfile.TarInfo("big")
+            member.size = 64 << 20
+            archive.addfile(member, io.BytesIO(bytes(member.size)))
+        elif kind == "many":
+            for number in range(6000):
+                archive.addfile(tarfile.TarInfo(f"f{number}"))
+        else:
+            archive.addfile(tarfile.TarInfo("proc/cmdline"))
+    if kind == "garbage":
+        place.write_bytes(b"\x1f\x8b" + b"no archive" * 50)
+    if kind == "truncated":
+        place.write_bytes(place.read_bytes()[:-30])
+    try:
+        with opened(place) as tree:
+            examine(gather(tree, tmp_path))
+            assert kind in ("absolute",)  # its leading slash is dropped
+    except UsageError as error:
+        assert "bundle" in str(error)
+    assert not (tmp_path / "out").exists() and not Path("/out-of-radeon-stack").exists()
+
+
+def test_the_line_of_rocm_versions_is_kept_in_its_order() -> None:
+    line = ["6.4.4", "7.0", "7.0.2", "7.1.1", "7.2", "7.2.4", "7.9", "7.13.0", "7.14", "7.14.1", "10.0", "10.2.0"]
+    numbers = [version(text) for text in line]
+    assert None not in numbers and numbers == sorted(numbers, key=lambda n: n or ())
+    assert version("7.2") == version("7.2.0") and version("6.18.0-rc3-amd64") == (6, 18, 0, 0)
+    assert within(">=7.2 <7.9", "7.14") is False and within(">=7.2 <7.9", "7.2.4") is True
+    assert within("==7.2", "7.2.3") and not within("==7.2.1", "7.2.3") and not within("==7.1", "7.14")
+    assert within(">=7.2", "unknown") is None
+    with pytest.raises(ValueError, match="a range of versions"):
+        clauses("7.2 or so")
+
+
+def test_a_quirk_that_images_bring_is_a_known_issue_with_the_same_variables() -> None:
+    """One fault is told in two places: by what is baked in, and by what a run sets and explains."""
+    for platform in load_platforms().values():
+        if platform.gfx is None:
+            continue
+        found = met_by(Setup(frozenset({platform.gfx}), 2, rocm=platform.rocm or "", kernel="6.14"))
+        env = {name: value for issue in found for name, value in issue.env.items()}
+        assert env == dict(platform.env), platform.name
+
+
+def test_an_issue_is_met_by_its_ranges_and_nothing_is_claimed_without_a_link() -> None:
+    old = Setup(frozenset({"gfx1201"}), 1, rocm="7.1.1", kernel="6.14.0")
+    new = Setup(frozenset({"gfx1201"}), 3, rocm="7.2.4", kernel="6.18.2")
+    assert not {"RS-KI-001", "RS-KI-003", "RS-KI-010"} & {issue.id for issue in met_by(old)}
+    assert {"RS-KI-001", "RS-KI-003", "RS-KI-004", "RS-KI-010"} <= {issue.id for issue in met_by(new)}
+    assert not met_by(Setup(frozenset(), 0))
+    assert all(
+        issue.links and (issue.env or issue.setting or issue.handled or issue.consequence) for issue in load_issues()
+    )
+    with pytest.raises(UsageError, match="no known issue 'RS-KI-999'"):
+        mitigations(new, ("RS-KI-999",))
+
+
+def test_mitigations_are_in_the_plan_with_their_reason_and_can_be_left_out(cli: Cli, tmp_path: Path) -> None:
+    build(STAGES["three-r9700"], tmp_path / "tree")
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (model / name).write_text("{}")
+    words = ("explain", "train-llama", "--model", model, "--engine", "local", "--sysroot", tmp_path / "tree", "--json")
+    more = ("--set", "resources.gpus.max=2")
+    told = cli(*words, *more)
+    assert told.code == Exit.OK, told.err
+    fields = told.json["fields"]
+    assert ["NCCL_P2P_DISABLE", "1"] in fields["env"]["value"]
+    assert fields["env"]["items"]["NCCL_P2P_DISABLE"].startswith("RS-KI-004: peer-to-peer")
+    left_out = cli(*words, *more, "--without", "RS-KI-004").json["fields"]
+    assert "NCCL_P2P_DISABLE" in left_out["unset"]["value"]
+    assert "NCCL_P2P_DISABLE" not in dict(left_out["env"]["value"])
+    assert cli(*words, "--without", "RS-KI-4").code == Exit.USAGE
+
+
+def test_the_page_that_findings_link_to_has_them_all() -> None:
+    page = (ROOT / "docs" / "doctor.md").read_text()
+    for code in [check.code for check in CHECKS] + [issue.id for issue in load_issues()]:
+        assert f'<a id="{code.lower()}"></a>' in page, f"{code}: make docs"

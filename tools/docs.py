@@ -1,0 +1,62 @@
+"""Writes docs/doctor.md from the checks, known issues and signatures: what is documented is what the program has."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from pathlib import Path
+
+from radeon_stack.host.checks import CHECKS
+from radeon_stack.host.known_issues import Issue, load_issues
+from radeon_stack.host.signatures import load_signatures
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "doctor.md"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say whether the page is as it should be")
+    text = page()
+    if parser.parse_args().check:
+        return 0 if PAGE.read_text(encoding="utf-8") == text else sys.exit("docs/doctor.md is old: make docs")
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+def page() -> str:
+    """The page as Markdown."""
+    lines = ["<!-- written by tools/docs.py; edit the data it reads -->", "# What doctor looks at", ""]
+    lines += ["`radeon-stack doctor` prints these codes; `-v` prints those too that are fine. Exit 3 on a failure.", ""]
+    lines += ["| code | what | how it is judged |", "|---|---|---|"]
+    for check in CHECKS:
+        said = (inspect.getdoc(check.evaluate) or "").split("\n")[0]
+        lines.append(f'| <a id="{check.code.lower()}"></a>{check.code} | {check.title} | {said} |')
+    lines += ["", "# Known issues", ""]
+    lines += ["A run sets the variables by itself, and says so in `explain`; `--without ID` leaves them out.", ""]
+    for issue in load_issues():
+        lines += _issue(issue)
+    lines += ["# Error texts", "", "`radeon-stack diagnose LOG` finds these; a failed run ends with the nearest.", ""]
+    for signature in load_signatures():
+        lines += [f'## <a id="{signature.id.lower()}"></a>{signature.id}: {signature.title}', ""]
+        lines += [*(f"    {text}" for text in signature.contains), "", f"{signature.cause}. **{signature.remedy}**", ""]
+        lines += [f"See {', '.join(signature.links)}", ""]
+    return "\n".join(lines)
+
+
+def _issue(issue: Issue) -> list[str]:
+    met = [("gfx", ", ".join(issue.gfx)), ("ROCm", issue.rocm), ("kernel", issue.kernel)]
+    met += list(issue.components.items())
+    where = "; ".join(f"{name} {wanted}" for name, wanted in met if wanted) or "all"
+    more = f"; {issue.least_gpus} GPUs and more" if issue.least_gpus > 1 else ""
+    lines = [f'## <a id="{issue.id.lower()}"></a>{issue.id}: {issue.title}', "", f"Met by: {where}{more}. ", ""]
+    lines += [f"{issue.symptom}. Then: {issue.consequence}.", ""]
+    if issue.env:
+        lines += ["    " + " ".join(f"{name}={value}" for name, value in issue.env.items()), ""]
+    lines += [f"{text}.\n" for text in (issue.setting, issue.handled) if text]
+    fixed = f"Fixed in {issue.fixed_in}. " if issue.fixed_in else ""
+    return [*lines, f"{fixed}See {', '.join(issue.links)} (read {issue.checked}).", ""]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
