@@ -16,11 +16,11 @@ FIRST_PULL = 60 << 30
 NO_ENGINE = "no engine answers (RS201)"
 SLOW_STORAGE = ("vfs", "devicemapper", "aufs")
 INSTALL = {
-    "debian": "apt-get install -y docker.io docker-buildx",
-    "ubuntu": "apt-get install -y docker.io docker-buildx",
-    "fedora": "dnf install -y moby-engine docker-buildx",
-    "arch": "pacman -S --needed docker docker-buildx",
-    "suse": "zypper install -y docker docker-buildx",
+    "debian": "apt-get install -y docker.io",
+    "ubuntu": "apt-get install -y docker.io",
+    "fedora": "dnf install -y moby-engine",
+    "arch": "pacman -S --needed docker",
+    "suse": "zypper install -y docker",
 }
 
 
@@ -66,7 +66,7 @@ def buildkit(facts: Facts) -> Finding:
     if facts.buildkit is None:
         return skipped("not known")
     if not facts.buildkit:
-        return warn("no docker command here builds with BuildKit; images can be pulled, not built", *_install(facts))
+        return warn("no docker command here builds with BuildKit; images can be pulled, not built", *_plugin(facts))
     baking = "and buildx bakes several images at once" if facts.buildx else "without buildx: images one by one"
     return ok(f"BuildKit, {baking}")
 
@@ -156,6 +156,14 @@ def _install(facts: Facts) -> tuple[str, ...]:
         if absent and name in facts.distribution.split():
             first = (as_root(facts, "apt-get update"),) if command.startswith("apt-get") else ()
             return (*first, as_root(facts, command))
+    return ()
+
+
+def _plugin(facts: Facts) -> tuple[str, ...]:
+    """The install command again, for the builder: newer clients have it in a package of its own."""
+    for name, command in INSTALL.items():
+        if name in facts.distribution.split():
+            return (as_root(facts, f"{command.rpartition(' ')[0]} docker-buildx"),)
     return ()
 
 
