@@ -28,11 +28,10 @@ def page() -> str:
     """The page as Markdown."""
     lines = ["<!-- written by tools/docs.py; edit the data it reads -->", "# What doctor looks at", ""]
     lines += ["`radeon-stack doctor` prints these codes; `-v` prints those too that are fine. Exit 3 on a failure.", ""]
-    lines += ["| code | what | how it is judged |", "|---|---|---|"]
     for check in CHECKS:
-        said = (inspect.getdoc(check.evaluate) or "").split("\n")[0]
-        lines.append(f'| <a id="{check.code.lower()}"></a>{check.code} | {check.title} | {said} |')
-    lines += ["", "# Known issues", ""]
+        lines += [f'## <a id="{check.code.lower()}"></a>{check.code}: {check.title}', ""]
+        lines += [inspect.getdoc(check.evaluate) or "", ""]
+    lines += ["# Known issues", ""]
     lines += ["A run sets the variables by itself, and says so in `explain`; `--without ID` leaves them out.", ""]
     for issue in load_issues():
         lines += _issue(issue)

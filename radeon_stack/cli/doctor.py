@@ -107,11 +107,16 @@ def as_record(found: Found) -> dict[str, Any]:
             "state": str(finding.state),
             "evidence": finding.evidence,
             "remedy": list(finding.remedy),
-            "document": f"{DOCUMENT}#{check.code.lower()}",
+            "document": document(check),
         }
         for check, finding in found
     ]
     return {"checks": checks, "states": {str(s): sum(f.state is s for _, f in found) for s in State}}
+
+
+def document(check: Check) -> str:
+    """Where more is said of a check."""
+    return f"{DOCUMENT}#{check.code.lower()}"
 
 
 def match_record(match: Match) -> dict[str, Any]:
@@ -145,6 +150,8 @@ def _print(found: Found, verbose: bool) -> None:
         click.echo(f"{click.style(mark, fg=colour)} {check.code}  {check.title}: {finding.evidence}")
         for command in finding.remedy:
             click.echo(f"      {command}")
+        if finding.state in (State.WARN, State.FAIL):
+            click.echo(click.style(f"      see {document(check)}", fg="bright_black"))
     states = {state: sum(finding.state is state for _, finding in found) for state in State}
     handled = sum(finding.state is State.OK for _, finding in issues)
     more = f"; {handled} known issues of this setup are looked after" if handled and not verbose else ""

@@ -57,16 +57,16 @@ def overlay(facts: Facts) -> dict[str, Any]:
         },
         "user": {"uid": machine.user.uid, "gid": machine.user.gid, "groups": sorted(machine.user.groups), "name": ME},
         "environment": dict(facts.environment),
+        "programs": sorted(facts.programs),
         "home_free": facts.home_free,
         "shm": facts.shm,
     }
     if engine is None:
         return told
+    reason = "permission denied" if engine.denied else "no such file" if engine.absent else "it says nothing"
     security = [f"name={name}" for name in ("rootless", "selinux") if getattr(engine, name)]
     told["engine"] = {
-        "why_not": "no container engine answers (permission denied)"
-        if engine.denied
-        else engine.why_not and "none answers",
+        "why_not": engine.why_not and f"no container engine answers ({reason})",
         "version": {
             "Version": engine.version,
             "ApiVersion": engine.api,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 from radeon_stack.errors import MachineError
 
 PROBE_SECONDS = 5
+SOCKET = "unix://"
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class EngineProbe:
         return not self.why_not
 
     @property
+    def absent(self) -> bool:
+        """Nobody listens there: it is not started, or not installed."""
+        return any(reason in self.why_not for reason in ("no such file", "connection refused"))
+
+    @property
     def what(self) -> str:
         """`docker 28.5.2`, `podman 4.3.1, rootless`."""
         return f"{self.product} {self.version}{', rootless' if self.rootless else ''}"
@@ -61,6 +68,9 @@ def client(timeout: int = 60) -> Any:
 
 def probe_engine(seconds: int = PROBE_SECONDS) -> EngineProbe:
     """Ask the engine what it is, waiting so long for each answer at most."""
+    if address().startswith(SOCKET) and not os.path.exists(address().removeprefix(SOCKET)):
+        # Known without the SDK, which takes longer to import than all the rest of a launch.
+        return EngineProbe(address(), why_not=_unreachable(os.strerror(errno.ENOENT).lower())[0])
     try:
         engine = client(timeout=seconds)
         return described(address(), engine.version(), engine.info())

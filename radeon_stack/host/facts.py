@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
-import time
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from radeon_stack.catalog.load import read, recipe_paths, resolve
+from radeon_stack.host.boxed import together
 from radeon_stack.host.cdi import CdiDevice, cdi_devices
-from radeon_stack.host.engines import EngineProbe, described, probe_engine
-from radeon_stack.host.gpus import PCI
+from radeon_stack.host.engines import SOCKET, EngineProbe, described, probe_engine
+from radeon_stack.host.gpus import PCI, pci_gpus
 from radeon_stack.host.machine import Machine, probe
 from radeon_stack.host.sysroot import Sysroot, as_number
 
-SECONDS = 2.0  # for all probes together; they run side by side
+SECONDS = 2.0  # for all probes together
 WATCHED = (
     "HSA_OVERRIDE_GFX_VERSION",
     "PYTORCH_ALLOC_CONF",
@@ -31,8 +31,8 @@ WATCHED = (
     "GPU_DEVICE_ORDINAL",
     "GGML_CUDA_P2P",
 )
+PROGRAMS = ("dockerd", "podman")
 KEEP = "run.oci.keep_original_groups=1"  # crun's: its manual, OCI annotations
-LOCAL_SOCKET = "unix://"
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,16 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Need:
+    """What a recipe, with its preset, asks of a machine; bytes, and GPUs at least."""
+
+    recipe: str
+    memory: int
+    shm: int
+    gpus: int
+
+
+@dataclass(frozen=True)
 class Facts:
     """What was found. None: not known here; the names in `late` did not answer in time."""
 
@@ -89,6 +99,9 @@ class Facts:
     """Does podman's configuration give containers the caller's groups?"""
     images: tuple[ImageFact, ...] | None = None
     packages_missing: tuple[str, ...] | None = None
+    programs: frozenset[str] = frozenset()
+    """Which of the engines' programs are on PATH, whether they run or not."""
+    needs: tuple[Need, ...] = ()
     late: frozenset[str] = frozenset()
 
 
@@ -103,70 +116,77 @@ class Ways:
 
 
 def gather(sysroot: Sysroot, home: Path, ways: Ways | None = None, seconds: float = SECONDS) -> Facts:
-    """Everything about this machine, or about the tree below `sysroot`."""
-    if not sysroot.live:
-        return _staged(sysroot)
+    """Everything about this machine, or about the tree below `sysroot`; within so many seconds."""
     ways = ways or Ways()
     probes: dict[str, Callable[[], Any]] = {
-        "files": lambda: _from_files(sysroot),
-        "engine": lambda: probe_engine(max(1, int(seconds))),
-        "home_free": lambda: _free(home),
-        "keeps_groups": _keeps_groups,
-        "shm": lambda: shutil.disk_usage("/dev/shm").total,  # noqa: S108 - looked at, not written
+        "files": lambda: (from_files(sysroot), sysroot.seen),
+        # Apart: these ask the card itself, and a card that hangs does not answer.
+        "clocks": lambda: ({"clocks": clocks(sysroot)}, sysroot.seen),
     }
-    given = {name: getattr(ways, name) for name in ("images", "buildkit", "buildx", "packages_missing")}
-    probes |= {name: way for name, way in given.items() if way is not None}
+    if sysroot.live:
+        probes |= {
+            "engine": lambda: _engine_here(max(1, int(seconds)), ways.images),
+            "home_free": lambda: _free(home),
+            "keeps_groups": _keeps_groups,
+            "shm": lambda: shutil.disk_usage("/dev/shm").total,  # noqa: S108 - looked at, not written
+        }
+        given = {name: getattr(ways, name) for name in ("buildkit", "buildx", "packages_missing")}
+        probes |= {name: way for name, way in given.items() if way is not None}
     found, late = together(probes, seconds)
-    files = found.pop("files", None) or {"machine": Machine.unknown()}
-    engine = found.get("engine")
-    if engine is not None and not engine.answers:
-        found.pop("images", None)
-    environment = {name: os.environ[name] for name in WATCHED if name in os.environ}
-    free = _free(Path(engine.root)) if engine and engine.root and engine.address.startswith(LOCAL_SOCKET) else None
-    return Facts(**files, **found, environment=environment, engine_free=free, late=late)
+    for name in ("files", "clocks"):
+        facts, seen = found.pop(name, ({}, {}))
+        found |= facts
+        sysroot.seen.update(seen)
+    found.setdefault("machine", Machine.unknown())
+    if sysroot.live:
+        found |= found.pop("engine", {})
+        found["environment"] = {name: os.environ[name] for name in WATCHED if name in os.environ}
+        found["programs"] = frozenset(filter(shutil.which, PROGRAMS))
+    return Facts(**found, needs=needs(), late=late)
 
 
-def together(probes: Mapping[str, Callable[[], Any]], seconds: float) -> tuple[dict[str, Any], frozenset[str]]:
-    """What each probe gave, and the names of those that were not back in time. A probe that failed gives None."""
-    found: dict[str, Any] = {}
-
-    def run(name: str, work: Callable[[], Any]) -> None:
-        try:
-            found[name] = work()
-        except Exception:
-            # Doctor judges what is known; a probe that breaks leaves its facts unknown, and its checks say so.
-            found[name] = None
-
-    # Daemons: a read that the kernel does not end cannot be ended by us either, only left behind.
-    threads = {name: threading.Thread(target=run, args=(name, work), daemon=True) for name, work in probes.items()}
-    for thread in threads.values():
-        thread.start()
-    deadline = time.monotonic() + seconds
-    for thread in threads.values():
-        thread.join(max(0.0, deadline - time.monotonic()))
-    late = frozenset(name for name, thread in threads.items() if thread.is_alive())
-    return {name: value for name, value in found.items() if name not in late and value is not None}, late
+def needs() -> tuple[Need, ...]:
+    """Of every recipe and preset in the catalog."""
+    files = [read(path.stem) for path in recipe_paths()]
+    found = [resolve(file, preset) for file in files for preset in (None, *file.presets)]
+    return tuple(
+        Need(
+            made.name + (f" --preset {made.preset}" if made.preset else ""),
+            made.recipe.resources.memory,
+            made.recipe.resources.shm,
+            made.recipe.resources.gpus.min,
+        )
+        for made in found
+    )
 
 
-def _from_files(sysroot: Sysroot) -> dict[str, Any]:
+def _engine_here(seconds: int, images: Callable[[], tuple[ImageFact, ...]] | None) -> dict[str, Any]:
+    """The engine, what is free on its disk where that is a disk of ours, and its images."""
+    engine = probe_engine(seconds)
+    facts: dict[str, Any] = {"engine": engine}
+    if engine.root and engine.address.startswith(SOCKET):
+        facts["engine_free"] = _free(Path(engine.root))
+    if engine.answers and images is not None:
+        facts["images"] = images()
+    return facts
+
+
+def from_files(sysroot: Sysroot) -> dict[str, Any]:
     """What is read below the root, of this machine or of a staged one."""
-    machine = probe(sysroot)
     return {
-        "machine": machine,
+        "machine": probe(sysroot),
         "module": (sysroot.text("/sys/module/amdgpu/initstate") or "live") if _has_module(sysroot) else "",
         "cmdline": tuple((sysroot.text("/proc/cmdline") or "").split()),
         "distribution": _distribution(sysroot.text("/etc/os-release") or ""),
         "systemd": not sysroot.live or sysroot.exists("/run/systemd/system"),
         "vendor": sysroot.text("/sys/class/dmi/id/sys_vendor") or "",
         "groups": _groups(sysroot.text("/etc/group") or ""),
-        "clocks": {gpu.pci: clock for gpu in machine.gpus if (clock := _clock(sysroot, gpu.pci)) is not None},
         "cdi": cdi_devices(sysroot),
-    }
+    } | ({} if sysroot.live else _told(sysroot.overlay))
 
 
-def _staged(sysroot: Sysroot) -> Facts:
+def _told(told: Mapping[str, Any]) -> dict[str, Any]:
     """A tree has no engine to ask: its overlay tells what was answered."""
-    told = sysroot.overlay
     engine = told.get("engine")
     environment = told.get("environment")
     facts: dict[str, Any] = {}
@@ -178,15 +198,14 @@ def _staged(sysroot: Sysroot) -> Facts:
             "engine_free": as_number(str(engine.get("free", ""))),
             "images": _images(engine.get("images")),
         }
-    return Facts(
-        **_from_files(sysroot),
-        **facts,
-        home_free=as_number(str(told.get("home_free", ""))),
-        shm=as_number(str(told.get("shm", ""))),
-        environment={k: str(v) for k, v in environment.items() if k in WATCHED}
-        if isinstance(environment, dict)
-        else {},
-    )
+    kept = {k: str(v) for k, v in environment.items() if k in WATCHED} if isinstance(environment, dict) else {}
+    programs = told.get("programs")
+    return facts | {
+        "programs": frozenset(PROGRAMS) & frozenset(map(str, programs if isinstance(programs, list) else ())),
+        "home_free": as_number(str(told.get("home_free", ""))),
+        "shm": as_number(str(told.get("shm", ""))),
+        "environment": kept,
+    }
 
 
 def _engine(told: Mapping[str, Any]) -> EngineProbe:
@@ -243,6 +262,12 @@ def _groups(text: str) -> dict[str, Group]:
         if gid is not None:
             found[fields[0]] = Group(gid, frozenset(filter(None, fields[3].split(","))))
     return found
+
+
+def clocks(sysroot: Sysroot) -> dict[str, Clock]:
+    """The clocks of the cards that tell theirs, by PCI address."""
+    found = {gpu.address: _clock(sysroot, gpu.address) for gpu in pci_gpus(sysroot)}
+    return {address: clock for address, clock in found.items() if clock is not None}
 
 
 def _clock(sysroot: Sysroot, pci: str) -> Clock | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import socket
 import tarfile
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +15,15 @@ import pytest
 from radeon_stack.catalog.platforms import load_platforms
 from radeon_stack.catalog.versions import clauses, version, within
 from radeon_stack.errors import Exit, UsageError
+from radeon_stack.host.boxed import together
 from radeon_stack.host.bundle import opened
 from radeon_stack.host.checks import CHECKS, State, examine
-from radeon_stack.host.facts import Clock, gather, together
+from radeon_stack.host.facts import Clock, gather
 from radeon_stack.host.known_issues import Setup, load_issues, met_by, mitigations
 from radeon_stack.host.sysroot import Sysroot
 from tests.conftest import ROOT, Cli
 from tests.stages import ENGINE, STAGES, Stage, build
+from tests.stuck import impossible, stuck
 
 
 def states(stage: Stage, root: Path) -> dict[str, State]:
@@ -72,6 +74,33 @@ def test_an_engine_is_judged_by_what_it_answers(
     assert states(with_engine("r9700", **changes), tmp_path)[code] is state
 
 
+ABSENT = "no container engine answers at x (no such file or directory)"
+
+
+@pytest.mark.parametrize(
+    ("programs", "why_not", "remedy"),
+    [
+        ([], ABSENT, ["sudo apt-get update", "sudo apt-get install -y docker.io", "sudo systemctl start docker"]),
+        (["dockerd"], ABSENT, ["sudo systemctl start docker"]),
+        (["dockerd"], "no container engine answers at x (timed out)", ["sudo systemctl restart docker"]),
+        (
+            ["podman"],
+            ABSENT,
+            [
+                "systemctl --user enable --now podman.socket",
+                "export DOCKER_HOST=unix:///run/user/$(id -u)/podman/podman.sock",
+            ],
+        ),
+    ],
+)
+def test_what_is_installed_is_started_and_what_is_not_is_installed_first(
+    cli: Cli, tmp_path: Path, programs: list[str], why_not: str, remedy: list[str]
+) -> None:
+    stage = replace(STAGES["r9700"], overlay={"engine": {"why_not": why_not}, "programs": programs})
+    told = cli("doctor", "--json", "--sysroot", build(stage, tmp_path))
+    assert next(check["remedy"] for check in told.json["checks"] if check["code"] == "RS201") == remedy
+
+
 @pytest.mark.parametrize(
     ("name", "value", "code", "state"),
     [
@@ -108,17 +137,39 @@ def test_three_cards_without_iommu_pt_are_told_how_to_add_it(cli: Cli, tmp_path:
     assert found["state"] == "warn" and "update-grub" in " ".join(found["remedy"])
 
 
-def test_codes_are_of_one_form_and_none_is_there_twice() -> None:
+def test_codes_are_of_one_form_each_is_there_once_and_says_how_it_judges() -> None:
     codes = [check.code for check in CHECKS]
+    assert all(inspect.getdoc(check.evaluate) for check in CHECKS)
     assert codes == sorted(set(codes)) and all(len(code) == 5 and code.startswith("RS") for code in codes)
 
 
-def test_a_read_that_never_ends_is_left_behind_and_the_rest_is_told() -> None:
-    stuck = threading.Event()
+def test_a_probe_that_never_ends_is_left_behind_and_the_rest_is_told() -> None:
     began = time.monotonic()
-    found, late = together({"stuck": stuck.wait, "quick": lambda: 7, "broken": lambda: 1 / 0}, seconds=0.3)
-    assert time.monotonic() - began < 2 and late == {"stuck"} and found == {"quick": 7}
-    stuck.set()
+    found, late = together(
+        {"stuck": lambda: time.sleep(600), "quick": lambda: 7, "broken": lambda: 1 / 0, "large": lambda: "x" * 300_000},
+        seconds=0.5,
+    )
+    assert time.monotonic() - began < 2 and late == {"stuck"}
+    assert found == {"quick": 7, "large": "x" * 300_000}
+
+
+@pytest.mark.parametrize(
+    ("file", "code"),
+    [("sys/bus/pci/devices/0000:05:00.0/pp_dpm_sclk", "RS114"), ("proc/meminfo", "RS100")],
+)
+def test_a_file_whose_reader_not_even_a_kill_ends_is_told_and_not_waited_for(
+    cli: Cli, tmp_path: Path, file: str, code: str
+) -> None:
+    if why := impossible():
+        pytest.skip(why)
+    build(STAGES["r9700"], tmp_path)
+    (tmp_path / file).touch()
+    with stuck(tmp_path / file):
+        began = time.monotonic()
+        told = cli("doctor", "--sysroot", tmp_path, "--json", timeout=60)
+        assert time.monotonic() - began < 20  # two seconds are given to it; test machines are shared
+    assert told.code == Exit.MACHINE
+    assert [check["code"] for check in told.json["checks"] if check["state"] == "fail"] == [code]
 
 
 def test_an_engine_socket_that_accepts_and_says_nothing_is_not_waited_for(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from radeon_stack.catalog.sizes import format_size
 from radeon_stack.catalog.versions import version
 from radeon_stack.host.checks.finding import Check, Finding, Fix, as_root, fail, ok, skipped, warn
-from radeon_stack.host.engines import EngineProbe
 from radeon_stack.host.facts import Facts
 from radeon_stack.host.gpus import Gpu
 from radeon_stack.host.machine import KFD
@@ -15,6 +14,10 @@ LEAST_API = "1.41"  # Docker 20.10, the oldest that our tests run with
 FIRST_PULL = 60 << 30
 NO_ENGINE = "no engine answers (RS201)"
 SLOW_STORAGE = ("vfs", "devicemapper", "aufs")
+PODMAN_SOCKET = (
+    "systemctl --user enable --now podman.socket",
+    "export DOCKER_HOST=unix:///run/user/$(id -u)/podman/podman.sock",
+)
 INSTALL = {
     "debian": "apt-get install -y docker.io",
     "ubuntu": "apt-get install -y docker.io",
@@ -25,13 +28,14 @@ INSTALL = {
 
 
 def answers(facts: Facts) -> Finding:
+    """Does a container engine answer at DOCKER_HOST, or at Docker's socket? Podman's socket is one too.
+
+    It is asked for two seconds at most. Where this Python has all packages, `--engine local` works without one.
+    """
     engine = facts.engine
     if engine is None:
-        return (
-            fail("the engine did not answer in time", *_start(facts))
-            if "engine" in facts.late
-            else skipped("not known")
-        )
+        silent = "engine" in facts.late
+        return fail("the engine did not answer in time", *_bring_up(facts)) if silent else skipped("not known")
     if engine.answers:
         return ok(f"{engine.what} at {engine.address}")
     if engine.denied:
@@ -44,11 +48,12 @@ def answers(facts: Facts) -> Finding:
             fixes=(join,) if facts.machine.user.name else (),
         )
     if facts.packages_missing == ():
-        return warn(f"{engine.why_not}; --engine local works without one", *_install(facts), *_start(facts))
-    return fail(engine.why_not, *_install(facts), *_start(facts), fixes=_fixes(facts))
+        return warn(f"{engine.why_not}; --engine local works without one", *_bring_up(facts), fixes=_fixes(facts))
+    return fail(engine.why_not, *_bring_up(facts), fixes=_fixes(facts))
 
 
 def api(facts: Facts) -> Finding:
+    """Is the engine's API new enough? 1.41 is Docker 20.10, the oldest that is tested."""
     engine = facts.engine
     if engine is None or not engine.answers:
         return skipped(NO_ENGINE)
@@ -61,6 +66,10 @@ def api(facts: Facts) -> Finding:
 
 
 def buildkit(facts: Facts) -> Finding:
+    """Images are built by BuildKit, through a docker command on PATH; newer ones have it in the plugin buildx.
+
+    It is only needed for building: a published image can be pulled without.
+    """
     if facts.engine is None or not facts.engine.answers:
         return skipped(NO_ENGINE)
     if facts.buildkit is None:
@@ -72,6 +81,11 @@ def buildkit(facts: Facts) -> Finding:
 
 
 def rootless(facts: Facts) -> Finding:
+    """Docker Desktop cannot pass a Radeon on. Rootless engines have no more rights than you:
+
+    Rootless podman passes your groups on when asked: from 5.1 on we ask by the socket, before that its
+    containers.conf has to say so. Rootless Docker drops them, and so opens no device node that asks for a group.
+    """
     engine = facts.engine
     if engine is None or not engine.answers:
         return skipped(NO_ENGINE)
@@ -94,13 +108,13 @@ def rootless(facts: Facts) -> Finding:
     if closed:
         return fail(
             f"rootless Docker drops your groups, so that no container can open {closed[0].path}",
-            "systemctl --user enable --now podman.socket",
-            "export DOCKER_HOST=unix:///run/user/$(id -u)/podman/podman.sock",
+            *PODMAN_SOCKET,
         )
     return ok("rootless Docker; no GPU here asks for a group")
 
 
 def storage(facts: Facts) -> Finding:
+    """Storage drivers that copy whole layers make an image of 20 GB into many times that."""
     engine = facts.engine
     if engine is None or not engine.answers or not engine.storage:
         return skipped(NO_ENGINE)
@@ -110,6 +124,7 @@ def storage(facts: Facts) -> Finding:
 
 
 def disk(facts: Facts) -> Finding:
+    """Is there room for a first image? A base is 20 to 30 GB, and is there twice while it is unpacked."""
     if facts.engine is None or not facts.engine.answers:
         return skipped(NO_ENGINE)
     if facts.engine_free is None:
@@ -123,6 +138,10 @@ def disk(facts: Facts) -> Finding:
 
 
 def cdi(facts: Facts) -> Finding:
+    """CDI names (`amd.com/gpu=0`) are used where a specification means exactly the chosen cards; else paths are.
+
+    A specification is written once, by `amd-ctk cdi generate`: after a change of cards it is old.
+    """
     engine = facts.engine
     if engine is None or not engine.answers or not engine.cdi or not facts.machine.gpus:
         return skipped("no CDI here, and none is needed")
@@ -136,6 +155,10 @@ def cdi(facts: Facts) -> Finding:
 
 
 def selinux(facts: Facts) -> Finding:
+    """SELinux keeps containers from files that are not labelled for them: your models and data.
+
+    Runs have `label=disable` then, in place of labelling your folders anew.
+    """
     if not facts.machine.selinux:
         return skipped("SELinux does not enforce")
     if facts.engine is None or not facts.engine.answers:
@@ -149,11 +172,22 @@ def _generate(gpu: Gpu) -> str:
     return "amd-ctk cdi generate --output=/etc/cdi/amd.json"
 
 
+def _bring_up(facts: Facts) -> tuple[str, ...]:
+    """What is installed is started; where nothing is, Docker is installed first."""
+    if "dockerd" in facts.programs:
+        return _service(facts, "start" if facts.engine and facts.engine.absent else "restart")
+    if "podman" in facts.programs and facts.systemd:
+        if facts.machine.user.uid == 0:
+            return "systemctl enable --now podman.socket", "export DOCKER_HOST=unix:///run/podman/podman.sock"
+        return PODMAN_SOCKET
+    # Debian and its kin start the service when they install it; a start more does no harm.
+    return *_install(facts), *_service(facts, "start")
+
+
 def _install(facts: Facts) -> tuple[str, ...]:
-    engine: EngineProbe | None = facts.engine
-    absent = engine is None or "no such file" in engine.why_not
+    """How this distribution installs Docker; nothing where that is not known."""
     for name, command in INSTALL.items():
-        if absent and name in facts.distribution.split():
+        if name in facts.distribution.split():
             first = (as_root(facts, "apt-get update"),) if command.startswith("apt-get") else ()
             return (*first, as_root(facts, command))
     return ()
@@ -167,11 +201,13 @@ def _plugin(facts: Facts) -> tuple[str, ...]:
     return ()
 
 
-def _start(facts: Facts) -> tuple[str, ...]:
-    return (as_root(facts, "systemctl start docker" if facts.systemd else "service docker start"),)
+def _service(facts: Facts, verb: str) -> tuple[str, ...]:
+    return (as_root(facts, f"systemctl {verb} docker" if facts.systemd else f"service docker {verb}"),)
 
 
 def _fixes(facts: Facts) -> tuple[Fix, ...]:
+    if "dockerd" not in facts.programs:
+        return ()  # to install something is not for us to do
     if facts.systemd:
         return (Fix(("systemctl", "start", "docker"), ("systemctl", "stop", "docker")),)
     return (Fix(("service", "docker", "start"), ("service", "docker", "stop")),)

@@ -15,7 +15,22 @@ VIRTUAL = ("QEMU", "VMware", "innotek", "Xen", "Microsoft Corporation", "Amazon 
 STUCK_BUSY, STUCK_SHARE = 50, 10  # percent busy; and below a tenth of its clock
 
 
+def readable(facts: Facts) -> Finding:
+    """A read that never comes back is a driver that hangs."""
+    if "files" not in facts.late:
+        return ok("this machine's files answer")
+    return fail(
+        "a file below /sys or /proc does not answer: a driver hangs; nothing more can be said of the GPUs",
+        as_root(facts, "dmesg | tail -50"),
+        as_root(facts, "reboot"),
+    )
+
+
 def present(facts: Facts) -> Finding:
+    """AMD's GPUs, as KFD lists them; else those on the PCI bus, which a driver has yet to take.
+
+    Without any this machine still trains: presets for the CPU are the same code on a small model.
+    """
     found, gpus = facts.machine.topology.pci, facts.machine.gpus
     if facts.machine.wsl:
         return ok("WSL2: a GPU of Windows', of which WSL tells no name")
@@ -27,6 +42,10 @@ def present(facts: Facts) -> Finding:
 
 
 def driver(facts: Facts) -> Finding:
+    """Is amdgpu loaded, and has it taken the card? It is part of Linux; AMD's package (amdgpu-dkms) is a newer one.
+
+    A card held by vfio-pci is kept for a virtual machine.
+    """
     if not _expected(facts):
         return skipped(NONE if not facts.machine.wsl else "WSL2: the driver is Windows'")
     unbound = [gpu for gpu in facts.machine.topology.pci if gpu.driver != "amdgpu"]
@@ -46,6 +65,10 @@ def driver(facts: Facts) -> Finding:
 
 
 def topology(facts: Facts) -> Finding:
+    """KFD, the compute part of the driver, has a node for each GPU: without one ROCm sees nothing.
+
+    A node that cannot be read belongs to a card that this container was not given, or to a driver in trouble.
+    """
     if not _expected(facts):
         return skipped(NONE if not facts.machine.wsl else "WSL2 has no KFD")
     problems = [*facts.machine.topology.problems]
@@ -66,6 +89,7 @@ def topology(facts: Facts) -> Finding:
 
 
 def kfd_exists(facts: Facts) -> Finding:
+    """/dev/kfd is the door to all compute; one for all GPUs. On WSL2 /dev/dxg is in its place."""
     if facts.machine.wsl:
         return ok(f"WSL2: {DXG} in its place")
     if not _expected(facts):
@@ -78,11 +102,16 @@ def kfd_exists(facts: Facts) -> Finding:
 
 
 def kfd_usable(facts: Facts) -> Finding:
+    """May you open /dev/kfd? Its group is `render` on most systems.
+
+    An engine with root gives containers that group by its number, so only runs without a container need yours.
+    """
     node = facts.machine.nodes.get(KFD)
     return skipped("no /dev/kfd") if node is None else _usable(facts, [node])
 
 
 def render_nodes_exist(facts: Facts) -> Finding:
+    """Each GPU has a render node, /dev/dri/renderD128 and on; udev makes it."""
     gpus = [gpu for gpu in facts.machine.gpus if gpu.render_node]
     if not gpus:
         return skipped(NO_NODES)
@@ -96,6 +125,7 @@ def render_nodes_exist(facts: Facts) -> Finding:
 
 
 def render_nodes_usable(facts: Facts) -> Finding:
+    """May you open the render nodes? As for /dev/kfd."""
     nodes = [
         facts.machine.nodes[gpu.render_node] for gpu in facts.machine.gpus if gpu.render_node in facts.machine.nodes
     ]
@@ -103,7 +133,10 @@ def render_nodes_usable(facts: Facts) -> Finding:
 
 
 def groups(facts: Facts) -> Finding:
-    """Membership as /etc/group has it against what this process has: a login apart."""
+    """Are you in the groups of the device nodes: by /etc/group, and in this login?
+
+    Groups are given at login: a membership that is newer than it does not count yet.
+    """
     user = facts.machine.user
     wanted = {node.gid for path, node in facts.machine.nodes.items() if path == KFD or "/renderD" in path}
     wanted -= {0}
@@ -136,6 +169,10 @@ def groups(facts: Facts) -> Finding:
 
 
 def integrated(facts: Facts) -> Finding:
+    """A processor's own GPU beside a card is left out of runs: libraries have no code for it, and programs crash.
+
+    `--gpus NUMBER` takes it nevertheless. A Strix Halo's GPU is a card like any other.
+    """
     both = [gpu for gpu in facts.machine.gpus if gpu.integrated]
     if not both or len(both) == len(facts.machine.gpus):
         return skipped("no integrated GPU beside a card")
@@ -144,6 +181,7 @@ def integrated(facts: Facts) -> Finding:
 
 
 def override(facts: Facts) -> Finding:
+    """HSA_OVERRIDE_GFX_VERSION makes ROCm load another GPU's code. On a GPU that ROCm knows it only breaks things."""
     value = facts.environment.get("HSA_OVERRIDE_GFX_VERSION")
     if value is None:
         return ok("HSA_OVERRIDE_GFX_VERSION is not set")
@@ -157,6 +195,7 @@ def override(facts: Facts) -> Finding:
 
 
 def allocator(facts: Facts) -> Finding:
+    """Options of PyTorch's allocator that ROCm does not have, or that make every allocation slow."""
     for name in ALLOCATOR:
         if "expandable_segments" in facts.environment.get(name, ""):
             return warn(f"{name} asks for expandable_segments, which ROCm does not have (RS-KI-013)", f"unset {name}")
@@ -167,6 +206,13 @@ def allocator(facts: Facts) -> Finding:
 
 
 def clock(facts: Facts) -> Finding:
+    """A busy card at a tenth of its clock is stuck. Reading the clock asks the card: one that hangs does not answer."""
+    if "clocks" in facts.late:
+        return fail(
+            "a card does not answer when its clock is read, as after a hang",
+            as_root(facts, "dmesg | grep -i amdgpu | tail -50"),
+            as_root(facts, "reboot"),
+        )
     if not facts.clocks:
         return skipped("no card tells its clock")
     for pci, seen in facts.clocks.items():
@@ -179,6 +225,7 @@ def clock(facts: Facts) -> Finding:
 
 
 def visibility(facts: Facts) -> Finding:
+    """Variables that hide GPUs count one within what the other left. Runs of ours set one of them, and no second."""
     found = [name for name in VISIBILITY if name in facts.environment]
     if not found:
         return ok("no variable hides a GPU")
@@ -189,6 +236,7 @@ def visibility(facts: Facts) -> Finding:
 
 
 def large_bar(facts: Facts) -> Finding:
+    """Does the CPU see all of a card's memory? Without a large BAR (256 MB) loading is slow, and peer access is off."""
     cards = [gpu for gpu in facts.machine.gpus if not gpu.integrated and gpu.partition is None and gpu.vram > 2 << 30]
     if not cards:
         return skipped("no card with memory of its own")
@@ -202,6 +250,7 @@ def large_bar(facts: Facts) -> Finding:
 
 
 def iommu(facts: Facts) -> Finding:
+    """Several cards exchange data by DMA; without `iommu=pt` RCCL warns of instability and hangs."""
     cards = [gpu for gpu in facts.machine.gpus if not gpu.integrated and gpu.partition is None]
     if len(cards) < 2:
         return skipped("one card: nothing goes from card to card")
@@ -245,6 +294,7 @@ def _named(gids: list[int], names: dict[int, str]) -> str:
 
 
 CHECKS = (
+    Check("RS100", "files of the kernel", readable),
     Check("RS101", "AMD GPU", present),
     Check("RS102", "amdgpu driver", driver),
     Check("RS104", "KFD topology", topology),

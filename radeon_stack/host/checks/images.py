@@ -9,15 +9,15 @@ from radeon_stack.host.checks.finding import Check, Finding, fail, ok, skipped, 
 from radeon_stack.host.facts import Facts, ImageFact
 
 NO_CARD = "no GPU that ROCm sees"
-RUN_MEMORY = 24 << 30  # train-llama's own: the 16-bit base of 8B is held once while it is merged
-DEMO_MEMORY = 6 << 30
-LEAST_SHM = 8 << 30
 SHOWN = 3
 LEAST_HOME = 20 << 30  # an adapter, checkpoints and a merged 8B model in 16 bit
 
 
 def driver_fits(facts: Facts) -> Finding:
-    """The driver against the ROCm of the images here, else of the default release."""
+    """The driver against the ROCm of the images here, else of the default release.
+
+    AMD tests pairs within a year of each other. Linux' own driver has no version of its own.
+    """
     if not facts.machine.gpus:
         return skipped(NO_CARD)
     driver = facts.machine.driver
@@ -34,6 +34,7 @@ def driver_fits(facts: Facts) -> Finding:
 
 
 def gfx_supported(facts: Facts) -> Finding:
+    """Is there a release of ROCm with code for this gfx, and is it the default one?"""
     cards = [gpu for gpu in facts.machine.gpus if not gpu.integrated] or list(facts.machine.gpus)
     if not cards:
         return skipped(NO_CARD)
@@ -53,6 +54,7 @@ def gfx_supported(facts: Facts) -> Finding:
 
 
 def image_here(facts: Facts) -> Finding:
+    """Has the engine an image to train in, for the GPU of this machine (or for the CPU)?"""
     if facts.images is None:
         return skipped("no engine answers (RS201)")
     cards = [gpu for gpu in facts.machine.gpus if not gpu.integrated]
@@ -84,25 +86,36 @@ def image_fits(facts: Facts) -> Finding:
 
 
 def memory(facts: Facts) -> Finding:
+    """Is there as much memory as recipes ask for? Merging holds the 16-bit model in the host's memory once."""
     found = facts.machine.memory
-    wanted, recipe = (RUN_MEMORY, "train-llama") if facts.machine.gpus else (DEMO_MEMORY, "train-llama --preset demo")
-    if not found:
+    gpus = sum(not gpu.problem for gpu in facts.machine.gpus)
+    possible = [need for need in facts.needs if need.gpus <= gpus] or list(facts.needs)
+    if not found or not possible:
         return skipped("not known")
-    if found < wanted:
-        lower = "radeon-stack run train-llama --set resources.memory=16GiB"
-        return warn(f"{format_size(found)}; {recipe} asks for {format_size(wanted)}", lower)
-    return ok(f"{format_size(found)}; {recipe} asks for {format_size(wanted)}")
+    small = [need for need in possible if need.memory > found]
+    if small:
+        lower = f"radeon-stack run {small[0].recipe} --set resources.memory={found * 9 // 10 >> 30}GiB"
+        return warn(f"{format_size(found)}; {small[0].recipe} asks for {format_size(small[0].memory)}", lower)
+    asked = ", ".join(f"{need.recipe} ({format_size(need.memory)})" for need in possible)
+    return ok(f"{format_size(found)}, enough for {asked}")
 
 
 def shm(facts: Facts) -> Finding:
+    """The machine's /dev/shm, which only runs without a container use.
+
+    A container has its own, of the recipe's size.
+    """
     if facts.shm is None:
         return skipped("not known; containers are given their own")
-    if facts.shm < LEAST_SHM and facts.machine.gpus:
-        return ok(f"{format_size(facts.shm)}; containers are given their own, only --engine local has this")
+    small = [need for need in facts.needs if need.shm > facts.shm]
+    if small:
+        asked = f"{small[0].recipe} asks for {format_size(small[0].shm)}"
+        return ok(f"{format_size(facts.shm)}; {asked}, which a container is given and --engine local is not")
     return ok(format_size(facts.shm))
 
 
 def home(facts: Facts) -> Finding:
+    """Is there room for runs? Checkpoints, adapters and merged models are kept below RADEON_STACK_HOME."""
     if facts.home_free is None:
         return skipped("not known")
     if facts.home_free < LEAST_HOME:
@@ -113,6 +126,7 @@ def home(facts: Facts) -> Finding:
 
 
 def local(facts: Facts) -> Finding:
+    """Are the packages here that `--engine local` imports? Containers bring their own."""
     if facts.packages_missing is None:
         return skipped("not known")
     if facts.packages_missing:
