@@ -46,23 +46,13 @@ class Release(Base):
     )
 
 
-class Quirk(Table):
-    """Environment that some gfx needs, in some releases or in all."""
-
-    gfx: Names
-    releases: Annotated[tuple[Version, ...], Field(strict=False)] = ()
-    env: dict[EnvName, EnvValue] = Field(min_length=1)
-    why: str = Field(min_length=1)
-    source: str = Field(min_length=1)
-
-
 class PlatformFile(Table):
     """The file as a whole; releases in their order."""
 
     default: Version
+    default_for: dict[Gfx, Version] = Field({}, description="where a gfx needs another one")
     cpu: Base
     release: Annotated[tuple[Release, ...], Field(strict=False)]
-    quirk: Annotated[tuple[Quirk, ...], Field(strict=False)]
 
 
 @dataclass(frozen=True)
@@ -79,9 +69,7 @@ class Platform:
     gfx: str | None = None
     official: bool = True
     drivers: tuple[str, ...] = ()
-    env: tuple[tuple[str, str], ...] = ()
     source: str = ""
-    reasons: tuple[str, ...] = ()
 
     @property
     def family(self) -> str:
@@ -120,6 +108,7 @@ class Platforms(Mapping[str, Platform]):
 
     by_name: Mapping[str, Platform]
     default: str
+    default_for: Mapping[str, str]
 
     def __getitem__(self, name: str) -> Platform:
         return self.by_name[name]
@@ -130,13 +119,17 @@ class Platforms(Mapping[str, Platform]):
     def __len__(self) -> int:
         return len(self.by_name)
 
+    def release_for(self, gfx: str) -> str:
+        """The release that a gfx gets when none is asked for."""
+        return self.default_for.get(gfx, self.default)
+
     def find(self, arch: str, rocm: str | None = None) -> Platform:
         """The platform of an arch and release (None: the default). UsageError lists the pairs there are."""
         if arch == CPU:
             if rocm:
                 raise UsageError("cpu has no ROCm release", where="ROCM", remedy="leave it out: make image ARCH=cpu")
             return self[CPU]
-        wanted = f"rocm{rocm or self.default}-{arch}"
+        wanted = f"rocm{rocm or self.release_for(arch)}-{arch}"
         if wanted in self:
             return self[wanted]
         releases = list(dict.fromkeys(platform.rocm for platform in self.values() if platform.rocm))
@@ -146,7 +139,9 @@ class Platforms(Mapping[str, Platform]):
         if having:
             there = ", ".join(str(release) for release in having)
             raise UsageError(
-                f"ROCm {rocm or self.default} has no code for {arch}", where="ROCM, ARCH", remedy=f"{arch}: {there}"
+                f"ROCm {rocm or self.release_for(arch)} has no code for {arch}",
+                where="ROCM, ARCH",
+                remedy=f"{arch}: {there}",
             )
         known = sorted({platform.gfx for platform in self.values() if platform.gfx} | {CPU})
         by_arch = {name: [str(p.rocm) for p in self.values() if p.gfx == name] for name in known if name != CPU}
@@ -160,20 +155,15 @@ def load_platforms(folder: Path | None = None) -> Platforms:
     path = folder / "platforms.toml"
     file = typed(PlatformFile, read_table(path), path)
     names = [release.name for release in file.release]
-    for index, quirk in enumerate(file.quirk):
-        unknown = [name for name in quirk.releases if name not in names]
-        if unknown:
-            raise UsageError(f"no release '{unknown[0]}'; {nearest(unknown[0], names)}", where=f"{path}: quirk.{index}")
-    if file.default not in names:
-        raise UsageError(f"no release '{file.default}'; {nearest(file.default, names)}", where=f"{path}: default")
+    for key, wanted in [("default", file.default), *((f"default_for.{g}", r) for g, r in file.default_for.items())]:
+        if wanted not in names:
+            raise UsageError(f"no release '{wanted}'; {nearest(wanted, names)}", where=f"{path}: {key}")
     sources = load_sources(folder)
     found = [_cpu(file.cpu, sources)]
     found += [
-        _pair(release, gfx, file.quirk, sources)
-        for release in file.release
-        for gfx in sorted((*release.gfx, *release.unofficial))
+        _pair(release, gfx, sources) for release in file.release for gfx in sorted((*release.gfx, *release.unofficial))
     ]
-    return Platforms({platform.name: platform for platform in found}, file.default)
+    return Platforms({platform.name: platform for platform in found}, file.default, file.default_for)
 
 
 def _cpu(base: Base, sources: Sources) -> Platform:
@@ -181,9 +171,7 @@ def _cpu(base: Base, sources: Sources) -> Platform:
     return Platform(CPU, base.base, digest, base.python, base.torch, base.triton, source=base.source)
 
 
-def _pair(release: Release, gfx: str, quirks: tuple[Quirk, ...], sources: Sources) -> Platform:
-    mine = [q for q in quirks if gfx in q.gfx and (not q.releases or release.name in q.releases)]
-    env = {name: value for quirk in mine for name, value in quirk.env.items()}
+def _pair(release: Release, gfx: str, sources: Sources) -> Platform:
     return Platform(
         name=f"rocm{release.name}-{gfx}",
         base=release.base,
@@ -195,7 +183,5 @@ def _pair(release: Release, gfx: str, quirks: tuple[Quirk, ...], sources: Source
         gfx=gfx,
         official=gfx in release.gfx,
         drivers=release.drivers,
-        env=tuple(sorted(env.items())),
         source=release.source,
-        reasons=tuple(f"{' '.join(f'{k}={v}' for k, v in q.env.items())}: {q.why} ({q.source})" for q in mine),
     )

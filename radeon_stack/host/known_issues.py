@@ -89,12 +89,13 @@ def met_by(setup: Setup, issues: tuple[Issue, ...] | None = None) -> tuple[Issue
 
 
 def mitigations(setup: Setup, without: tuple[str, ...] = ()) -> tuple[Mitigation, ...]:
-    """What the issues of this setup ask for. UsageError when `without` names no issue."""
+    """What the issues of this setup ask for, but those named in `without`. UsageError when that names no issue."""
     known = [issue.id for issue in load_issues()]
     for name in without:
         if name not in known:
             raise UsageError(f"no known issue '{name}'; {nearest(name, known)}", where="--without")
-    return tuple(Mitigation(issue.id, issue.env, issue.title) for issue in met_by(setup) if issue.env)
+    asking = (issue for issue in met_by(setup) if issue.env and issue.id not in without)
+    return tuple(Mitigation(issue.id, issue.env, issue.title) for issue in asking)
 
 
 def _met(issue: Issue, setup: Setup) -> bool:

@@ -101,7 +101,7 @@ def description(spec: ImageSpec, key: str) -> dict[str, Any]:
         "rocm_short": platform.rocm_short,
         "gfx": platform.gfx,
         "allocator": platform.allocator,
-        "env": dict(platform.env) | dict(spec.runtime_env),
+        "env": dict(spec.runtime_env),
         "wheels": dict(spec.variants),
         "commits": {w.name: env["COMMIT"] for w in spec.wheels if "COMMIT" in (env := dict(w.env))},
         "imports": sorted((*spec.kind.imports, *addition.imports)),
@@ -131,7 +131,7 @@ def labels(spec: ImageSpec, key: str) -> tuple[tuple[str, str], ...]:
 
 
 def _render(spec: ImageSpec, stored: frozenset[str], key: str) -> str:
-    environment = (*ENVIRONMENT, *sorted((dict(spec.platform.env) | dict(spec.runtime_env)).items()))
+    environment = (*ENVIRONMENT, *sorted(spec.runtime_env))
     return str(
         _template(spec.docker).render(
             kind=spec.kind_name,

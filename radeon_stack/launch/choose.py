@@ -6,6 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 
 from radeon_stack.catalog.load import Effective
+from radeon_stack.catalog.platforms import CPU, load_platforms
 from radeon_stack.errors import ImageError, MachineError, StackError
 from radeon_stack.host.engines import EngineProbe, probe_engine, require_engine
 from radeon_stack.host.selection import Selection
@@ -57,9 +58,13 @@ def _image(effective: Effective, selection: Selection, reference: str | None) ->
     found = named_image(reference) if reference else find_image(kind, platform)
     if found is None:
         wanted = f"image {reference}" if reference else f"image labelled {kind} for {platform}"
-        how = "make image ARCH=cpu" if platform == "cpu" else f"make image ROCM=7.1.1 ARCH={platform}"
+        how = f"make image {_release(platform)}ARCH={platform}"
         raise ImageError(f"the engine has no {wanted}", remedy=f"build it: {how}, or run without: --engine local")
     return found
+
+
+def _release(arch: str) -> str:
+    return "" if arch == CPU else f"ROCM={load_platforms().release_for(arch)} "
 
 
 def _local(why: str) -> Choice:

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from docker.models.containers import Container
 
 
-ENV = "/usr/bin/env"
-
-
 class DockerEngine:
     """Containers. They are removed once their exit code and log are safe, so none is left behind."""
 
@@ -106,8 +103,8 @@ def create_arguments(plan: LaunchPlan) -> dict[str, Any]:
     return {
         "image": plan.image,
         "name": container_name(plan),
-        "entrypoint": without_variables(plan)[0],
-        "command": list(without_variables(plan)[1:]),
+        "entrypoint": plan.command[0],
+        "command": list(plan.command[1:]),
         "environment": dict(plan.env) | secret_values(plan),
         "mounts": [Mount(m.target, m.source, type="bind", read_only=m.read_only) for m in plan.mounts],
         "devices": [f"{device}:{device}:rwm" for device in plan.devices if not is_cdi(device)],
@@ -133,7 +130,7 @@ def create_arguments(plan: LaunchPlan) -> dict[str, Any]:
 
 def run_arguments(plan: LaunchPlan) -> list[str]:
     """The plan in the words of `docker run`; secrets stay names, which docker fills from the caller's environment."""
-    entrypoint, *arguments = without_variables(plan)
+    entrypoint, *arguments = plan.command
     flags: list[str] = ["--name", container_name(plan)]
     flags += ["--init"] if plan.init else []
     flags += ["--read-only"] if plan.read_only_root else []
@@ -164,12 +161,6 @@ def run_arguments(plan: LaunchPlan) -> list[str]:
 def is_cdi(device: str) -> bool:
     """`amd.com/gpu=0`, in distinction from a path."""
     return "=" in device and not device.startswith("/")
-
-
-def without_variables(plan: LaunchPlan) -> tuple[str, ...]:
-    """The command, started without the variables that it must not see: an image may bring them."""
-    drop = tuple(part for name in plan.unset for part in ("-u", name))
-    return (ENV, *drop, *plan.command) if drop else plan.command
 
 
 def secret_values(plan: LaunchPlan) -> dict[str, str]:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from radeon_stack.errors import MachineError
+from radeon_stack.errors import MachineError, StackError
 from radeon_stack.host.machine import boot_id
 from radeon_stack.host.signatures import causes, diagnose
 from radeon_stack.host.sysroot import Sysroot
 from radeon_stack.runs.outcome import Outcome
-from radeon_stack.runs.store import Diagnosis, Status
+from radeon_stack.runs.store import Diagnosis, State, Status
 
 NEXT_ORDER = 1  # added to the seed of the data's order: a fault comes again at the same step of the same order
 SEED = "config.train.data_seed"
 
 
-def explained(outcome: Outcome, log: Path) -> Outcome:
-    """The outcome with the cause that its log shows nearest, when one is known."""
+def explained(outcome: Outcome, log: Path, boot: str) -> Outcome:
+    """The outcome with the cause that its log shows nearest, when one is known; `boot` in which the run was started."""
     try:
         with log.open("rb") as stream:
             found = causes(diagnose(stream))
@@ -26,11 +27,19 @@ def explained(outcome: Outcome, log: Path) -> Outcome:
         return outcome
     if not found:
         return outcome
-    first = found[0]
-    known = first.signature
-    boot = boot_id(Sysroot()) if any(match.signature.fault for match in found) else ""
-    diagnosis = Diagnosis(known.id, known.cause, first.line, boot)
+    known = found[0].signature
+    fault = any(match.signature.fault for match in found)
+    diagnosis = Diagnosis(known.id, known.cause, found[0].line, boot if fault else "")
     return replace(outcome, what=known.title, where="log.txt", remedy=known.remedy, diagnosis=diagnosis)
+
+
+def refused(error: StackError) -> Outcome:
+    """The outcome of a run that its engine did not start; the error is given the remedy that its text has."""
+    found = causes(diagnose(BytesIO(error.what.encode())))
+    diagnosis = Diagnosis(found[0].signature.id, found[0].signature.cause, found[0].line) if found else None
+    if found and not error.remedy:
+        error.remedy = found[0].signature.remedy
+    return Outcome(State.FAILED, error.exit_code, error.what, error.where, error.remedy, diagnosis)
 
 
 def require_reboot(status: Status | None, *, anyway: bool) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from radeon_stack.errors import UsageError
-from radeon_stack.launch.docker import container_name, is_cdi, run_arguments, without_variables
+from radeon_stack.launch.docker import container_name, is_cdi, run_arguments
 from radeon_stack.launch.plan import LaunchPlan, Mount
 
 PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
@@ -27,7 +27,7 @@ def shell(plan: LaunchPlan) -> str:
 def compose(plan: LaunchPlan) -> str:
     """A compose file with one service, in the words of the Compose Specification."""
     _require_image(plan)
-    entrypoint, *arguments = without_variables(plan)
+    entrypoint, *arguments = plan.command
     paths = [device for device in plan.devices if not is_cdi(device)]
     names = [device for device in plan.devices if is_cdi(device)]
     service: dict[str, Any] = {
@@ -62,7 +62,7 @@ def compose(plan: LaunchPlan) -> str:
 def quadlet(plan: LaunchPlan) -> str:
     """A `.container` unit for podman's systemd generator: podman-systemd.unit(5), podman 4.4 and newer."""
     _require_image(plan)
-    entrypoint, *arguments = without_variables(plan)
+    entrypoint, *arguments = plan.command
     user, _, group = str(plan.user).partition(":")
     extra = [
         f"--entrypoint={entrypoint}",

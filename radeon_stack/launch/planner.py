@@ -50,8 +50,12 @@ def plan(
     else:
         values |= _no_container()
         env.add_local(here)
-    values["env"] = (tuple(sorted(env.values.items())), "the recipe's, and where caches are; no hub without a network")
-    values["unset"] = (tuple(sorted(env.unset)), "would change what was decided here")
+    left_out = f"; left out: {', '.join(here.without)}" if here.without else ""
+    values["env"] = (
+        tuple(sorted(env.values.items())),
+        "the recipe's, where caches are, and what known issues ask for" + left_out,
+    )
+    values["unset"] = (env.unset, "would change what was decided here" if env.unset else "nothing has to be hidden")
     reasons = {name: reason for name, (_, reason) in values.items()}
     reasons |= {f"env.{name}": why for name, why in env.reasons.items()}
     reasons |= {f"mounts.{mount.target}": why for mount, why in paths.reasons} if inside else {}
@@ -112,8 +116,9 @@ class _Environment:
         _refuse_visibility(effective)
         self.values: dict[str, str] = {}
         self.reasons: dict[str, str] = {}
-        self.unset: set[str] = set()
+        self.unset: tuple[str, ...] = ()
         self.add("PYTHONUNBUFFERED", "1", "its lines arrive as they are printed")
+        self.add("PYTHONFAULTHANDLER", "1", "a crash in native code leaves its Python stack in the log")
         self.add("HF_HUB_DISABLE_TELEMETRY", "1", "nothing is told to anyone")
         if recipe.resources.network == "none":
             self.add("HF_HUB_OFFLINE", "1", "there is no network")
@@ -125,20 +130,16 @@ class _Environment:
             self.add(name, value, "the recipe's")
         for mitigation in here.mitigations:
             for name, value in mitigation.env.items():
-                if mitigation.id in here.without:
-                    self.unset.add(name)
-                elif name not in recipe.env:
+                if name not in recipe.env:
                     self.add(name, value, f"{mitigation.id}: {mitigation.why}")
-        self.unset -= set(self.values)
 
     def add(self, name: str, value: str, why: str) -> None:
         self.values[name], self.reasons[name] = value, why
 
     def add_local(self, here: Circumstances) -> None:
-        chosen, others = local_env(here.selection.gpus, here.machine.gpus)
+        chosen, self.unset = local_env(here.selection.gpus, here.machine.gpus)
         for name, value, why in chosen:
             self.add(name, value, why)
-        self.unset |= set(others)
 
 
 def _refuse_visibility(effective: Effective) -> None:

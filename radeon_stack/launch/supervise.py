@@ -14,9 +14,11 @@ from pathlib import Path
 from types import FrameType
 
 from radeon_stack.errors import Exit, MachineError, StackError
+from radeon_stack.host.machine import boot_id
 from radeon_stack.host.processes import Process
+from radeon_stack.host.sysroot import Sysroot
 from radeon_stack.launch.engine import Engine, Handle, engine_named
-from radeon_stack.launch.explaining import explained
+from radeon_stack.launch.explaining import explained, refused
 from radeon_stack.launch.leases import lease_folder, leased
 from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.runs.events import Event, EventReader, read_events
@@ -104,7 +106,7 @@ def _start(run: Run, plan: LaunchPlan, engine: Engine) -> Handle:
     try:
         handle = engine.start(plan)
     except StackError as error:
-        _record(run, Outcome(State.FAILED, error.exit_code, error.what, error.where, error.remedy))
+        _record(run, refused(error))
         raise
     run.write_status(status.model_copy(update={"state": State.RUNNING, "handle": dict(handle)}))
     return handle
@@ -119,6 +121,7 @@ def _begun(run: Run, keeper: dict[str, int]) -> Status:
         recipe=status.recipe,
         preset=status.preset,
         engine=status.engine,
+        boot=boot_id(Sysroot()),
         started=time.time(),
         keeper=keeper,
     )
@@ -174,8 +177,8 @@ def _take_down(run: Run, engine: Engine) -> Outcome:
     if outcome.state is State.FAILED and shutil.disk_usage(run.path).free < FULL_DISK_BYTES:
         remedy = "free some room, then continue: radeon-stack run --resume last"
         outcome = Outcome(State.FAILED, Exit.WORKLOAD, "the disk is full", str(run.path), remedy)
-    elif outcome.state is State.FAILED and outcome.exit_code == Exit.WORKLOAD:
-        outcome = explained(outcome, run.log)
+    elif outcome.state in (State.FAILED, State.LOST) and outcome.exit_code == Exit.WORKLOAD:
+        outcome = explained(outcome, run.log, status.boot)
     return _record(run, outcome)
 
 

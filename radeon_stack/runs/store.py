@@ -59,6 +59,7 @@ class Status(BaseModel):
     engine: str
     handle: dict[str, JsonValue] = {}
     keeper: dict[str, int] | None = None  # the process that carries the run out and will record its end
+    boot: str = ""  # of the machine, in which the attempt was started
     started: float
     ended: float | None = None
     exit_code: int | None = None

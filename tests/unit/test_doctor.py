@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from radeon_stack.catalog.platforms import load_platforms
 from radeon_stack.catalog.versions import clauses, version, within
 from radeon_stack.errors import Exit, UsageError
 from radeon_stack.host.boxed import together
@@ -272,14 +271,23 @@ def test_the_line_of_rocm_versions_is_kept_in_its_order() -> None:
         clauses("7.2 or so")
 
 
-def test_a_quirk_that_images_bring_is_a_known_issue_with_the_same_variables() -> None:
-    """One fault is told in two places: by what is baked in, and by what a run sets and explains."""
-    for platform in load_platforms().values():
-        if platform.gfx is None:
-            continue
-        found = met_by(Setup(frozenset({platform.gfx}), 2, rocm=platform.rocm or "", kernel="6.14"))
-        env = {name: value for issue in found for name, value in issue.env.items()}
-        assert env == dict(platform.env), platform.name
+@pytest.mark.parametrize(
+    ("gfx", "gpus", "rocm", "has", "has_not"),
+    [
+        ("gfx1201", 2, "7.1.1", {"NCCL_P2P_DISABLE"}, {"NCCL_PROTO", "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL"}),
+        ("gfx1201", 2, "7.2.4", {"NCCL_P2P_DISABLE", "NCCL_PROTO", "ROCBLAS_USE_HIPBLASLT"}, set()),
+        ("gfx1201", 1, "7.14", {"ROCBLAS_USE_HIPBLASLT"}, {"NCCL_P2P_DISABLE", "NCCL_PROTO"}),
+        ("gfx1200", 1, "7.1.1", {"TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL"}, {"NCCL_PROTO", "ROCBLAS_USE_HIPBLASLT"}),
+        ("gfx1100", 2, "7.14", set(), {"TORCH_BLAS_PREFER_HIPBLASLT", "NCCL_PROTO", "NCCL_P2P_DISABLE"}),
+        ("gfx942", 8, "7.2.4", set(), {"NCCL_P2P_DISABLE", "NCCL_PROTO", "TORCH_BLAS_PREFER_HIPBLASLT"}),
+    ],
+)
+def test_a_gfx_gets_the_environment_it_needs_and_no_other(
+    gfx: str, gpus: int, rocm: str, has: set[str], has_not: set[str]
+) -> None:
+    asked = mitigations(Setup(frozenset({gfx}), gpus, rocm=rocm, kernel="6.14"))
+    env = {name for mitigation in asked for name in mitigation.env}
+    assert has <= env and not has_not & env
 
 
 def test_an_issue_is_met_by_its_ranges_and_nothing_is_claimed_without_a_link() -> None:
@@ -309,8 +317,8 @@ def test_mitigations_are_in_the_plan_with_their_reason_and_can_be_left_out(cli: 
     assert ["NCCL_P2P_DISABLE", "1"] in fields["env"]["value"]
     assert fields["env"]["items"]["NCCL_P2P_DISABLE"].startswith("RS-KI-004: peer-to-peer")
     left_out = cli(*words, *more, "--without", "RS-KI-004").json["fields"]
-    assert "NCCL_P2P_DISABLE" in left_out["unset"]["value"]
     assert "NCCL_P2P_DISABLE" not in dict(left_out["env"]["value"])
+    assert left_out["env"]["reason"].endswith("left out: RS-KI-004")
     assert cli(*words, "--without", "RS-KI-4").code == Exit.USAGE
 
 

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from radeon_stack.catalog.load import Effective, read, resolve
+from radeon_stack.catalog.platforms import load_platforms
 from radeon_stack.errors import MachineError, StackError, UsageError
 from radeon_stack.host.bundle import pack
 from radeon_stack.host.checks import State, examine
@@ -21,13 +22,14 @@ from radeon_stack.host.engines import EngineProbe
 from radeon_stack.host.facts import Facts, clocks, from_files, gather, needs
 from radeon_stack.host.gpus import Gpu, topology
 from radeon_stack.host.kfd import gfx_name, numbers
+from radeon_stack.host.known_issues import mitigations
 from radeon_stack.host.machine import Machine, probe
 from radeon_stack.host.selection import Selection, select
 from radeon_stack.host.sysroot import LIMIT, Sysroot
 from radeon_stack.images.resolve import Image
 from radeon_stack.launch.access import container_access, local_env
 from radeon_stack.launch.choose import Choice
-from radeon_stack.launch.circumstances import Circumstances
+from radeon_stack.launch.circumstances import Circumstances, setup
 from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.launch.planner import plan
 from tests.stages import R9700, RAPHAEL, RX7900XTX, RX9060XT, STAGES, STRIX_HALO, Card, Stage, build, cpx
@@ -74,9 +76,12 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Effective:
 def planned(effective: Effective, tree: Sysroot, asked: str | None, engine: EngineProbe | None) -> LaunchPlan:
     machine = probe(tree)
     chosen = select(machine.gpus, asked, least=1, most=8, wsl=machine.wsl)
-    image = Image("sha256:" + "a" * 64, "radeon-stack/train", "it fits", chosen.gpus[0].gfx, "7.1.1", "2.9.1")
+    gfx = chosen.gpus[0].gfx
+    rocm = load_platforms().release_for(gfx)
+    image = Image("sha256:" + "a" * 64, "radeon-stack/train", "it fits", gfx, rocm, "2.9.1")
     choice = Choice("docker", image, "asked for", engine) if engine else Choice("local", None, "asked for")
-    here = Circumstances(machine, chosen, choice, sysroot=tree)
+    asked_for = mitigations(setup(machine, chosen, choice))
+    here = Circumstances(machine, chosen, choice, asked_for, sysroot=tree)
     return plan(effective, here, run_id="r", run_dir=tree.root, cache=tree.root / "cache")
 
 
@@ -95,8 +100,9 @@ def access_lines(effective: Effective, tree: Sysroot) -> list[str]:
                 continue
             said = [f"gpus {' '.join(made.gpus) or '-'}", f"devices {' '.join(made.devices) or '-'}"]
             said += [f"groups {' '.join(made.groups) or '-'}", f"user {made.user}"]
-            ours = {k: v for k, v in made.env if "VISIBLE" in k or k.startswith(("HSA", "LD_"))}
-            said += [f"env {ours}", f"unset {' '.join(made.unset) or '-'}"]
+            why = {name: made.reasons[f"env.{name}"] for name, _ in made.env}
+            telling = [f"{k}={v}" for k, v in made.env if "VISIBLE" in k or why[k].startswith(("RS-KI", "WSL"))]
+            said += [f"env {' '.join(telling) or '-'}", f"unset {' '.join(made.unset) or '-'}"]
             lines.append(f"  {name}, {asked or 'default'}: {'; '.join(said)}")
     return lines
 

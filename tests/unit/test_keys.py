@@ -34,11 +34,9 @@ PLATFORM: dict[str, set[str]] = {
     "triton": {IMAGE},
     "rocm": ALL,  # its lock is another
     "gfx": {IMAGE, WHEEL},
-    "env": {IMAGE},
     "drivers": {IMAGE},
     "official": set(),
     "source": set(),
-    "reasons": set(),
 }
 # … of a spec, …
 SPEC: dict[str, set[str]] = {"identity": ALL, "base": {IMAGE}, "trim": {IMAGE}}
@@ -49,8 +47,6 @@ FILES: dict[tuple[str, str, str], set[str]] = {
     ("Dockerfile.j2", "SHELL [", "ARG NEW\nSHELL ["): {IMAGE},
     ("Dockerfile.j2", "# What the base brought", "# Whatever the base brought"): set(),
     ("platforms.toml", "is a word in its `gfx`", "is listed in its `gfx`"): set(),
-    ("platforms.toml", 'NCCL_P2P_DISABLE = "1"', 'NCCL_P2P_DISABLE = "0"'): {IMAGE},
-    ("platforms.toml", 'NCCL_PROTO = "Simple"', 'NCCL_PROTO = "LL"'): set(),  # a quirk of another release
     ("kinds.toml", 'summary = "fine', 'summary = "finer'): set(),
     ("kinds.toml", '"torch", "transformers", "peft"', '"torch", "peft"'): {IMAGE},
     ("kinds.toml", 'imports = ["vllm"]', "imports = []"): set(),  # of another kind

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import io
+import sys
 import time
 import tomllib
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from radeon_stack.catalog.load import read, resolve
 from radeon_stack.errors import Exit, MachineError
 from radeon_stack.host.known_issues import load_issues
+from radeon_stack.host.machine import boot_id
 from radeon_stack.host.signatures import PIECE, Signature, causes, diagnose, load_signatures
-from radeon_stack.launch.explaining import explained, require_reboot, with_other_order
+from radeon_stack.host.sysroot import Sysroot
+from radeon_stack.launch.explaining import explained, refused, require_reboot, with_other_order
+from radeon_stack.launch.launcher import draft, write_records
+from radeon_stack.launch.plan import LaunchPlan
+from radeon_stack.launch.supervise import carry_out, settle
 from radeon_stack.runs.outcome import Outcome
-from radeon_stack.runs.store import Diagnosis, State, Status
+from radeon_stack.runs.store import Diagnosis, Run, RunStore, State, Status
 from tests.conftest import Cli
+from tests.unit.test_launch import circumstances
 
 LOGS = tomllib.loads((Path(__file__).parent / "logs.toml").read_text(encoding="utf-8"))
 KNOWN = {signature.id: signature for signature in load_signatures()}
+
 ROWS_OF_THE_CATALOGUE = 28
+BOOT = "the boot of the run"
 
 
 def excerpt(code: str) -> bytes:
@@ -130,18 +141,18 @@ def test_a_failed_run_ends_with_the_cause_that_its_log_shows(tmp_path: Path) -> 
     log = tmp_path / "log.txt"
     log.write_bytes(excerpt("RS-ER-014"))
     before = Outcome(State.FAILED, Exit.WORKLOAD, "the workload ended with exit code 1 and said no reason")
-    after = explained(before, log)
+    after = explained(before, log, BOOT)
     assert after.what == "GPU memory is full" and after.diagnosis is not None and not after.diagnosis.boot
     assert "978.00 MiB" in after.diagnosis.evidence and "batch_size" in after.remedy
     log.write_text("nothing that we know\n")
-    assert explained(before, log) == before
-    assert explained(before, tmp_path / "none") == before
+    assert explained(before, log, BOOT) == before
+    assert explained(before, tmp_path / "none", BOOT) == before
 
 
 def test_after_a_gpu_fault_a_reboot_comes_first_and_then_another_order_of_the_data(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     log.write_bytes(excerpt("RS-ER-001"))
-    fault = explained(Outcome(State.FAILED, Exit.WORKLOAD), log)
+    fault = explained(Outcome(State.FAILED, Exit.WORKLOAD), log, boot_id(Sysroot()))
     assert fault.diagnosis is not None and fault.diagnosis.boot
     status = Status(state=State.FAILED, recipe="train-llama", engine="local", started=0.0, diagnosis=fault.diagnosis)
     with pytest.raises(MachineError, match=r"GPU fault \(RS-ER-001\).*reboot"):
@@ -152,3 +163,53 @@ def test_after_a_gpu_fault_a_reboot_comes_first_and_then_another_order_of_the_da
     record = {"recipe": {"config": {"train": {"data_seed": 3407, "seed": 42}}}}
     assert with_other_order(record, later)["recipe"]["config"]["train"] == {"data_seed": 3408, "seed": 42}
     assert with_other_order(record, None) is record
+
+
+CRASH = """
+import ctypes
+def _grouped_mm():
+    ctypes.string_at(0)
+_grouped_mm()
+"""
+
+
+def run_of(tmp_path: Path, *command: str) -> tuple[Run, LaunchPlan]:
+    """A run of the demo whose workload is another command, with its records."""
+    store = RunStore(tmp_path)
+    effective = resolve(read("train-llama"), "demo")
+    drafted = draft(effective, circumstances(image=None), store)
+    write_records(drafted, store)
+    return drafted.run, replace(drafted.plan, command=command)
+
+
+def test_a_crash_in_native_code_is_told_by_the_function_that_it_happened_in(tmp_path: Path) -> None:
+    """A real segmentation fault, which says nothing by itself: the plan has Python's fault handler speak."""
+    run, plan = run_of(tmp_path, sys.executable, "-c", CRASH)
+    outcome = carry_out(run, plan, lambda event: None, lambda text: None)
+    assert outcome.exit_code == Exit.WORKLOAD and outcome.diagnosis is not None
+    assert outcome.diagnosis.signature == "RS-ER-021" and "batched_mm" in outcome.remedy
+    status = run.status()
+    assert status is not None and status.diagnosis == outcome.diagnosis and status.boot == boot_id(Sysroot())
+    assert "RS-ER-021" in run.report.read_text()
+
+
+def test_a_fault_that_took_the_machine_down_is_known_by_the_boot_before(tmp_path: Path) -> None:
+    """Nobody was there when it ended, and the run is settled after the reboot: nothing keeps it from going on."""
+    run, _ = run_of(tmp_path, "true")
+    status = run.status()
+    assert status is not None
+    gone = {"pid": 1 << 22, "started": 1}
+    run.write_status(status.model_copy(update={"state": State.RUNNING, "handle": gone, "boot": "the one before"}))
+    run.log.write_bytes(excerpt("RS-ER-001"))
+    outcome = settle(run)
+    assert outcome.state is State.LOST and outcome.diagnosis is not None
+    assert outcome.diagnosis.boot == "the one before"
+    require_reboot(run.status(), anyway=False)
+
+
+def test_what_an_engine_refuses_has_its_remedy_too() -> None:
+    error = MachineError(f"the engine refused to start the container: {excerpt('RS-ER-007').decode().strip()}")
+    outcome = refused(error)
+    assert outcome.exit_code == Exit.MACHINE and "radeon-stack doctor" in outcome.remedy == error.remedy
+    assert outcome.diagnosis is not None and outcome.diagnosis.signature == "RS-ER-007"
+    assert refused(MachineError("something else", remedy="ours")).remedy == "ours"

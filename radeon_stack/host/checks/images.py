@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from radeon_stack.catalog.platforms import Platforms, load_platforms
+from radeon_stack.catalog.platforms import load_platforms
 from radeon_stack.catalog.sizes import format_size
 from radeon_stack.catalog.versions import version
 from radeon_stack.host.checks.finding import Check, Finding, fail, ok, skipped, warn
@@ -24,8 +24,8 @@ def driver_fits(facts: Facts) -> Finding:
     if driver is None:
         return ok("the kernel's own driver tells no version; AMD supports user space of a year around it")
     mine = _fitting(facts)
-    wanted = mine[0].drivers if mine and mine[0].drivers else _default_drivers(load_platforms())
-    rocm = mine[0].rocm if mine else load_platforms().default
+    wanted = mine[0].drivers if mine and mine[0].drivers else _drivers(_release(facts))
+    rocm = mine[0].rocm if mine else _release(facts)
     if not wanted:
         return skipped(f"which drivers ROCm {rocm} was made for is not known")
     if any(_begins(driver, name) for name in wanted):
@@ -42,11 +42,12 @@ def gfx_supported(facts: Facts) -> Finding:
     said, worst = [], ok
     for gfx in dict.fromkeys(gpu.gfx for gpu in cards):
         having = [platform for platform in known.values() if platform.gfx == gfx]
-        here = next((platform for platform in having if platform.rocm == known.default), None)
+        release = known.release_for(gfx)
+        here = next((platform for platform in having if platform.rocm == release), None)
         if not having:
             return fail(f"no release of ROCm that we know has code for {gfx}", "radeon-stack image list")
         if here is None:
-            said.append(f"{gfx}: not in ROCm {known.default}, in {', '.join(str(p.rocm) for p in having)}")
+            said.append(f"{gfx}: not in ROCm {release}, in {', '.join(str(p.rocm) for p in having)}")
             worst = warn
         else:
             said.append(f"{gfx}: ROCm {here.rocm}{'' if here.official else ', built, and in no matrix of AMD'}")
@@ -67,7 +68,7 @@ def image_here(facts: Facts) -> Finding:
         named = list(dict.fromkeys(image.name for image in mine))
         return ok(", ".join(named[:SHOWN]) + (f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""))
     arch = cards[0].gfx if cards else "cpu"
-    rocm = "" if arch == "cpu" else f"ROCM={load_platforms().default} "
+    rocm = "" if arch == "cpu" else f"ROCM={load_platforms().release_for(arch)} "
     if arch == "cpu" and facts.packages_missing == ():
         return ok("none for the CPU yet; --engine local works without one (make image ARCH=cpu builds one)")
     return warn(f"the engine has no train image for {arch}", f"make image {rocm}ARCH={arch}")
@@ -146,8 +147,13 @@ def _fitting(facts: Facts) -> list[ImageFact]:
     ]
 
 
-def _default_drivers(known: Platforms) -> tuple[str, ...]:
-    return next((p.drivers for p in known.values() if p.rocm == known.default), ())
+def _release(facts: Facts) -> str:
+    """The release that this machine's first card would get."""
+    return load_platforms().release_for(facts.machine.gpus[0].gfx)
+
+
+def _drivers(rocm: str) -> tuple[str, ...]:
+    return next((p.drivers for p in load_platforms().values() if p.rocm == rocm), ())
 
 
 def _begins(driver: str, name: str) -> bool:
