@@ -37,10 +37,11 @@ BOOT = "the boot of the run"
 
 
 def excerpt(code: str) -> bytes:
-    return str(next(iter(LOGS[code].values()))).encode()
+    return str(LOGS[code]["log"]).encode()
 
 
-def test_every_signature_has_a_log_and_every_log_a_signature() -> None:
+def test_every_signature_has_a_log_with_its_source_and_every_log_a_signature() -> None:
+    assert all(log["source"] == "files" or log["source"].startswith("https://github.com/") for log in LOGS.values())
     assert set(LOGS) == set(KNOWN) and len(KNOWN) >= ROWS_OF_THE_CATALOGUE
 
 
@@ -49,6 +50,11 @@ def test_a_signature_is_the_first_that_is_found_in_its_log(code: str) -> None:
     matches = diagnose(io.BytesIO(b"step 41\n" + excerpt(code) + b"\n"))
     assert matches[0].signature.id == code
     assert matches[0].line and matches[0].line in excerpt(code).decode()
+
+
+@pytest.mark.parametrize(("code", "line"), [(code, line) for code, log in LOGS.items() for line in log.get("more", [])])
+def test_the_other_words_of_an_error_are_known_too(code: str, line: str) -> None:
+    assert diagnose(io.BytesIO(line.encode() + b"\n"))[0].signature.id == code
 
 
 @pytest.mark.parametrize("code", KNOWN)
