@@ -32,7 +32,7 @@ WATCHED = (
     "GGML_CUDA_P2P",
 )
 PROGRAMS = ("dockerd", "podman")
-KEEP = "run.oci.keep_original_groups=1"  # crun's: its manual, OCI annotations
+KEEP_GROUPS_ANNOTATION = "run.oci.keep_original_groups=1"  # crun's: its manual, OCI annotations
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def _keeps_groups() -> bool:
             lines = tomllib.loads(place.read_text(encoding="utf-8"))["containers"]["annotations"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        if KEEP in lines:
+        if KEEP_GROUPS_ANNOTATION in lines:
             return True
     return False
 

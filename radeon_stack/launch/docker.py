@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from radeon_stack.errors import ImageError, MachineError, StackError, UsageError
 from radeon_stack.host.engines import address, client
+from radeon_stack.host.facts import KEEP_GROUPS_ANNOTATION
 from radeon_stack.launch.access import KEEP_GROUPS
 from radeon_stack.launch.engine import Handle
 from radeon_stack.launch.plan import LaunchPlan
@@ -29,7 +30,7 @@ class DockerEngine:
 
     def start(self, plan: LaunchPlan) -> Handle:
         with _translated("start the container"):
-            container = self._client.containers.create(**create_arguments(plan))
+            container = create(self._client, plan)
             try:
                 container.start()
             except BaseException:
@@ -79,7 +80,7 @@ class DockerEngine:
                     raise
 
     def render(self, plan: LaunchPlan) -> list[str]:
-        return ["docker", "run", "--rm", *run_arguments(plan)]
+        return run_command(plan)
 
     def _find(self, handle: Handle) -> Container | None:
         from docker.errors import NotFound
@@ -95,41 +96,62 @@ def container_name(plan: LaunchPlan) -> str:
     return f"radeon-stack-{plan.run_id}"
 
 
-def create_arguments(plan: LaunchPlan) -> dict[str, Any]:
-    """The plan in the SDK's words."""
-    from docker.types import DeviceRequest, Mount
+def create(engine: Any, plan: LaunchPlan) -> Container:
+    """The plan's container, made and not started, by a `docker.DockerClient`."""
+    config = container_config(plan, engine.api.api_version)
+    return engine.containers.get(engine.api.create_container_from_config(config, container_name(plan))["Id"])
+
+
+def container_config(plan: LaunchPlan, version: str) -> dict[str, Any]:
+    """The plan in the words of the engine's API (of that version), secrets with their values."""
+    from docker.types import ContainerConfig, DeviceRequest, HostConfig, Mount
 
     cdi = [device for device in plan.devices if is_cdi(device)]
-    return {
-        "image": plan.image,
-        "name": container_name(plan),
-        "entrypoint": plan.command[0],
-        "command": list(plan.command[1:]),
-        "environment": dict(plan.env) | secret_values(plan),
-        "mounts": [Mount(m.target, m.source, type="bind", read_only=m.read_only) for m in plan.mounts],
-        "devices": [f"{device}:{device}:rwm" for device in plan.devices if not is_cdi(device)],
-        "device_requests": [DeviceRequest(driver="cdi", device_ids=cdi)] if cdi else [],
-        # A word of podman's command line, which its socket does not know: there containers.conf says it (RS204).
-        "group_add": [group for group in plan.groups if group != KEEP_GROUPS],
-        "user": plan.user,
-        "mem_limit": plan.memory,
-        "memswap_limit": plan.memory,
-        "shm_size": plan.shm,
-        "ipc_mode": plan.ipc,
-        "network_mode": plan.network,
-        "cap_drop": list(plan.cap_drop),
-        "security_opt": list(plan.security),
-        "read_only": plan.read_only_root,
-        "tmpfs": dict.fromkeys(plan.tmpfs, ""),
-        "init": plan.init,
-        "restart_policy": {"Name": "no", "MaximumRetryCount": 0},
-        "labels": dict(plan.labels),
-        "stop_signal": "SIGTERM",
-    }
+    keeps = KEEP_GROUPS in plan.groups
+    host = HostConfig(
+        version=version,
+        mounts=[Mount(m.target, m.source, type="bind", read_only=m.read_only) for m in plan.mounts],
+        devices=[f"{device}:{device}:rwm" for device in plan.devices if not is_cdi(device)],
+        device_requests=[DeviceRequest(driver="cdi", device_ids=cdi)] if cdi else [],
+        group_add=[] if keeps else list(plan.groups),
+        mem_limit=plan.memory,
+        memswap_limit=plan.memory,
+        shm_size=plan.shm,
+        ipc_mode=plan.ipc,
+        network_mode=plan.network,
+        cap_drop=list(plan.cap_drop),
+        security_opt=list(plan.security),
+        read_only=plan.read_only_root,
+        tmpfs=dict.fromkeys(plan.tmpfs, ""),
+        init=plan.init,
+        restart_policy={"Name": "no", "MaximumRetryCount": 0},
+    )
+    if keeps:
+        # The SDK has no word for annotations. Podman's socket takes them from 5.1 on; before, its
+        # containers.conf has to have this one (RS204).
+        host["Annotations"] = dict([KEEP_GROUPS_ANNOTATION.split("=")])
+    return dict(
+        ContainerConfig(
+            version,
+            plan.image,
+            list(plan.command[1:]),
+            entrypoint=plan.command[0],
+            environment=dict(plan.env) | secret_values(plan),
+            user=plan.user,
+            labels=dict(plan.labels),
+            stop_signal="SIGTERM",
+            host_config=host,
+        )
+    )
+
+
+def run_command(plan: LaunchPlan) -> list[str]:
+    """The plan as a command line; secrets stay names, which are filled from the caller's environment."""
+    return [str(plan.client), "run", "--rm", *run_arguments(plan)]
 
 
 def run_arguments(plan: LaunchPlan) -> list[str]:
-    """The plan in the words of `docker run`; secrets stay names, which docker fills from the caller's environment."""
+    """The plan in the words of `docker run`, which `podman run` understands as well."""
     entrypoint, *arguments = plan.command
     flags: list[str] = ["--name", container_name(plan)]
     flags += ["--init"] if plan.init else []

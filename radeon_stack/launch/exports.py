@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from radeon_stack.errors import UsageError
-from radeon_stack.launch.docker import container_name, is_cdi, run_arguments
+from radeon_stack.launch.docker import container_name, is_cdi, run_command
 from radeon_stack.launch.plan import LaunchPlan, Mount
 
 PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
@@ -20,7 +20,7 @@ def shell(plan: LaunchPlan) -> str:
     """A bash script; secrets are taken from its environment."""
     lines = ["#!/usr/bin/env bash", "set -euo pipefail", f"# {_about(plan)}"]
     lines += [f': "${{{name}:?export {name} first}}"' for name in plan.secrets]
-    command = ["docker", "run", "--rm", *run_arguments(plan)] if plan.image else ["env", *_local(plan), *plan.command]
+    command = run_command(plan) if plan.image else ["env", *_local(plan), *plan.command]
     return "\n".join([*lines, "exec " + _folded(command), ""])
 
 

@@ -22,13 +22,15 @@ class LaunchPlan:
     """What an engine carries out. Dry run, JSON and the real launch are renderings of it.
 
     `memory` and `shm` are bytes, `gpus` PCI addresses (of a partition with its number); `shared` that others may have
-    them too. `unset` are variables that the workload must not see. A field that an engine has no use for is empty,
-    and its reason says so. `reasons` has one for each field, and may have more: `env.NAME`, `mounts.TARGET`.
+    them too. `client` is the command line that speaks to the engine: docker or podman. `unset` are variables that the
+    workload must not see. A field that an engine has no use for is empty, and its reason says so. `reasons` has one for
+    each field, and may have more: `env.NAME`, `mounts.TARGET`.
     """
 
     run_id: str
     run_dir: str
     engine: str
+    client: str | None
     image: str | None
     gpus: tuple[str, ...]
     shared: bool

@@ -179,6 +179,7 @@ def _container(effective: Effective, here: Circumstances, paths: _Paths, run_dir
     for name, value, why in access.env:
         env.add(name, value, why)
     return confined(access) | {
+        "client": (engine.product, f"what answers is {engine.what}"),
         "mounts": (
             paths.mounts,
             "events, artifacts and cache to write; config, model and data to read, and what the recipe names",
@@ -199,7 +200,7 @@ def _container(effective: Effective, here: Circumstances, paths: _Paths, run_dir
 
 def _no_container() -> Reasoned:
     empty: dict[str, Any] = {
-        **dict.fromkeys(("user", "memory", "shm", "ipc", "network")),
+        **dict.fromkeys(("client", "user", "memory", "shm", "ipc", "network")),
         **dict.fromkeys(("devices", "mounts", "groups", "cap_drop", "security", "tmpfs", "labels"), ()),
         **dict.fromkeys(("read_only_root", "init"), False),
     }

@@ -13,7 +13,7 @@ from radeon_stack.host.sysroot import Sysroot
 from radeon_stack.images.labels import GFX
 from radeon_stack.launch.access import container_access
 from radeon_stack.launch.confinement import SCRATCH, Reasoned, confined
-from radeon_stack.launch.docker import create_arguments
+from radeon_stack.launch.docker import create
 from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.launch.planner import VENV_PYTHON
 
@@ -32,7 +32,9 @@ def verification_plan(image: Any, machine: Machine, sysroot: Sysroot, *, on_gpu:
             f"the image is for {image.labels.get(GFX, 'cpu')}; GPUs of this machine: {seen}", where="--on-gpu"
         )
     command = (VENV_PYTHON, "-m", "radeon_stack.workloads.probe", "verify", FOLDER, "--print")
-    values: Reasoned = confined(container_access(machine, gpus, require_engine(), sysroot)) | {
+    engine = require_engine()
+    values: Reasoned = confined(container_access(machine, gpus, engine, sysroot)) | {
+        "client": (engine.product, f"what answers is {engine.what}"),
         "run_id": (f"verify-{secrets.token_hex(4)}", "names the container"),
         "run_dir": ("", "nothing is kept but what it prints"),
         "engine": ("docker", "an image is what is verified"),
@@ -62,7 +64,7 @@ def verification_plan(image: Any, machine: Machine, sysroot: Sysroot, *, on_gpu:
 
 def run_verification(plan: LaunchPlan) -> dict[str, Any]:
     """What the image found of itself: `checks`, each with `name`, `state`, `detail`. WorkloadError when nothing."""
-    container = client(timeout=SECONDS).containers.create(**create_arguments(plan))
+    container = create(client(timeout=SECONDS), plan)
     try:
         container.start()
         code = int(container.wait(timeout=SECONDS)["StatusCode"])

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, wait_for
+from tests.engine.debian import bootstrap, impossible
 
 # What must be found in no layer: it is in every secret that the image below is built with.
 CANARY = "canary-3f9d1c7e"
@@ -71,6 +72,15 @@ def hip_base() -> str:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout.split()[-1]
+
+
+@pytest.fixture(scope="session")
+def trixie(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Debian 13 in a folder: podman 5, its quadlet generator, and docker compose."""
+    if why := impossible():
+        missing(why)
+    packages = ("podman", "crun", "uidmap", "catatonit", "docker-compose")
+    return bootstrap("trixie", tmp_path_factory.mktemp("trixie"), *packages)
 
 
 @pytest.fixture

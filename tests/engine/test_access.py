@@ -1,8 +1,12 @@
-"""In real containers of docker and podman: exactly the chosen nodes, the caller's number and groups, and no right."""
+"""In real containers of docker and podman: exactly the chosen nodes, the caller's number and groups, and no right.
+
+By the socket, by the command that is printed, and by each of the files that a run is exported as.
+"""
 
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shutil
@@ -17,18 +21,20 @@ from pathlib import Path
 import pytest
 
 from radeon_stack.catalog.load import read, resolve
-from radeon_stack.host.engines import address, client, probe_engine
+from radeon_stack.host.engines import client, probe_engine
 from radeon_stack.host.machine import User, probe
 from radeon_stack.host.selection import select
 from radeon_stack.host.sysroot import Sysroot
 from radeon_stack.images.resolve import Image
 from radeon_stack.launch.choose import Choice
 from radeon_stack.launch.circumstances import Circumstances
-from radeon_stack.launch.docker import DockerEngine, run_arguments
+from radeon_stack.launch.docker import DockerEngine, run_command
+from radeon_stack.launch.exports import compose, quadlet, shell
 from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.launch.planner import plan
 from tests.engine.conftest import missing
-from tests.engine.podman import UID, service
+from tests.engine.debian import program
+from tests.engine.podman import HERE, UID, Podman, service
 from tests.engine.podman import missing as missing_for_podman
 from tests.stages import RENDER, STAGES, build
 
@@ -46,6 +52,7 @@ touch /new 2>/dev/null && echo root written
 touch /radeon-stack/run/artifacts/made && echo artifact written
 ls /sys/class/net
 """
+ERASE = "\x1b[2K"  # compose writes it before each line, whatever it is told of ANSI
 APPLETS = ("sh", "ls", "id", "grep", "touch", "echo")
 
 
@@ -70,14 +77,24 @@ def nodes() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Place:
-    """An engine's tiny image, the number of who calls it, and what that number is inside."""
+    """An engine's tiny image, the number of who calls it, what that is inside, and how commands are run there."""
 
     image: str
     caller: int
     inside: int
+    podman: Podman | None = None
+
+    def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        if self.podman:
+            return self.podman.run(command)
+        return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.fixture(params=["docker", "podman", "rootless podman"])
+# Debian 12's podman, whose containers.conf has to ask for the caller's groups, and Debian 13's, whose has not.
+PLACES = ("docker", "podman", "rootless podman", "podman 5", "rootless podman 5")
+
+
+@pytest.fixture(params=PLACES)
 def place(request: pytest.FixtureRequest, nodes: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     busybox = shutil.which("busybox")
     if busybox is None or subprocess.run(["ldd", busybox], capture_output=True, check=False).returncode == 0:
@@ -86,17 +103,19 @@ def place(request: pytest.FixtureRequest, nodes: None, monkeypatch: pytest.Monke
     if request.param == "docker":
         yield Place(tiny(busybox), CALLER, CALLER)
         return
-    if lacking := missing_for_podman():
+    newer, rootless = request.param.endswith("5"), request.param.startswith("rootless")
+    root = request.getfixturevalue("trixie") if newer else HERE
+    if lacking := missing_for_podman(root):
         missing(f"podman needs {', '.join(lacking)}")
-    rootless = request.param.startswith("rootless")
     with ExitStack() as held:
         try:
-            host = held.enter_context(service(rootless=rootless))
+            podman = held.enter_context(service(rootless=rootless, root=root, keep_groups=not newer))
         except RuntimeError as error:
-            pytest.skip(f"podman's service does not start here: {error}")
-        monkeypatch.setenv("DOCKER_HOST", host)
-        assert probe_engine().rootless is rootless and probe_engine().product == "podman"
-        yield Place(tiny(busybox), UID if rootless else CALLER, 0 if rootless else CALLER)
+            missing(f"podman's service does not start here: {error}")
+        monkeypatch.setenv("DOCKER_HOST", podman.host)
+        found = probe_engine()
+        assert found.product == "podman" and found.rootless is rootless and found.version.startswith("5") is newer
+        yield Place(tiny(busybox), UID if rootless else CALLER, 0 if rootless else CALLER, podman)
 
 
 def tiny(busybox: str) -> str:
@@ -152,12 +171,59 @@ def test_a_container_has_the_chosen_nodes_the_callers_number_and_no_right(planne
 
 
 def test_the_printed_command_gives_the_same(planned: LaunchPlan, place: Place) -> None:
-    if "podman" in address():
-        pytest.skip("podman's own command line is tried with its own words")
-    done = subprocess.run(
-        ["docker", "run", "--rm", *run_arguments(planned)], capture_output=True, text=True, check=False
+    held_to(said_by(place.run(run_command(planned))), place)
+
+
+def test_an_exported_script_gives_the_same(planned: LaunchPlan, place: Place, tmp_path: Path) -> None:
+    script = tmp_path / "run.sh"
+    script.write_text(shell(planned))
+    held_to(said_by(place.run(["bash", str(script)])), place)
+
+
+@pytest.mark.parametrize("place", ["docker"], indirect=True)
+def test_compose_itself_gives_the_same(planned: LaunchPlan, place: Place, trixie: Path, tmp_path: Path) -> None:
+    (tmp_path / "compose.yaml").write_text(compose(planned))
+    command = [
+        *program(trixie, "usr/libexec/docker/cli-plugins/docker-compose"),
+        "--ansi=never",
+        "-f",
+        str(tmp_path / "compose.yaml"),
+    ]
+    told = place.run([*command, "config", "--format", "json"])
+    service_ = json.loads(told.stdout)["services"]["run"]
+    assert service_["network_mode"] == "none" and service_["cap_drop"] == ["ALL"], told.stderr
+    up = place.run([*command, "up", "--no-log-prefix", "--abort-on-container-exit"])
+    place.run([*command, "down"])
+    held_to(said_by(up).replace(ERASE, ""), place)
+
+
+@pytest.mark.parametrize("place", ["podman 5", "rootless podman 5"], indirect=True)
+def test_podmans_generator_makes_a_unit_of_a_quadlet_that_gives_the_same(
+    planned: LaunchPlan, place: Place, trixie: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "look.container").write_text(quadlet(planned))
+    made = subprocess.run(
+        [*program(trixie, "usr/libexec/podman/quadlet"), "-dryrun", "-user"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"QUADLET_UNIT_DIRS": str(tmp_path), "PATH": "/usr/bin"},
     )
-    held_to(done.stdout, place)
+    assert made.returncode == 0, made.stderr
+    start = next(line for line in made.stdout.splitlines() if line.startswith("ExecStart="))
+    held_to(said_by(place.run(as_systemd_would(start.removeprefix("ExecStart=")))), place)
+
+
+def as_systemd_would(start: str) -> list[str]:
+    """The words of an ExecStart line, less what only a unit of systemd's can do (its cgroup, its readiness)."""
+    quoted = re.findall(r'"(?:[^"\\]|\\.)*"|\S+', start.replace("%%", "%").replace("$$", "$"))
+    words = [json.loads(word) if word.startswith('"') else word for word in quoted]
+    return [word for word in words if not word.startswith(("--cgroups=", "--sdnotify=", "--cidfile=")) and word != "-d"]
+
+
+def said_by(done: subprocess.CompletedProcess[str]) -> str:
+    """What it printed; on stderr too when it failed, to be seen in the assertion."""
+    return done.stdout + (done.stderr if done.returncode else "")
 
 
 def held_to(said: str, place: Place) -> None:

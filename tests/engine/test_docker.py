@@ -21,7 +21,7 @@ from radeon_stack.host.engines import client
 from radeon_stack.host.machine import User
 from radeon_stack.host.sysroot import Sysroot
 from radeon_stack.launch.circumstances import Asked, find_out
-from radeon_stack.launch.docker import create_arguments, run_arguments
+from radeon_stack.launch.docker import create, run_arguments
 from radeon_stack.launch.launcher import draft, write_records
 from radeon_stack.launch.planner import plan
 from radeon_stack.launch.supervise import carry_out
@@ -120,7 +120,7 @@ def test_sdk_and_printed_command_make_the_same_container(tmp_path: Path) -> None
         (tmp_path / "run" / file).touch()
     here = find_out(effective, Sysroot(), Asked(engine="docker"), tmp_path)
     made = plan(effective, here, run_id="same", run_dir=tmp_path / "run", cache=tmp_path / "cache")
-    ours = client().containers.create(**create_arguments(made))
+    ours = create(client(), made)
     theirs = subprocess.run(
         ["docker", "create", *run_arguments(made)[2:]], capture_output=True, text=True, check=True
     ).stdout.strip()

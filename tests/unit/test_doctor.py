@@ -34,6 +34,10 @@ def with_engine(name: str, **changes: object) -> Stage:
     return replace(stage, overlay={"engine": {**ENGINE, **changes}})
 
 
+def podman(number: str) -> dict[str, object]:
+    return {"Version": number, "ApiVersion": "1.41", "Components": [{"Name": "Podman Engine"}]}
+
+
 def test_a_healthy_machine_is_green_and_exit_0(cli: Cli, tmp_path: Path) -> None:
     build(STAGES["r9700"], tmp_path)
     told = cli("doctor", "--sysroot", tmp_path, "--json")
@@ -59,8 +63,9 @@ def test_only_a_failure_is_exit_3_and_it_comes_with_a_command(cli: Cli, tmp_path
         ({"buildkit": False}, "RS203", State.WARN),
         ({"info": {"SecurityOptions": ["name=rootless"]}}, "RS204", State.FAIL),
         ({"info": {"OperatingSystem": "Docker Desktop"}}, "RS204", State.FAIL),
-        ({"version": {"Components": [{"Name": "Podman Engine"}]}, "info": {"Rootless": True}}, "RS204", State.FAIL),
-        ({"version": {"Components": [{"Name": "Podman Engine"}]}, "info": {}}, "RS204", State.OK),
+        ({"version": podman("4.9.3"), "info": {"Rootless": True}}, "RS204", State.FAIL),
+        ({"version": podman("5.4.2"), "info": {"Rootless": True}}, "RS204", State.OK),
+        ({"version": podman("4.9.3"), "info": {}}, "RS204", State.OK),
         ({"info": {"Driver": "vfs"}}, "RS205", State.WARN),
         ({"info": {"DockerRootDir": "/d"}, "free": 30 << 30, "images": []}, "RS206", State.WARN),
         ({"images": []}, "RS401", State.WARN),

@@ -19,7 +19,6 @@ from radeon_stack.launch.plan import LaunchPlan, Mount
 from tests.conftest import Cli
 from tests.unit.test_launch import demo_plan
 
-GENERATORS = ("/usr/libexec/podman/quadlet", "/usr/lib/podman/quadlet")
 NASTY = "a b'c\"d$HOME`e`,%h: #x"
 
 
@@ -72,34 +71,6 @@ def test_a_compose_file_says_what_the_plan_says(plan: LaunchPlan) -> None:
     assert [v.get("read_only", False) for v in service["volumes"]] == [m.read_only for m in plan.mounts]
     assert [*service["entrypoint"], *service["command"]] == list(plan.command)
     assert "privileged" not in service
-
-
-def test_docker_compose_itself_accepts_it(plan: LaunchPlan, tmp_path: Path) -> None:
-    if subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode:
-        pytest.skip("docker has no compose plugin (Debian: docker-compose)")
-    file = tmp_path / "compose.yaml"
-    file.write_text(compose(plan))
-    done = subprocess.run(
-        ["docker", "compose", "--file", file, "config", "--format", "json"], capture_output=True, text=True, check=True
-    )
-    service = json.loads(done.stdout)["services"]["run"]
-    assert service["devices"][0]["source"] == "/dev/kfd" and service["cap_drop"] == ["ALL"]
-
-
-def test_podmans_generator_makes_a_service_of_a_quadlet(plan: LaunchPlan, tmp_path: Path) -> None:
-    generator = shutil.which("quadlet") or next((path for path in GENERATORS if Path(path).exists()), None)
-    if generator is None:
-        pytest.skip("no quadlet generator (podman 4.4 or newer)")
-    (tmp_path / "demo.container").write_text(quadlet(plan))
-    done = subprocess.run(
-        [generator, "-dryrun", "-user"], capture_output=True, text=True, check=False,
-        env={"QUADLET_UNIT_DIRS": str(tmp_path), "PATH": "/usr/bin"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    start = next(line for line in done.stdout.splitlines() if line.startswith("ExecStart="))
-    said = start.replace("--network none", "--network=none").replace("--cap-drop all", "--cap-drop=all")
-    for part in ("--cap-drop=all", "no-new-privileges", "/dev/kfd", "--group-add=992", "--network=none", "--read-only"):
-        assert part in said, part
 
 
 def test_a_quadlet_has_every_right_and_no_other(plan: LaunchPlan) -> None:

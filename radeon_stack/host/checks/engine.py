@@ -9,6 +9,7 @@ from radeon_stack.host.facts import Facts
 from radeon_stack.host.gpus import Gpu
 from radeon_stack.host.machine import KFD
 
+ANNOTATIONS = "5.1"  # its release notes: the Compat Create endpoint now supports setting container annotations
 LEAST_API = "1.41"  # Docker 20.10, the oldest that our tests run with
 # A base is 20 to 30 GB, its layers are there twice while they are unpacked; and a model: third-party figures.
 FIRST_PULL = 60 << 30
@@ -95,9 +96,10 @@ def rootless(facts: Facts) -> Finding:
     if not engine.rootless:
         return ok("with root: containers are given the device nodes' groups by number")
     closed = [node for path, node in facts.machine.nodes.items() if path == KFD and node.mode & 0o006 != 0o006]
-    if engine.product == "podman" and closed and not facts.keeps_groups:
+    asked = (version(engine.version) or ()) >= (version(ANNOTATIONS) or ())
+    if engine.product == "podman" and closed and not asked and not facts.keeps_groups:
         return fail(
-            "rootless podman gives containers of its socket your groups only when its containers.conf says so",
+            f"rootless podman before {ANNOTATIONS} keeps your groups only when its containers.conf says so",
             "mkdir -p ~/.config/containers/containers.conf.d",
             "printf '[containers]\\nannotations = [\"run.oci.keep_original_groups=1\"]\\n' "
             "> ~/.config/containers/containers.conf.d/groups.conf",
