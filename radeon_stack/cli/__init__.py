@@ -19,6 +19,7 @@ COMMANDS = {
         "doctor:doctor",
         "Is this machine ready? What exactly is wrong, and the command that mends it.",
     ),
+    "gpus": ("gpus:gpus", "The GPUs that ROCm sees: what they are, their numbers for --gpus, and who has them."),
     "diagnose": (
         "doctor:diagnose_log",
         "What does this log say went wrong? Known error texts, nearest to the cause first.",

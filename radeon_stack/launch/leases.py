@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from radeon_stack.launch.plan import LaunchPlan
 # Of the machine, not of a user: two people do not share a card unknowingly. Debian, Ubuntu: for everyone to write.
 MACHINE_WIDE = Path("/run/lock")
 LONGEST = 4096
+PATIENCE_SECONDS, POLL_SECONDS = 1.0, 0.05  # who only asks for the owner holds the lock for a moment too
 GoingOn = Callable[[Path], bool]
 """Does the workload of the run in that folder still go on?"""
 
@@ -48,9 +50,7 @@ def owner(name: str, folder: Path, going_on: GoingOn) -> str:
     if descriptor is None:
         return ""
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _locked(descriptor, 0):
             return _told(descriptor) or "another user's run"
         return _left_behind(descriptor, going_on)
     finally:
@@ -72,10 +72,9 @@ def _lease(name: str, plan: LaunchPlan, folder: Path, going_on: GoingOn) -> Iter
     if descriptor is None:
         raise MachineError(f"cannot lock GPU {name}", where=str(folder), remedy="set RADEON_STACK_LEASES to a folder")
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _locked(descriptor, PATIENCE_SECONDS):
             other = _left_behind(descriptor, going_on)
-        except OSError:
+        else:
             other = _told(descriptor) or "another user's run"
         if other and other != plan.run_id:
             raise MachineError(
@@ -85,6 +84,19 @@ def _lease(name: str, plan: LaunchPlan, folder: Path, going_on: GoingOn) -> Iter
         yield
     finally:
         os.close(descriptor)
+
+
+def _locked(descriptor: int, seconds: float) -> bool:
+    """Try to have the lock for so long."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(POLL_SECONDS)
 
 
 def _path(name: str, folder: Path) -> Path:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from radeon_stack.catalog.load import Effective, read, resolve
 from radeon_stack.catalog.platforms import load_platforms
-from radeon_stack.errors import MachineError, StackError, UsageError
+from radeon_stack.errors import Exit, MachineError, StackError, UsageError
 from radeon_stack.host.bundle import pack
 from radeon_stack.host.checks import State, examine
 from radeon_stack.host.engines import EngineProbe
@@ -32,6 +32,7 @@ from radeon_stack.launch.choose import Choice
 from radeon_stack.launch.circumstances import Circumstances, setup
 from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.launch.planner import plan
+from tests.conftest import Cli
 from tests.stages import R9700, RAPHAEL, RX7900XTX, RX9060XT, STAGES, STRIX_HALO, Card, Stage, build, cpx
 
 GOLDEN = Path(__file__).parent / "golden" / "hosts.txt"
@@ -449,3 +450,13 @@ def test_a_gpu_is_told_by_all_that_the_kernel_knows_of_it(trees: dict[str, Sysro
     gpu: Gpu = topology(trees["mi300x-spx"]).gpus[0]
     assert (gpu.compute_units, gpu.numa_node, gpu.pci_id) == (304, 0, "1002:74a1")
     assert gpu.unique_id == "GPU-abcdef0123456789" and gpu.links[0].kind == "pcie" and gpu.links[0].to == 0
+
+
+def test_gpus_are_listed_with_their_numbers_and_their_state(cli: Cli, trees: dict[str, Sysroot]) -> None:
+    told = cli("gpus", "--sysroot", trees["two-r9700-and-igpu"].root, env={**os.environ, "COLUMNS": "200"})
+    assert told.code == Exit.OK and [line.split()[0] for line in told.out.splitlines()] == ["gpu", "0", "1", "2"]
+    assert "AMD Radeon AI PRO R9700" in told.out and "integrated: only by its number" in told.out
+    listed = cli("gpus", "--sysroot", trees["mi300x-cpx"].root, "--json").json["gpus"]
+    assert [gpu["partition"] for gpu in listed] == list(range(8)) and listed[0]["state"] == "free"
+    none = cli("gpus", "--sysroot", trees["no-driver"].root)
+    assert none.code == Exit.OK and "radeon-stack doctor" in none.error

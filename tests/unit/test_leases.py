@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,6 +63,15 @@ def test_a_card_that_another_process_has_is_refused_by_the_name_of_its_run(
         pass
     other.kill()
     other.wait()
+
+
+def test_who_only_asks_for_the_owner_keeps_nobody_from_the_card(plan: LaunchPlan, tmp_path: Path) -> None:
+    place = tmp_path / f"radeon-stack-{CARD}.lock"
+    with place.open("w") as asking:
+        fcntl.flock(asking, fcntl.LOCK_EX)
+        threading.Timer(0.3, lambda: fcntl.flock(asking, fcntl.LOCK_UN)).start()
+        with leased(plan, tmp_path, nobody):
+            pass
 
 
 def test_a_card_is_free_again_when_its_owner_was_killed(
