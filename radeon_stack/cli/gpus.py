@@ -59,7 +59,7 @@ def _state(gpu: Gpu, owners: dict[int, str], cards: bool) -> str:
         return gpu.problem
     if gpu.index in owners:
         return f"in use by {owners[gpu.index]}"
-    return "integrated: only by its number" if gpu.integrated and cards else "free"
+    return "integrated, left out" if gpu.integrated and cards else "free"
 
 
 def _record(gpu: Gpu, state: str) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def _print(found: tuple[Gpu, ...], states: list[str]) -> None:
     """What fits 80 columns; --json has all."""
     table = Table(box=None, pad_edge=False)
     for column in COLUMNS:
-        table.add_column(column, justify="right" if column in NUMBERS else "left", overflow="fold")
+        table.add_column(column, justify="right" if column in NUMBERS else "left", no_wrap=column != "state")
     for gpu, state in zip(found, states, strict=True):
         node = gpu.render_node.rpartition("/")[2]
         place = gpu.pci.removeprefix(FIRST_DOMAIN) + ("" if gpu.partition is None else f"/{gpu.partition}")
