@@ -23,7 +23,7 @@ from radeon_stack.runs.store import home
 
 COLUMNS = ("gpu", "name", "gfx", "memory", "CUs", "node", "PCI", "state")
 NUMBERS = ("gpu", "memory", "CUs")
-FIRST_DOMAIN = "0000:"
+FIRST_DOMAIN, VENDOR = "0000:", "AMD "
 
 
 @click.command()
@@ -59,7 +59,7 @@ def _state(gpu: Gpu, owners: dict[int, str], cards: bool) -> str:
         return gpu.problem
     if gpu.index in owners:
         return f"in use by {owners[gpu.index]}"
-    return "integrated, left out" if gpu.integrated and cards else "free"
+    return "integrated" if gpu.integrated and cards else "free"
 
 
 def _record(gpu: Gpu, state: str) -> dict[str, Any]:
@@ -74,6 +74,14 @@ def _print(found: tuple[Gpu, ...], states: list[str]) -> None:
     for gpu, state in zip(found, states, strict=True):
         node = gpu.render_node.rpartition("/")[2]
         place = gpu.pci.removeprefix(FIRST_DOMAIN) + ("" if gpu.partition is None else f"/{gpu.partition}")
-        cells = (gpu.name, gpu.gfx, format_size(gpu.memory), str(gpu.compute_units), node, place, state)
+        cells = (
+            gpu.name.removeprefix(VENDOR),
+            gpu.gfx,
+            format_size(gpu.memory),
+            str(gpu.compute_units),
+            node,
+            place,
+            state,
+        )
         table.add_row(str(gpu.index), *map(Text, cells))
     Console().print(table)

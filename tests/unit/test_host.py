@@ -455,7 +455,7 @@ def test_a_gpu_is_told_by_all_that_the_kernel_knows_of_it(trees: dict[str, Sysro
 def test_gpus_are_listed_with_their_numbers_and_their_state(cli: Cli, trees: dict[str, Sysroot]) -> None:
     told = cli("gpus", "--sysroot", trees["two-r9700-and-igpu"].root, env={**os.environ, "COLUMNS": "200"})
     assert told.code == Exit.OK and [line.split()[0] for line in told.out.splitlines()] == ["gpu", "0", "1", "2"]
-    assert "AMD Radeon AI PRO R9700" in told.out and "integrated, left out" in told.out
+    assert "Radeon AI PRO R9700" in told.out and "integrated" in told.out
     listed = cli("gpus", "--sysroot", trees["mi300x-cpx"].root, "--json").json["gpus"]
     assert [gpu["partition"] for gpu in listed] == list(range(8)) and listed[0]["state"] == "free"
     none = cli("gpus", "--sysroot", trees["no-driver"].root)
