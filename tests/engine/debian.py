@@ -5,7 +5,37 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+from tests.conftest import wait_for
+
+HERE = Path("/")
+# /sys/fs/cgroup/unified: a half-mounted second hierarchy that crun trips over, where there is one.
+START = """
+set -e
+root=$1
+shift
+umount /sys/fs/cgroup/unified 2>/dev/null || true
+if [ "$root" != / ]; then
+  mount --rbind "$root" "$root"
+  mount -t proc proc "$root/proc"
+fi
+while [ "$1" != -- ]; do
+  [ -e "$root$2" ] || touch "$root$2"
+  mount --rbind "$1" "$root$2"
+  shift 2
+done
+shift
+if [ "$root" != / ]; then
+  # Not chroot: who is in one is not allowed a user namespace.
+  cd "$root" && mkdir -p .old && pivot_root . .old && umount -l .old
+fi
+cd /
+exec "$@"
+"""
 
 
 def impossible() -> str:
@@ -34,3 +64,46 @@ def program(root: Path, path: str) -> list[str]:
     """The beginning of a command that runs a program of that Debian here, with its own libraries."""
     loader, libraries = root / "lib64/ld-linux-x86-64.so.2", root / "usr/lib/x86_64-linux-gnu"
     return [str(loader), "--library-path", str(libraries), str(root / path)]
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A process in a mount namespace of its own; `enter` begins commands that run beside it."""
+
+    process: subprocess.Popen[bytes]
+    enter: tuple[str, ...]
+
+
+@contextmanager
+def apart(
+    root: Path, mounts: Mapping[Path, str], command: list[str], log: Path, env: Mapping[str, str]
+) -> Iterator[Apart]:
+    """Run a command with `root` as its root, and there what `mounts` names, at these places.
+
+    All that is started in there ends with it.
+    """
+    pairs = [word for source, target in mounts.items() for word in (str(source), target)]
+    spaces = ["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            ["unshare", *spaces, "sh", "-c", START, "sh", str(root), *pairs, "--", *command],
+            env=dict(env),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    inside = _first_child(process)
+    try:
+        yield Apart(process, ("nsenter", f"--mount=/proc/{inside}/ns/mnt", f"--pid=/proc/{inside}/ns/pid"))
+    finally:
+        # Not TERM: the first process of a namespace does not die of that.
+        process.kill()
+        process.wait()
+
+
+def _first_child(process: subprocess.Popen[bytes]) -> int:
+    def child() -> int | None:
+        text = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        return int(text.split()[0]) if text.split() else None
+
+    return wait_for(child, what="the first process of the namespace")

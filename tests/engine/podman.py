@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path("/")
+from tests.engine.debian import HERE, apart
+
 FOLDERS = ("usr/sbin", "usr/bin", "usr/libexec/podman")
+USER_FILES = ("passwd", "group", "subuid", "subgid")
 UID = 4321
 RENDER = 992
 SECONDS = 30
@@ -31,25 +32,6 @@ default_ulimits = ["nofile=1024:1024", "nproc=4096:4096"]
 """
 # What `--group-add keep-groups` is on podman's command line; its socket has no other way to say it (RS204).
 KEEP_GROUPS = 'annotations = ["run.oci.keep_original_groups=1"]\n'
-# /sys/fs/cgroup/unified: a half-mounted second hierarchy that crun trips over, where there is one.
-START = """
-root=$1 folder=$2
-shift 2
-umount /sys/fs/cgroup/unified 2>/dev/null
-for name in passwd group subuid subgid; do
-  [ -e "$folder/$name" ] || continue
-  touch "$root/etc/$name"
-  mount --bind "$folder/$name" "$root/etc/$name"
-done
-if [ "$root" != / ]; then
-  mount --rbind "$root" "$root"
-  for name in proc dev sys tmp; do mount --rbind "/$name" "$root/$name"; done
-  # Not chroot: who is in one is not allowed a user namespace.
-  cd "$root" && mkdir -p .old && pivot_root . .old && umount -l .old
-fi
-cd /
-exec "$@"
-"""
 
 
 def missing(root: Path = HERE) -> list[str]:
@@ -98,34 +80,14 @@ def service(*, rootless: bool, root: Path = HERE, keep_groups: bool = True) -> I
             os.chown(folder / name, UID, UID)
         become = ["setpriv", "--reuid", str(UID), "--regid", str(UID), "--groups", f"{UID},{RENDER}"]
     command = [*become, "podman", "system", "service", "--time", "0", f"unix://{folder}/run/podman.sock"]
-    with (folder / "log").open("wb") as log:
-        child = subprocess.Popen(
-            [
-                "unshare",
-                "--mount",
-                "--propagation",
-                "private",
-                "sh",
-                "-c",
-                START,
-                "sh",
-                str(root),
-                str(folder),
-                *command,
-            ],
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    enter = ("nsenter", f"--mount=/proc/{child.pid}/ns/mnt", *become)
+    mounts = {folder / name: f"/etc/{name}" for name in (USER_FILES if rootless else ())}
+    if root != HERE:
+        mounts |= {Path(f"/{name}"): f"/{name}" for name in ("dev", "sys", "tmp")}
     try:
-        _wait(folder / "run" / "podman.sock", child, folder / "log")
-        yield Podman(f"unix://{folder}/run/podman.sock", enter, environment)
+        with apart(root, mounts, command, folder / "log", environment) as there:
+            _wait(folder / "run" / "podman.sock", there.process, folder / "log")
+            yield Podman(f"unix://{folder}/run/podman.sock", (*there.enter, *become), environment)
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGTERM)
-        child.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
 

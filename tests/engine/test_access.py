@@ -33,8 +33,8 @@ from radeon_stack.launch.exports import compose, quadlet, shell
 from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.launch.planner import plan
 from tests.engine.conftest import missing
-from tests.engine.debian import program
-from tests.engine.podman import HERE, UID, Podman, service
+from tests.engine.debian import HERE, program
+from tests.engine.podman import UID, Podman, service
 from tests.engine.podman import missing as missing_for_podman
 from tests.stages import RENDER, STAGES, build
 

@@ -286,7 +286,9 @@ def _usable(facts: Facts, nodes: list[Node]) -> Finding:
     engine = facts.engine
     if engine is not None and engine.answers and not engine.rootless and not engine.desktop:
         return warn(f"{said}; containers of {engine.what} are given its group, only --engine local is not (RS109)")
-    return fail(f"{said} (RS109)", as_root(facts, "usermod -aG render,video $USER"))
+    names = {group.gid: name for name, group in facts.groups.items()}
+    mine = _named(sorted({node.gid for node in closed} - {0}), names)
+    return fail(f"{said} (RS109)", *([as_root(facts, f"usermod -aG {mine} $USER")] if mine else []))
 
 
 def _named(gids: list[int], names: dict[int, str]) -> str:
