@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def apart(
     All that is started in there ends with it.
     """
     pairs = [word for source, target in mounts.items() for word in (str(source), target)]
-    spaces = ["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    spaces = ["--mount", "--propagation", "private", "--pid", "--fork", "--mount-proc"]
     with log.open("wb") as output:
         process = subprocess.Popen(
             ["unshare", *spaces, "sh", "-c", START, "sh", str(root), *pairs, "--", *command],
@@ -96,8 +97,8 @@ def apart(
     try:
         yield Apart(process, ("nsenter", f"--mount=/proc/{inside}/ns/mnt", f"--pid=/proc/{inside}/ns/pid"))
     finally:
-        # Not TERM: the first process of a namespace does not die of that.
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.kill(inside, signal.SIGKILL)  # the first process there: with it go all others
         process.wait()
 
 
