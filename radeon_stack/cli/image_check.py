@@ -16,9 +16,9 @@ from radeon_stack.cli.image import size_of
 from radeon_stack.codeobjects.report import Audit, audit
 from radeon_stack.codeobjects.sources import entries, tar
 from radeon_stack.errors import CheckError
+from radeon_stack.host.bundle import opened
 from radeon_stack.host.engines import require_engine
 from radeon_stack.host.machine import probe
-from radeon_stack.host.sysroot import Sysroot
 from radeon_stack.images.contents import Contents, exported, image_contents, layers, read_contents
 from radeon_stack.images.labels import GFX
 from radeon_stack.images.resolve import local_image
@@ -101,9 +101,10 @@ def size(thing: str, arch: str | None, release: str, budget: str | None, top: in
 @click.command()
 @click.argument("image")
 @click.option("--on-gpu", is_flag=True, help="What needs a GPU too: the image's gfx must be in this machine.")
+@click.option("--sysroot", metavar="DIR", default="/", help="Look at this tree as the machine.")
 @click.option("--dry-run", is_flag=True, help="Print the command, and do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def verify(image: str, on_gpu: bool, dry_run: bool, as_json: bool) -> None:
+def verify(image: str, on_gpu: bool, sysroot: str, dry_run: bool, as_json: bool) -> None:
     """Run an image's verify stage once more, in a container with the least access; on a GPU, where the build had none.
 
     \b
@@ -111,7 +112,8 @@ def verify(image: str, on_gpu: bool, dry_run: bool, as_json: bool) -> None:
       radeon-stack image verify radeon-stack/train:rocm7.1.1-gfx1201 --on-gpu
     """
     require_engine()
-    plan = verification_plan(local_image(image), probe(), Sysroot(), on_gpu=on_gpu)
+    with opened(Path(sysroot)) as place:
+        plan = verification_plan(local_image(image), probe(place), place, on_gpu=on_gpu)
     if dry_run:
         import shlex
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Mapping
 from typing import Any
 
 from radeon_stack.errors import CheckError, MachineError, WorkloadError
 from radeon_stack.host.engines import client, require_engine
+from radeon_stack.host.gpus import Gpu
+from radeon_stack.host.known_issues import Setup, mitigations
 from radeon_stack.host.machine import Machine
 from radeon_stack.host.sysroot import Sysroot
-from radeon_stack.images.labels import GFX
+from radeon_stack.images.labels import GFX, ROCM, TORCH
 from radeon_stack.launch.access import container_access
 from radeon_stack.launch.confinement import SCRATCH, Reasoned, confined
 from radeon_stack.launch.docker import create
@@ -33,6 +36,8 @@ def verification_plan(image: Any, machine: Machine, sysroot: Sysroot, *, on_gpu:
         )
     command = (VENV_PYTHON, "-m", "radeon_stack.workloads.probe", "verify", FOLDER, "--print")
     engine = require_engine()
+    env = {"HOME": SCRATCH, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "USER": "radeon-stack"}
+    env |= _asked_for(image.labels, machine, gpus)
     values: Reasoned = confined(container_access(machine, gpus, engine, sysroot)) | {
         "client": (engine.product, f"what answers is {engine.what}"),
         "run_id": (f"verify-{secrets.token_hex(4)}", "names the container"),
@@ -42,10 +47,7 @@ def verification_plan(image: Any, machine: Machine, sysroot: Sysroot, *, on_gpu:
         "gpus": (tuple(gpu.pci for gpu in gpus), "one GPU of the image's gfx"),
         "shared": (True, "it takes seconds"),
         "command": ((*command, "--on-gpu") if on_gpu else command, "the image's own verification"),
-        "env": (
-            (("HOME", SCRATCH), ("HF_HUB_OFFLINE", "1"), ("PYTHONUNBUFFERED", "1"), ("USER", "radeon-stack")),
-            "no hub without a network",
-        ),
+        "env": (tuple(sorted(env.items())), "no hub without a network; and what known issues ask for, as in a run"),
         "unset": ((), "nothing has to be hidden"),
         "secrets": ((), "none are needed"),
         "mounts": ((), "nothing of the host is needed"),
@@ -60,6 +62,14 @@ def verification_plan(image: Any, machine: Machine, sysroot: Sysroot, *, on_gpu:
         **{name: value for name, (value, _) in values.items()},
         reasons={name: why for name, (_, why) in values.items()},
     )
+
+
+def _asked_for(labels: Mapping[str, str], machine: Machine, gpus: tuple[Gpu, ...]) -> dict[str, str]:
+    """The variables that known issues ask for, where this image is run on these GPUs."""
+    components = {"torch": labels.get(TORCH, "")}
+    gfx = frozenset(gpu.gfx for gpu in gpus)
+    asked = mitigations(Setup(gfx, len(gpus), labels.get(ROCM, ""), machine.kernel, components))
+    return {name: value for mitigation in asked for name, value in mitigation.env.items()}
 
 
 def run_verification(plan: LaunchPlan) -> dict[str, Any]:

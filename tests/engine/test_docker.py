@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,16 +19,18 @@ import pytest
 from radeon_stack.catalog.load import read, resolve
 from radeon_stack.errors import Exit
 from radeon_stack.host.engines import client
-from radeon_stack.host.machine import User
+from radeon_stack.host.machine import User, probe
 from radeon_stack.host.sysroot import Sysroot
 from radeon_stack.launch.circumstances import Asked, find_out
 from radeon_stack.launch.docker import create, run_arguments
 from radeon_stack.launch.launcher import draft, write_records
 from radeon_stack.launch.planner import plan
 from radeon_stack.launch.supervise import carry_out
+from radeon_stack.launch.verification import verification_plan
 from radeon_stack.runs import events as ev
 from radeon_stack.runs.store import Run, RunStore, State
 from tests.conftest import ROOT, Cli, wait_for
+from tests.stages import STAGES, build
 
 pytestmark = [pytest.mark.engine, pytest.mark.work, pytest.mark.usefixtures("image")]
 DOCKER = ("--engine", "docker")
@@ -110,6 +113,16 @@ def test_a_caller_other_than_root_gets_a_whole_run_and_owns_all_of_it(
     assert outcome.state is State.DONE, drafted.run.log.read_text()
     owners = {path.stat().st_uid for path in drafted.run.artifacts.rglob("*")} | {drafted.run.events.stat().st_uid}
     assert owners == {12345}
+
+
+def test_a_verification_on_a_gpu_runs_with_what_known_issues_ask_for(tmp_path: Path) -> None:
+    tree = Sysroot(build(STAGES["rx9070-and-rx9060xt"], tmp_path))
+    labels = {"radeon-stack.gfx": "gfx1200", "radeon-stack.rocm": "7.1.1", "radeon-stack.torch": "2.9.1"}
+    image = SimpleNamespace(id="sha256:" + "a" * 64, labels=labels)
+    made = verification_plan(image, probe(tree), tree, on_gpu=True)
+    assert made.devices == ("/dev/kfd", "/dev/dri/renderD129")
+    assert ("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL", "1") in made.env
+    assert "TORCH_ROCM" not in str(verification_plan(image, probe(tree), tree, on_gpu=False).env)
 
 
 def test_sdk_and_printed_command_make_the_same_container(tmp_path: Path) -> None:
