@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from radeon_stack.catalog.load import read, resolve
-from radeon_stack.errors import Exit
+from radeon_stack.errors import Exit, MachineError
 from radeon_stack.host.engines import client
 from radeon_stack.host.machine import User, probe
 from radeon_stack.host.sysroot import Sysroot
@@ -113,6 +113,19 @@ def test_a_caller_other_than_root_gets_a_whole_run_and_owns_all_of_it(
     assert outcome.state is State.DONE, drafted.run.log.read_text()
     owners = {path.stat().st_uid for path in drafted.run.artifacts.rglob("*")} | {drafted.run.events.stat().st_uid}
     assert owners == {12345}
+
+
+@pytest.mark.skipif(os.path.exists("/dev/kfd"), reason="this machine has a /dev/kfd to give")
+def test_a_device_that_the_engine_has_not_is_told_with_its_remedy(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    effective = resolve(read("train-llama"), "demo")
+    drafted = draft(effective, find_out(effective, Sysroot(), Asked(engine="docker"), store.home), store)
+    write_records(drafted, store)
+    with pytest.raises(MachineError, match="error gathering device information") as caught:
+        carry_out(drafted.run, replace(drafted.plan, devices=("/dev/kfd",)), lambda event: None, lambda text: None)
+    status = drafted.run.status()
+    assert "radeon-stack doctor" in caught.value.remedy
+    assert status is not None and status.diagnosis is not None and status.diagnosis.signature == "RS-ER-007"
 
 
 def test_a_verification_on_a_gpu_runs_with_what_known_issues_ask_for(tmp_path: Path) -> None:
