@@ -25,7 +25,7 @@ COMMANDS = {
         "What does this log say went wrong? Known error texts, nearest to the cause first.",
     ),
     "run": ("run:run", "Run a recipe and record it."),
-    "explain": ("run:explain", "Why a run would be launched as it would."),
+    "explain": ("explain:explain", "Why a run would be launched as it would."),
     "export": (
         "export:export",
         "A run as files that do not need us: the same plan as a script, a compose file or a systemd unit.",

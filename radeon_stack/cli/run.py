@@ -1,4 +1,4 @@
-"""`run` and `explain`."""
+"""`run`, and the options that it shares with `explain` and `export`."""
 
 from __future__ import annotations
 
@@ -83,31 +83,6 @@ def run(dry_run: bool, detached: bool, as_json: bool, **options: Any) -> int:
     with view_for(sys.stderr if as_json else sys.stdout) as view:
         outcome = carry_out(drafted.run, drafted.plan, view, lambda text: click.echo(text, err=True))
     return end(drafted.run, outcome, as_json)
-
-
-@click.command()
-@click.argument("recipe", required=False)
-@plan_options
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def explain(as_json: bool, **options: Any) -> int:
-    """Why a run would be launched as it would.
-
-    \b
-      radeon-stack explain train-llama --preset demo
-      radeon-stack explain train-llama --preset demo --engine docker --json
-      radeon-stack explain train-llama --model ./Meta-Llama-3.1-8B-Instruct --gpus '>=24GiB'
-    """
-    drafted, _ = drafted_from(RunStore(home()), **options)
-    record = drafted.plan.as_record()
-    if as_json:
-        click.echo(json.dumps(record, indent=2))
-        return Exit.OK
-    for name, field in record["fields"].items():
-        click.echo(click.style(f"{name}", bold=True) + f"  {json.dumps(field['value'], default=str)}")
-        click.echo(f"    {field['reason']}")
-        for item, reason in field.get("items", {}).items():
-            click.echo(f"      {item}: {reason}")
-    return Exit.OK
 
 
 def drafted_from(

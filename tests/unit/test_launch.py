@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from radeon_stack.catalog.load import read, resolve
+from radeon_stack.cli.explain import lines
 from radeon_stack.errors import MachineError, UsageError
 from radeon_stack.host.engines import EngineProbe
 from radeon_stack.host.gpus import Topology
@@ -27,6 +28,7 @@ from radeon_stack.launch.circumstances import Circumstances
 from radeon_stack.launch.docker import container_config, run_arguments, run_command
 from radeon_stack.launch.plan import LaunchPlan, Mount
 from radeon_stack.launch.planner import plan
+from tests.conftest import Cli
 
 IMAGE = Image("sha256:" + "a" * 64, "radeon-stack/train:cpu", "docker: it fits")
 HERE = Machine(Topology((), 1, (), ()), {}, 64 << 30, User(1000, 100, frozenset({100})))
@@ -180,3 +182,15 @@ def test_a_process_is_told_apart_by_its_start_also_when_it_has_gone() -> None:
     child.wait()
     assert not found.alive
     assert Process.of(child.pid) is None
+
+
+def test_explain_reads_as_values_with_their_reasons(cli: Cli, tmp_path: Path) -> None:
+    made = demo_plan(tmp_path)
+    said = "\n".join(lines(made))
+    assert "memory          6GiB\n    the recipe's limit" in said and "devices         none" in said
+    assert f"{tmp_path}/cache → /radeon-stack/cache: what is expensive to make again" in said
+    assert all(name in said for name in made.field_names())
+    alone = cli("explain", "train-llama", "--preset", "demo", "--engine", "local")
+    assert alone.out.splitlines()[-1].startswith(
+        "a child process, no container: it has what you have: no client, image"
+    )
