@@ -111,7 +111,13 @@ STAGES: dict[str, Stage] = {
     ),
     "mi300x-cpx": Stage(cpx(MI300X), overlay={"engine": images("gfx942")}),
     "wsl2": Stage(
-        dxg=True, kfd=False, topology=False, module=False, kernel=WINDOWS, overlay={"engine": images("gfx1201")}
+        dxg=True,
+        kfd=False,
+        topology=False,
+        module=False,
+        kernel=WINDOWS,
+        files={"/usr/lib/wsl/lib/libd3d12.so": "", "/opt/rocm/lib/librocdxg.so.1": ""},
+        overlay={"engine": images("gfx1201")},
     ),
     "no-driver": Stage(
         (replace(R9700, driver=""),), kfd=False, topology=False, module=False, overlay={"engine": images("gfx1201")}

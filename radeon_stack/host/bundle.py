@@ -15,6 +15,7 @@ from typing import Any
 from radeon_stack import atomic
 from radeon_stack.errors import UsageError
 from radeon_stack.host.facts import Facts
+from radeon_stack.host.machine import WSL_FILES
 from radeon_stack.host.sysroot import OVERLAY, Sysroot
 
 MOST_BYTES = 16 << 20
@@ -30,6 +31,9 @@ def pack(facts: Facts, sysroot: Sysroot, file: Path) -> list[str]:
     """Write the bundle; returns the names in it. Whatever is in it can be read with `tar` before it is sent."""
     members = {path.lstrip("/"): redacted(path, text, facts) for path, text in sorted(sysroot.seen.items())}
     members.pop(OVERLAY, None)
+    if facts.machine.wsl:
+        # That they are there is all that counts.
+        members |= {path.lstrip("/"): "" for path in WSL_FILES if path not in facts.wsl_missing}
     links = {f"{gpu.address}": gpu.driver for gpu in facts.machine.topology.pci if gpu.driver}
     members[OVERLAY] = json.dumps(overlay(facts), indent=1, sort_keys=True)
     data = io.BytesIO()

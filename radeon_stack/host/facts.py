@@ -15,7 +15,7 @@ from radeon_stack.host.boxed import together
 from radeon_stack.host.cdi import CdiDevice, cdi_devices
 from radeon_stack.host.engines import SOCKET, EngineProbe, described, probe_engine
 from radeon_stack.host.gpus import PCI, pci_gpus
-from radeon_stack.host.machine import Machine, probe
+from radeon_stack.host.machine import WSL_FILES, Machine, probe
 from radeon_stack.host.sysroot import Sysroot, as_number
 
 SECONDS = 2.0  # for all probes together
@@ -89,6 +89,8 @@ class Facts:
     environment: Mapping[str, str] = field(default_factory=dict)
     clocks: Mapping[str, Clock] = field(default_factory=dict)
     cdi: tuple[CdiDevice, ...] = ()
+    wsl_missing: tuple[str, ...] = ()
+    """Files that a container needs on WSL2, and that are not there."""
     engine: EngineProbe | None = None
     buildkit: bool | None = None
     buildx: bool | None = None
@@ -182,6 +184,7 @@ def from_files(sysroot: Sysroot) -> dict[str, Any]:
         "vendor": sysroot.text("/sys/class/dmi/id/sys_vendor") or "",
         "groups": _groups(sysroot.text("/etc/group") or ""),
         "cdi": cdi_devices(sysroot),
+        "wsl_missing": tuple(path for path in WSL_FILES if not sysroot.exists(path)),
     } | ({} if sysroot.live else _told(sysroot.overlay))
 
 

@@ -13,6 +13,11 @@ from radeon_stack.host.sysroot import Node, Sysroot, as_number
 
 KFD = "/dev/kfd"
 DXG = "/dev/dxg"
+WSL_LIBRARIES, WSL_BRIDGE = "/usr/lib/wsl/lib", "/opt/rocm/lib/librocdxg.so.1"
+WSL_FILES = {
+    WSL_LIBRARIES: "Windows' GPU driver brings these libraries into WSL2",
+    WSL_BRIDGE: "it leads ROCm to Windows' GPU driver",
+}
 
 
 @dataclass(frozen=True)

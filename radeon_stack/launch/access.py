@@ -8,14 +8,12 @@ from radeon_stack.errors import MachineError
 from radeon_stack.host.cdi import CdiDevice, cdi_devices, names_for
 from radeon_stack.host.engines import EngineProbe
 from radeon_stack.host.gpus import Gpu
-from radeon_stack.host.machine import DXG, KFD, Machine
+from radeon_stack.host.machine import DXG, KFD, WSL_BRIDGE, WSL_FILES, WSL_LIBRARIES, Machine
 from radeon_stack.host.sysroot import Node, Sysroot
 from radeon_stack.launch.plan import Mount
 
 # ROCm's variables that choose among GPUs; they stack, each counting in what the one before left.
 VISIBLE = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
-WSL_LIBRARIES = "/usr/lib/wsl/lib"
-WSL_BRIDGE = "/opt/rocm/lib/librocdxg.so.1"
 WSL_BRIDGE_INSIDE = "/usr/lib/x86_64-linux-gnu/librocdxg.so"
 KEEP_GROUPS = "keep-groups"
 
@@ -62,7 +60,7 @@ def container_access(machine: Machine, gpus: tuple[Gpu, ...], engine: EngineProb
         security_why="nothing inside can gain rights"
         + ("; SELinux: your folders keep their labels, which a container may not read otherwise" if labels else ""),
         env=_windows_env() if windows else (),
-        mounts=_windows_mounts() if windows else (),
+        mounts=_windows_mounts(sysroot) if windows else (),
     )
 
 
@@ -145,7 +143,12 @@ def _windows_env() -> tuple[tuple[str, str, str], ...]:
     )
 
 
-def _windows_mounts() -> tuple[Mount, ...]:
+def _windows_mounts(sysroot: Sysroot) -> tuple[Mount, ...]:
+    for path, what in WSL_FILES.items():
+        if not sysroot.exists(path):
+            raise MachineError(
+                f"there is no {path}: {what}", where="--gpus", remedy="see how to get it: docs/doctor.md#rs118"
+            )
     return (
         Mount(WSL_LIBRARIES, WSL_LIBRARIES, read_only=True),
         Mount(WSL_BRIDGE, WSL_BRIDGE_INSIDE, read_only=True),

@@ -307,6 +307,14 @@ def test_a_specification_that_brings_anything_else_is_not_used(tmp_path: Path, w
     assert given_.devices == ("/dev/kfd", "/dev/dri/renderD128")
 
 
+def test_wsl2_without_the_way_to_windows_driver_is_refused_by_its_name(tmp_path: Path, recipe: Effective) -> None:
+    tree = Sysroot(build(replace(STAGES["wsl2"], files={"/usr/lib/wsl/lib/libd3d12.so": ""}), tmp_path))
+    with pytest.raises(MachineError, match=r"no /opt/rocm/lib/librocdxg.so.1"):
+        planned(recipe, tree, "gfx1201", DOCKER)
+    states = {check.code: finding.state for check, finding in examine(gather(tree, Path("/")))}
+    assert states["RS118"] is State.FAIL
+
+
 def test_selinux_that_enforces_keeps_your_folders_labels(tmp_path: Path) -> None:
     build(replace(STAGES["r9700"], files={"/sys/fs/selinux/enforce": "1"}), tmp_path)
     tree = Sysroot(tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from radeon_stack.host.checks.finding import Check, Finding, Fix, as_root, fail, ok, skipped, warn
 from radeon_stack.host.facts import Facts
-from radeon_stack.host.machine import DXG, KFD
+from radeon_stack.host.machine import DXG, KFD, WSL_FILES
 from radeon_stack.host.sysroot import Node
 
 NONE = "no AMD GPU in this machine"
@@ -265,6 +265,21 @@ def iommu(facts: Facts) -> Finding:
     )
 
 
+def wsl(facts: Facts) -> Finding:
+    """On WSL2 a container is given the libraries that Windows' driver brings, and the one by which ROCm finds them.
+
+    The first come with the driver for Windows (then `wsl --shutdown`), the second, librocdxg, with ROCm for WSL;
+    an image has to be for one gfx: torch for all of them ends at its start there. Several GPUs do not work together.
+    Source: docker/DOCKERHUB-ROCM.md of unslothai/unsloth.
+    """
+    if not facts.machine.wsl:
+        return skipped("not WSL2")
+    if facts.wsl_missing:
+        said = "; ".join(f"there is no {path}: {WSL_FILES[path]}" for path in facts.wsl_missing)
+        return fail(said, as_root(facts, "find / -xdev -name 'librocdxg.so*'"))
+    return ok(", ".join(WSL_FILES))
+
+
 def _expected(facts: Facts) -> bool:
     """Is there a card that a driver of Linux should have?"""
     return bool(facts.machine.topology.pci or facts.machine.gpus) and not facts.machine.wsl
@@ -312,4 +327,5 @@ CHECKS = (
     Check("RS115", "visibility variables", visibility),
     Check("RS116", "large BAR", large_bar),
     Check("RS117", "iommu=pt", iommu),
+    Check("RS118", "WSL2's libraries", wsl),
 )
