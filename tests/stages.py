@@ -1,9 +1,11 @@
 """Machines as trees of files, for `--sysroot`: what the kernel shows of them, written down.
 
-Sources: Documentation/gpu/amdgpu and drivers/gpu/drm/amd/amdkfd/kfd_topology.c of Linux (names and order of the
-properties); public dumps of one R9700 (its node's numbers: 128 SIMDs, 2 per CU, location 1280, 34208743424 bytes), of
-MI300X (1216 SIMDs, 4 per CU) and of MI350X in ROCm's profiler; data/amdgpu.ids of libdrm (devices and revisions).
-Numbers that no dump gave (unique ids, clocks, GTT sizes) are made up and of the right form.
+Sources: Documentation/gpu/amdgpu and drivers/gpu/drm/amd/amdkfd/{kfd_topology,kfd_crat}.c of Linux (names and order of
+the properties; one bank of heap 1 or 2); a public dump of an R9700 (128 SIMDs, 2 per CU, location 1280, 34208743424
+bytes); testdata/topo-mi300-cpx of ROCm/k8s-device-plugin (MI300X in CPX: locations 1280 to 1287, one unique id for all,
+a platform device amdgpu_xcp_N for each further partition); ROCm/legacy-rocm-build issue 6004 (Strix Halo: GTT 128 GiB,
+of which ROCm gives out 62.47); data/amdgpu.ids of libdrm (devices and revisions); ROCm/rocm-install-on-linux issue 684
+(the driver's own number). What no dump gave (other unique ids, Raphael's sizes) is made up and of the right form.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ class Card:
     unique_id: int = 0
     driver: str = "amdgpu"
     partition: int | None = None
+    bank: int | None = None
+    """What KFD gives out, where that is not `vram`: an APU's."""
     extra: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -45,9 +49,9 @@ R9700 = Card(120001, 0x7551, 0xC0, 128, 34208743424, 5, 128, unique_id=0x5A1C2D3
 RX9070 = replace(R9700, device=0x7550, revision=0xC3, simds=112, vram=17095983104, unique_id=0x11223344556677)
 RX9060XT = Card(120000, 0x7590, 0xC0, 64, 17095983104, 9, 129, unique_id=0x21223344556677)
 RX7900XTX = Card(110000, 0x744C, 0xC8, 192, 25753026560, 3, 128, unique_id=0x9A8B7C6D5E4F3021)
-STRIX_HALO = Card(110501, 0x1586, 0xC1, 80, 536870912, 0xC5, 128, gtt=120 << 30)
-RAPHAEL = Card(100306, 0x164E, 0xD8, 4, 536870912, 0x12, 130, gtt=16 << 30)
-MI300X = Card(90402, 0x74A1, 0, 1216, 206141652992, 0x0C, 128, simd_per_cu=4, unique_id=0xABCDEF0123456789)
+STRIX_HALO = Card(110501, 0x1586, 0xC1, 80, 536870912, 0xC5, 128, gtt=128 << 30, bank=67076653056)
+RAPHAEL = Card(100306, 0x164E, 0xD8, 4, 536870912, 0x12, 130, gtt=16 << 30, bank=16 << 30)
+MI300X = Card(90402, 0x74A1, 0, 1216, 206141652992, 5, 128, simd_per_cu=4, unique_id=16404946649897475633)
 
 
 def cpx(card: Card) -> tuple[Card, ...]:
@@ -68,7 +72,7 @@ class Stage:
     topology: bool = True
     module: bool = True
     kernel: str = "6.14.0-37-generic"
-    driver: str = "30.20.1"
+    driver: str = "6.16.6"
     cmdline: str = "root=/dev/nvme0n1p2 ro quiet iommu=pt"
     files: Mapping[str, str] = field(default_factory=dict)
     overlay: Mapping[str, Any] = field(default_factory=dict)
@@ -106,7 +110,7 @@ STAGES: dict[str, Stage] = {
     "strix-halo": Stage((STRIX_HALO,), driver="", overlay={"engine": images("gfx1151")}),
     "rx9070-and-rx9060xt": Stage((RX9070, RX9060XT), overlay={"engine": images("gfx1201", "gfx1200")}),
     "mi300x-spx": Stage(
-        (MI300X, replace(MI300X, bus=0x22, minor=129, unique_id=0xBBCDEF0123456789)),
+        (MI300X, replace(MI300X, bus=0x22, minor=129, unique_id=16404946649897475634)),
         overlay={"engine": images("gfx942")},
     ),
     "mi300x-cpx": Stage(cpx(MI300X), overlay={"engine": images("gfx942")}),
@@ -166,7 +170,7 @@ def build(stage: Stage, root: Path) -> Path:
 
 
 def _gpu(root: Path, number: int, card: Card) -> None:
-    location = (card.bus << 8) | ((card.partition or 0) << 28)
+    location = (card.bus << 8) | (card.partition or 0)
     properties = {
         "cpu_cores_count": 0,
         "simd_count": card.simds,
@@ -187,7 +191,11 @@ def _gpu(root: Path, number: int, card: Card) -> None:
     }
     _node(root, number, properties | dict(card.extra), 1000 + number)
     folder = f"/sys/class/kfd/kfd/topology/nodes/{number}"
-    _write(root, f"{folder}/mem_banks/0/properties", f"heap_type {card.heap}\nsize_in_bytes {card.vram}\nflags 0\n")
+    _write(
+        root,
+        f"{folder}/mem_banks/0/properties",
+        f"heap_type {card.heap}\nsize_in_bytes {card.bank or card.vram}\nflags 0\n",
+    )
     _write(root, f"{folder}/io_links/0/properties", f"type 2\nnode_from {number}\nnode_to 0\nweight 20\n")
 
 
@@ -199,8 +207,8 @@ def _node(root: Path, number: int, properties: Mapping[str, int], gpu_id: int) -
 
 def _pci(root: Path, card: Card) -> None:
     folder = f"/sys/bus/pci/devices/{card.address}"
-    if card.partition:  # one PCI device for all partitions
-        return
+    if card.partition:  # one PCI device for all partitions; the others have a platform device each
+        return _drm(root, card, f"/sys/devices/platform/amdgpu_xcp_{card.partition - 1}")
     _write(root, f"{folder}/vendor", "0x1002\n")
     _write(root, f"{folder}/device", f"0x{card.device:04x}\n")
     _write(root, f"{folder}/revision", f"0x{card.revision:02x}\n")
@@ -208,15 +216,26 @@ def _pci(root: Path, card: Card) -> None:
     _write(root, f"{folder}/numa_node", "-1\n" if card.version > 100000 else "0\n")
     if card.driver:
         _write(root, "/sys/bus/pci/drivers/amdgpu/bind", "")
-        driver = root / folder.lstrip("/") / "driver"
-        driver.unlink(missing_ok=True)
-        driver.symlink_to("../../drivers/amdgpu")
-        (root / folder.lstrip("/") / "drm" / f"card{card.minor - 127}").mkdir(parents=True, exist_ok=True)
-        (root / folder.lstrip("/") / "drm" / f"renderD{card.minor}").mkdir(parents=True, exist_ok=True)
+        _link(root, f"{folder}/driver", "../../drivers/amdgpu")
         whole = card.vram * (8 if card.partition == 0 else 1)
         _write(root, f"{folder}/mem_info_vram_total", f"{whole}\n")
         _write(root, f"{folder}/mem_info_vis_vram_total", f"{whole if card.heap == 1 else 256 << 20}\n")
         _write(root, f"{folder}/mem_info_gtt_total", f"{card.gtt}\n")
+        _drm(root, card, folder)
+    return None
+
+
+def _drm(root: Path, card: Card, folder: str) -> None:
+    for name in (f"card{card.minor - 127}", f"renderD{card.minor}"):
+        (root / folder.lstrip("/") / "drm" / name).mkdir(parents=True, exist_ok=True)
+    (root / f"sys/class/drm/renderD{card.minor}").mkdir(parents=True, exist_ok=True)
+    _link(root, f"/sys/class/drm/renderD{card.minor}/device", f"../../../{folder.removeprefix('/sys/')}")
+
+
+def _link(root: Path, path: str, target: str) -> None:
+    place = root / path.lstrip("/")
+    place.unlink(missing_ok=True)
+    place.symlink_to(target)
 
 
 def _write(root: Path, path: str, text: str) -> None:

@@ -9,12 +9,12 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from radeon_stack.host.gpus import PCI, Gpu
+from radeon_stack.host.gpus import DRM, Gpu
 from radeon_stack.host.sysroot import Sysroot
 
 FOLDERS = ("/etc/cdi", "/var/run/cdi")
 KIND = "amd.com/gpu"
-SHARED = frozenset({"/dev/kfd"})
+KFD, ALL = "/dev/kfd", "all"
 
 
 @dataclass(frozen=True)
@@ -27,31 +27,36 @@ class CdiDevice:
 
 
 def cdi_devices(sysroot: Sysroot) -> tuple[CdiDevice, ...]:
-    """What the machine's JSON specifications say of AMD's GPUs; a damaged one says nothing."""
-    found = []
+    """What the machine's JSON specifications say of AMD's GPUs; a damaged one says nothing.
+
+    Of two with one name the later folder's counts.
+    """
+    found: dict[str, CdiDevice] = {}
     for folder in FOLDERS:
         for name in sysroot.names(folder):
             if name.endswith(".json"):
-                found += _devices(sysroot.text(f"{folder}/{name}") or "")
-    return tuple(found)
+                found |= {device.name: device for device in _devices(sysroot.text(f"{folder}/{name}") or "")}
+    return tuple(found.values())
 
 
 def names_for(gpus: tuple[Gpu, ...], devices: tuple[CdiDevice, ...], sysroot: Sysroot) -> tuple[str, ...] | None:
     """The CDI names that give exactly these GPUs and nothing else; None when the specification does not fit them."""
     names = []
     for gpu in gpus:
-        own = SHARED | {gpu.render_node, *_card_nodes(gpu, sysroot)}
-        fitting = [d.name for d in devices if d.plain and gpu.render_node in d.nodes and d.nodes <= own]
-        if len(fitting) != 1 or "/dev/kfd" not in next(d.nodes for d in devices if d.name == fitting[0]):
+        least = {KFD, gpu.render_node}
+        most = least | _card_nodes(gpu, sysroot)
+        # Where there is one GPU, `all` means the same.
+        fitting = sorted((d.name == ALL, d.name) for d in devices if d.plain and least <= d.nodes <= most)
+        if not fitting:
             return None
-        names.append(f"{KIND}={fitting[0]}")
+        names.append(f"{KIND}={fitting[0][1]}")
     return tuple(names)
 
 
 def _card_nodes(gpu: Gpu, sysroot: Sysroot) -> set[str]:
-    if gpu.partition is not None:
-        return set()  # a card node is the whole card's
-    return {f"/dev/dri/{name}" for name in sysroot.names(f"{PCI}/{gpu.pci}/drm") if name.startswith("card")}
+    """The card nodes of the same DRM device; a partition has one of its own."""
+    folder = f"{DRM}/{gpu.render_node.rpartition('/')[2]}/device/drm"
+    return {f"/dev/dri/{name}" for name in sysroot.names(folder) if name.startswith("card")}
 
 
 def _devices(text: str) -> list[CdiDevice]:

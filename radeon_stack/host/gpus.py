@@ -10,16 +10,17 @@ from radeon_stack.host.sysroot import Sysroot, as_number
 
 PCI = "/sys/bus/pci/devices"
 DRM = "/sys/class/drm"
-FIRST_RENDER_MINOR, LAST_RENDER_MINOR = 128, 255  # drivers/gpu/drm/drm_drv.c: minors of DRM_MINOR_RENDER
+FIRST_RENDER_MINOR, LAST_RENDER_MINOR = 128, 255  # libhsakmt's fmm.c, DRM_FIRST_RENDER_NODE and DRM_LAST_RENDER_NODE
 AMD = 0x1002
 DISPLAY_CLASSES = ("0x03", "0x12")  # PCI base classes: display controllers; processing accelerators (Instinct)
 
-# The APUs among AMD's processors: "Target Architecture" APU in LLVM's AMDGPUUsage, "AMDGPU Processors".
+# The APUs among AMD's processors: "Target Architecture" APU in LLVM's AMDGPUUsage, "AMDGPU Processors"; 1037, 1154,
+# 1170 and 1171: gfx_target_version in kfd_device.c of Linux and its patches.
 APUS = frozenset(
     f"gfx{name}"
     for name in (
         *("700", "801", "902", "909", "90c", "1013", "1033", "1035", "1036", "1037"),
-        *("1103", "1150", "1151", "1152", "1153"),
+        *("1103", "1150", "1151", "1152", "1153", "1154", "1170", "1171"),
     )
 )
 # An APU that people buy to compute on: its GPU has the whole memory, and is a card like any other.
@@ -31,7 +32,8 @@ class Gpu:
     """One compute GPU, or one partition of one. Memory in bytes.
 
     `index` counts in the kernel's order, as ROCR and HIP do. `vram` is its own memory; `visible_vram` what of that
-    the CPU sees (all of it with a large BAR); `gtt` the system memory it may map. `problem` says why it cannot be used.
+    the CPU sees (all of it with a large BAR); `gtt` the system memory it may map; `pool` what KFD gives out: an APU's
+    own memory or a part of the system's, as kernel and firmware decide. `problem` says why it cannot be used.
     """
 
     index: int
@@ -41,6 +43,7 @@ class Gpu:
     vram: int
     visible_vram: int
     gtt: int
+    pool: int
     compute_units: int
     render_node: str
     pci: str
@@ -54,8 +57,8 @@ class Gpu:
 
     @property
     def memory(self) -> int:
-        """What a model may fill: its own memory; an APU's is a small window, and it computes in system memory."""
-        return max(self.vram, self.gtt) if self.gfx in APUS else self.vram
+        """What a model may fill: a card's own memory; of an APU what KFD gives out."""
+        return (self.pool or max(self.vram, self.gtt)) if self.gfx in APUS else self.vram
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def pci_gpus(sysroot: Sysroot) -> list[PciGpu]:
 
 
 def driver_version(sysroot: Sysroot) -> str | None:
-    """The version of AMD's packaged amdgpu driver, such as 30.20.1; None for the kernel's own, which tells none."""
+    """The number of AMD's packaged amdgpu driver, such as 6.16.6 (AMD's release 30.20); the kernel's own has none."""
     return sysroot.text("/sys/module/amdgpu/version") or None
 
 
@@ -130,8 +133,10 @@ def _gpu(sysroot: Sysroot, node: KfdNode, index: int, partitions: dict[tuple[int
         gfx=gfx,
         name=marketing_name(sysroot, folder, gfx),
         vram=vram or hidden + visible,
-        visible_vram=seen if seen is not None else visible,
+        # MI300A tells 0 of both: its memory is only in KFD's banks.
+        visible_vram=seen if vram and seen is not None else visible,
         gtt=sysroot.number(f"{folder}/mem_info_gtt_total") or 0,
+        pool=hidden + visible,
         compute_units=node.get("simd_count") // max(1, node.get("simd_per_cu")),
         render_node=render_node,
         pci=pci,
@@ -169,8 +174,8 @@ def _address(sysroot: Sysroot, node: KfdNode, many: bool) -> str:
     domain, slot = _slot(node)
     function = node.get("location_id") & 7
     address = f"{domain & 0xFFFFFFFF:04x}:{slot >> 5:02x}:{slot & 31:02x}"
-    if many and not sysroot.exists(f"{PCI}/{address}.{function}"):
-        function = 0
+    if many and sysroot.target(f"{PCI}/{address}.{function}/driver") != "amdgpu":
+        function = 0  # it was the partition's number
     return f"{address}.{function}"
 
 

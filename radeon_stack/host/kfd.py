@@ -13,6 +13,7 @@ from radeon_stack.host.sysroot import Sysroot, as_number
 TOPOLOGY = "/sys/class/kfd/kfd/topology/nodes"
 VRAM_VISIBLE, VRAM_HIDDEN = 1, 2  # HSA_MEM_HEAP_TYPE_FB_PUBLIC: the CPU sees it (large BAR); FB_PRIVATE
 LINKS = {2: "pcie", 11: "xgmi"}  # HSA_IOLINK_TYPE_*
+LINK_FOLDERS = ("io_links", "p2p_links")
 MOST_NODES = 256  # four sockets and eight MI300X in CPX are 68
 
 
@@ -72,12 +73,13 @@ def _node(sysroot: Sysroot, number: int) -> KfdNode:
     problem = f"node {number}: properties {reading.problem}" if reading.problem else ""
     memory: dict[int, int] = {}
     for bank in sysroot.names(f"{folder}/mem_banks"):
-        told = numbers(sysroot.text(f"{folder}/mem_banks/{bank}/properties") or "")
+        told = numbers(sysroot.read(f"{folder}/mem_banks/{bank}/properties").text)
         heap = told.get("heap_type", -1)
         memory[heap] = memory.get(heap, 0) + told.get("size_in_bytes", 0)
     links = []
-    for link in sysroot.names(f"{folder}/io_links"):
-        told = numbers(sysroot.text(f"{folder}/io_links/{link}/properties") or "")
+    # To CPUs and over XGMI; and from card to card over PCIe.
+    for place in (f"{folder}/{kind}/{link}" for kind in LINK_FOLDERS for link in sysroot.names(f"{folder}/{kind}")):
+        told = numbers(sysroot.read(f"{place}/properties").text)
         if "node_to" in told:
             links.append(Link(told["node_to"], LINKS.get(told.get("type", 0), "other"), told.get("weight", 0)))
     gpu_id = sysroot.number(f"{folder}/gpu_id") or 0

@@ -74,7 +74,7 @@ def _windows_gpu(asked: str | None) -> Gpu:
         raise MachineError(
             "WSL2 does not tell which GPU it is", where=WHERE, remedy="say it: --gpus gfx1201 (RX 9070, R9700), …"
         )
-    return Gpu(0, -1, asked, "Windows' GPU", 0, 0, 0, 0, "", "", "", None, "", False, None, ())
+    return Gpu(0, -1, asked, "Windows' GPU", 0, 0, 0, 0, 0, "", "", "", None, "", False, None, ())
 
 
 def _numbers(asked: str | None) -> list[int] | None:

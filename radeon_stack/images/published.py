@@ -71,7 +71,11 @@ def in_channel(registry: Registry, channel: str = STABLE) -> list[Candidate]:
 
 
 def choose(candidates: Iterable[Candidate], wanted: Wanted, releases: Sequence[str]) -> Choice:
-    """The fitting image of the newest release (`releases` in their order). ImageError lists what was turned down."""
+    """The fitting image of the newest release (`releases` in their order), one made for this driver before others.
+
+    ImageError lists what was turned down. A driver that an image was not made for is no reason to refuse it: AMD
+    supports user space and driver up to a year apart (compatibility matrix of ROCm, since 6.4).
+    """
     fitting: list[Candidate] = []
     turned_down: list[tuple[str, str]] = []
     for one in candidates:
@@ -84,8 +88,16 @@ def choose(candidates: Iterable[Candidate], wanted: Wanted, releases: Sequence[s
         seen = "; ".join(f"{tag}: {why}" for tag, why in turned_down) or "it has no image in this channel"
         raise ImageError(f"no published {wanted.kind} image fits {wanted.gfx}: {seen}")
     order = {release: place for place, release in enumerate(releases)}
-    best = max(fitting, key=lambda one: (order.get(one.labels.get(ROCM, ""), -1), one.created))
-    turned_down += [(one.tag, f"{best.tag} is newer") for one in fitting if one is not best]
+    best = max(
+        fitting,
+        key=lambda one: (_compared(one, wanted) is not False, order.get(one.labels.get(ROCM, ""), -1), one.created),
+    )
+    foreign = f"it was not made for driver {wanted.driver}"
+    turned_down += [
+        (one.tag, foreign if _compared(one, wanted) is False else f"{best.tag} is newer")
+        for one in fitting
+        if one is not best
+    ]
     return Choice(best, reason(best, wanted), tuple(turned_down))
 
 
@@ -101,9 +113,6 @@ def unfit(one: Candidate, wanted: Wanted) -> str:
         return f"it is for {made_for}"
     if wanted.rocm and labels.get(ROCM) != wanted.rocm:
         return f"it has ROCm {labels.get(ROCM)}"
-    drivers = [driver for driver in labels.get(DRIVERS, "").split(",") if driver]
-    if wanted.driver and drivers and not _released_for(wanted.driver, drivers):
-        return f"it is for amdgpu {', '.join(drivers)}; this machine has {wanted.driver}"
     return ""
 
 
@@ -112,13 +121,18 @@ def reason(one: Candidate, wanted: Wanted) -> str:
     if wanted.gfx == "cpu":
         return f"{wanted.kind}, for a machine without a GPU"
     drivers = one.labels.get(DRIVERS)
-    fits = (
-        f"driver {wanted.driver} is among {drivers}"
-        if wanted.driver and drivers
-        else "its driver was not compared: " + ("the kernel's own tells no version" if drivers else "none is on record")
-    )
+    fits = {
+        True: f"driver {wanted.driver} is among {drivers}",
+        False: f"it was made for {drivers}; driver {wanted.driver} works when it is within a year of them",
+        None: "its driver was not compared: "
+        + ("the kernel's own tells no version" if drivers else "none is on record"),
+    }[_compared(one, wanted)]
     return f"{wanted.kind} for {wanted.gfx} with ROCm {one.labels.get(ROCM)}; {fits}"
 
 
-def _released_for(driver: str, drivers: list[str]) -> bool:
-    return any(driver == one or driver.startswith(f"{one}.") for one in drivers)
+def _compared(one: Candidate, wanted: Wanted) -> bool | None:
+    """Was it made for this driver? None where the one or the other is not known."""
+    drivers = [driver for driver in one.labels.get(DRIVERS, "").split(",") if driver]
+    if not wanted.driver or not drivers:
+        return None
+    return any(wanted.driver == driver or wanted.driver.startswith(f"{driver}.") for driver in drivers)

@@ -33,7 +33,20 @@ from radeon_stack.launch.circumstances import Circumstances, setup
 from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.launch.planner import plan
 from tests.conftest import Cli
-from tests.stages import R9700, RAPHAEL, RX7900XTX, RX9060XT, STAGES, STRIX_HALO, Card, Stage, build, cpx
+from tests.stages import (
+    MI300X,
+    R9700,
+    RAPHAEL,
+    RENDER,
+    RX7900XTX,
+    RX9060XT,
+    STAGES,
+    STRIX_HALO,
+    Card,
+    Stage,
+    build,
+    cpx,
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "hosts.txt"
 DOCKER = EngineProbe("unix:///var/run/docker.sock", "28.5.2")
@@ -46,17 +59,19 @@ ENGINES = {
 
 
 def cdi_device(name: str, *nodes: str) -> dict[str, object]:
-    return {"name": name, "containerEdits": {"deviceNodes": [{"path": f"/dev/dri/{node}"} for node in nodes]}}
+    given_ = [f"/dev/dri/{node}" for node in nodes] + ["/dev/kfd"]
+    told = {"type": "c", "major": 226, "fileMode": 432, "permissions": "rwm", "uid": 0, "gid": RENDER}
+    return {"name": name, "containerEdits": {"deviceNodes": [{"path": path, **told} for path in given_]}}
 
 
-CDI = json.dumps(
-    {
-        "cdiVersion": "0.6.0",
-        "kind": "amd.com/gpu",
-        "containerEdits": {"deviceNodes": [{"path": "/dev/kfd"}]},
-        "devices": [cdi_device("0", "card1", "renderD128"), cdi_device("all", "renderD128", "renderD129")],
-    }
-)
+def specification(*cards: tuple[str, ...]) -> str:
+    """As amd-ctk writes it: internal/cdi/cdi.go of ROCm/container-toolkit."""
+    devices = [cdi_device(str(n), *nodes) for n, nodes in enumerate(cards)]
+    devices.append(cdi_device("all", *(node for nodes in cards for node in nodes)))
+    return json.dumps({"cdiVersion": "0.6.0", "kind": "amd.com/gpu", "devices": devices, "containerEdits": {}})
+
+
+CDI = specification(("card1", "renderD128"), ("card2", "renderD129"))
 
 
 @pytest.fixture(scope="module")
@@ -182,17 +197,38 @@ def test_a_card_of_which_the_cpu_sees_a_window_only_is_told_apart(tmp_path: Path
     assert states["RS116"] is State.WARN
 
 
+def test_an_apus_memory_is_what_kfd_gives_out_and_not_what_it_could_map(trees: dict[str, Sysroot]) -> None:
+    gpu = probe(trees["strix-halo"]).gpus[0]
+    assert gpu.memory == STRIX_HALO.bank == 67076653056 and gpu.gtt == 128 << 30
+
+
+def test_a_compute_apu_tells_its_memory_in_its_banks_alone(tmp_path: Path) -> None:
+    """MI300A: no VRAM of its own, and nothing is small about its BAR."""
+    root = build(Stage((replace(MI300X, device=0x74A0),)), tmp_path)
+    for name in ("mem_info_vram_total", "mem_info_vis_vram_total"):
+        (root / "sys/bus/pci/devices/0000:05:00.0" / name).write_text("0\n")
+    gpu = topology(Sysroot(root)).gpus[0]
+    assert gpu.memory == gpu.visible_vram == MI300X.vram and gpu.name == "AMD Instinct MI300A"
+
+
+def test_cards_that_reach_each_other_over_pcie_are_linked(tmp_path: Path) -> None:
+    root = build(STAGES["three-r9700"], tmp_path)
+    link = root / "sys/class/kfd/kfd/topology/nodes/1/p2p_links/0/properties"
+    link.parent.mkdir(parents=True)
+    link.write_text("type 2\nnode_from 1\nnode_to 2\nweight 40\n")
+    assert [(found.to, found.weight) for found in topology(Sysroot(root)).gpus[0].links] == [(0, 20), (2, 40)]
+
+
 def test_partitions_are_told_apart_whichever_way_the_kernel_numbers_them(tmp_path: Path) -> None:
     """Bits 31:28 of the location in some kernels, the function's three bits in others."""
     build(STAGES["mi300x-cpx"], tmp_path)
     for number in range(1, 9):
         place = tmp_path / f"sys/class/kfd/kfd/topology/nodes/{number}/properties"
-        text = place.read_text().replace(
-            f"location_id {0x0C00 | (number - 1) << 28}", f"location_id {0x0C00 | number - 1}"
-        )
-        place.write_text(text)
+        text = place.read_text()
+        assert f"location_id {0x500 | number - 1}\n" in text
+        place.write_text(text.replace(f"location_id {0x500 | number - 1}", f"location_id {0x500 | (number - 1) << 28}"))
     gpus = topology(Sysroot(tmp_path)).gpus
-    assert [gpu.partition for gpu in gpus] == list(range(8)) and {gpu.pci for gpu in gpus} == {"0000:0c:00.0"}
+    assert [gpu.partition for gpu in gpus] == list(range(8)) and {gpu.pci for gpu in gpus} == {"0000:05:00.0"}
     assert len({gpu.render_node for gpu in gpus}) == 8
 
 
@@ -278,21 +314,35 @@ def test_cdi_names_are_used_when_the_specification_means_exactly_the_chosen_card
     build(replace(STAGES["three-r9700"], files={"/etc/cdi/amd.json": CDI}), tmp_path)
     tree = Sysroot(tmp_path)
     machine, engine = probe(tree), replace(DOCKER, cdi=True)
-    fits = container_access(machine, machine.gpus[:1], engine, tree)
-    assert fits.devices == ("amd.com/gpu=0",) and fits.groups == ("992",)
-    assert container_access(machine, machine.gpus[1:2], engine, tree).devices == ("/dev/kfd", "/dev/dri/renderD129")
+    fits = container_access(machine, machine.gpus[:2], engine, tree)
+    assert fits.devices == ("amd.com/gpu=0", "amd.com/gpu=1") and fits.groups == ("992",)
+    assert container_access(machine, machine.gpus[2:], engine, tree).devices == ("/dev/kfd", "/dev/dri/renderD130")
     assert container_access(machine, machine.gpus[:1], DOCKER, tree).devices == ("/dev/kfd", "/dev/dri/renderD128")
+
+
+def test_the_only_card_is_meant_by_its_number_though_all_means_it_too(tmp_path: Path) -> None:
+    one = {"/etc/cdi/amd.json": specification(("card1", "renderD128"))}
+    tree = Sysroot(build(replace(STAGES["r9700"], files=one), tmp_path))
+    machine = probe(tree)
+    assert container_access(machine, machine.gpus, replace(DOCKER, cdi=True), tree).devices == ("amd.com/gpu=0",)
+
+
+def test_a_partition_has_a_cdi_name_of_its_own_with_its_own_card_node(tmp_path: Path) -> None:
+    parts = specification(*((f"card{n + 1}", f"renderD{128 + n}") for n in range(8)))
+    tree = Sysroot(build(replace(STAGES["mi300x-cpx"], files={"/etc/cdi/amd.json": parts}), tmp_path))
+    machine = probe(tree)
+    given_ = container_access(machine, machine.gpus[2:4], replace(DOCKER, cdi=True), tree)
+    assert given_.devices == ("amd.com/gpu=2", "amd.com/gpu=3")
 
 
 @pytest.mark.parametrize(
     "worse",
     [
-        CDI.replace('{"path": "/dev/kfd"}', '{"path": "/dev/kfd"}, {"path": "/dev/mem"}'),
+        CDI.replace('"path": "/dev/kfd"', '"path": "/dev/mem"'),
         CDI.replace('"path": "/dev/dri/card1"', '"path": "/dev/dri/card2"'),
-        CDI.replace(
-            '"deviceNodes": [{"path": "/dev/kfd"}]', '"deviceNodes": [{"path": "/dev/kfd"}], "hooks": [{"path": "/x"}]'
-        ),
-        CDI.replace('{"path": "/dev/kfd"}', '{"path": "/dev/kfd", "hostPath": "/dev/sda"}'),
+        CDI.replace('"containerEdits": {}', '"containerEdits": {"hooks": [{"path": "/x"}]}'),
+        CDI.replace('"containerEdits": {}', '"containerEdits": {"deviceNodes": [{"path": "/dev/mem"}]}'),
+        CDI.replace('"path": "/dev/kfd"', '"path": "/dev/kfd", "hostPath": "/dev/sda"'),
         CDI[:-1],
         "[]",
         "{}",
@@ -457,7 +507,7 @@ def test_a_file_without_an_end_is_read_to_its_limit(tmp_path: Path) -> None:
 def test_a_gpu_is_told_by_all_that_the_kernel_knows_of_it(trees: dict[str, Sysroot]) -> None:
     gpu: Gpu = topology(trees["mi300x-spx"]).gpus[0]
     assert (gpu.compute_units, gpu.numa_node, gpu.pci_id) == (304, 0, "1002:74a1")
-    assert gpu.unique_id == "GPU-abcdef0123456789" and gpu.links[0].kind == "pcie" and gpu.links[0].to == 0
+    assert gpu.unique_id == f"GPU-{16404946649897475633:016x}" and gpu.links[0].kind == "pcie" and gpu.links[0].to == 0
 
 
 def test_gpus_are_listed_with_their_numbers_and_their_state(cli: Cli, trees: dict[str, Sysroot]) -> None:

@@ -168,7 +168,7 @@ def test_an_image_says_of_itself_what_it_is_chosen_by() -> None:
     made = spec("train", "rocm7.1.1-gfx1201")
     told = dict(labels(made, "k"))
     assert told["radeon-stack.gfx"] == "gfx1201" and told["radeon-stack.rocm"] == "7.1.1"
-    assert told["radeon-stack.drivers"] == "6.4,30.10,30.20" and told["radeon-stack.key"] == "k"
+    assert told["radeon-stack.drivers"] == "6.12.12,6.14.14,6.16.6" and told["radeon-stack.key"] == "k"
     inside = json.loads(context(made)["image.json"])
     assert inside["wheels"] == {"bitsandbytes": "wheel", "flash-attn": "triton"} and inside["rocm_short"] == "71"
 

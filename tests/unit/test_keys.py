@@ -109,7 +109,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "rocm": st.just("7.2.4"),
     "gfx": st.sampled_from(["gfx1100", "gfx1200", "gfx1151"]),
     "env": st.dictionaries(st.sampled_from("ABC"), st.text("xyz", max_size=3)).map(lambda d: tuple(sorted(d.items()))),
-    "drivers": st.lists(st.sampled_from(["6.4", "30.20", "31.0"]), min_size=1).map(tuple),
+    "drivers": st.lists(st.sampled_from(["6.12.12", "6.16.6", "6.19.4"]), min_size=1).map(tuple),
     "official": st.booleans(),
     "reasons": st.lists(st.text(max_size=5)).map(tuple),
 }

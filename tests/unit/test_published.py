@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from radeon_stack.errors import CheckError, ImageError, UsageError
 from radeon_stack.images.download import fetch_blob
-from radeon_stack.images.published import Candidate, Wanted, choose, unfit
+from radeon_stack.images.published import Candidate, Wanted, choose
 from radeon_stack.images.references import Repository, repository, split
 from radeon_stack.images.registry import DOCKER_MANIFEST, Manifest, Registry
 from tests.conftest import Cli
@@ -38,7 +38,7 @@ def published(rocm: str = "7.1.1", gfx: str = "gfx1201", **labels: str) -> Candi
     return Candidate(f"train-rocm{rocm}-{gfx}-stable", manifest, told)
 
 
-WANTED = Wanted("train", "gfx1201", "30.20.1")
+WANTED = Wanted("train", "gfx1201", "6.16.6")
 
 
 def test_the_newest_release_that_fits_is_taken_and_every_other_is_told_why_not() -> None:
@@ -65,13 +65,26 @@ def test_a_tag_that_looks_right_with_labels_that_are_not_is_turned_down() -> Non
 
 
 @pytest.mark.parametrize(
-    ("driver", "fits"),
-    [("30.20.1", True), ("30.10.2", True), ("6.4.4", True), ("31.0", False), ("30.2", False), (None, True)],
+    ("driver", "says"),
+    [
+        ("6.16.6", "driver 6.16.6 is among"),
+        ("6.12.12", "driver 6.12.12 is among"),
+        ("6.16.66", "works when it is within a year"),
+        ("6.19.14.31400000", "works when it is within a year"),
+        (None, "the kernel's own tells no version"),
+    ],
 )
-def test_a_driver_is_held_to_those_that_the_release_was_made_for(driver: str | None, fits: bool) -> None:
-    why_not = unfit(published(drivers="6.4,30.10,30.20"), replace(WANTED, driver=driver))
-    assert (why_not == "") is fits
-    assert fits or why_not == f"it is for amdgpu 6.4, 30.10, 30.20; this machine has {driver}"
+def test_a_driver_is_compared_with_those_that_the_release_was_made_for(driver: str | None, says: str) -> None:
+    choice = choose([published(drivers="6.12.12,6.14.14,6.16.6")], replace(WANTED, driver=driver), RELEASES)
+    assert says in choice.why
+
+
+def test_an_image_made_for_this_driver_comes_before_a_newer_one() -> None:
+    older, newer = published("7.1.1", drivers="6.16.6"), published("7.14", drivers="6.19.4")
+    choice = choose([newer, older], WANTED, [*RELEASES, "7.1.1"])
+    assert choice.candidate is older
+    assert choice.turned_down == ((newer.tag, "it was not made for driver 6.16.6"),)
+    assert choose([newer], WANTED, RELEASES).candidate is newer
 
 
 def test_an_empty_channel_says_so() -> None:
