@@ -64,14 +64,24 @@ def container_access(machine: Machine, gpus: tuple[Gpu, ...], engine: EngineProb
     )
 
 
-def local_env(
-    gpus: tuple[Gpu, ...], found: tuple[Gpu, ...]
-) -> tuple[tuple[tuple[str, str, str], ...], tuple[str, ...]]:
-    """For a process without a container: the variable that shows it its GPUs, and those it must not inherit."""
-    if not found or any(gpu.node < 0 for gpu in gpus):
+def local_env(machine: Machine, gpus: tuple[Gpu, ...]) -> tuple[tuple[tuple[str, str, str], ...], tuple[str, ...]]:
+    """For a process without a container: the variable that shows it its GPUs, and those it must not inherit.
+
+    MachineError when the caller may not open a GPU's nodes. Source of the count: libhsakmt's topology.c, which leaves
+    a GPU out whose render node is not there.
+    """
+    if not machine.gpus or any(gpu.node < 0 for gpu in gpus):
         return (), ()
+    for path in _paths(gpus):
+        if not _node(machine, path).usable:
+            raise MachineError(
+                f"{path} is not yours to open",
+                where="--engine local",
+                remedy="sudo usermod -aG render,video $USER, then log in again; or --engine docker",
+            )
     first, *others = VISIBLE
-    numbers = ",".join(str(gpu.index) for gpu in gpus)
+    counted = [gpu for gpu in machine.gpus if gpu.render_node in machine.nodes]
+    numbers = ",".join(str(counted.index(gpu)) for gpu in gpus)
     reason = "the chosen GPUs, by their place in the kernel's order; no other variable counts on top of it"
     return ((first, numbers, reason),), tuple(others)
 

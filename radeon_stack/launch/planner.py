@@ -137,7 +137,7 @@ class _Environment:
         self.values[name], self.reasons[name] = value, why
 
     def add_local(self, here: Circumstances) -> None:
-        chosen, self.unset = local_env(here.selection.gpus, here.machine.gpus)
+        chosen, self.unset = local_env(here.machine, here.selection.gpus)
         for name, value, why in chosen:
             self.add(name, value, why)
 

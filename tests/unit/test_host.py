@@ -304,6 +304,15 @@ def test_visibility_is_set_once_for_a_process_without_a_container_and_never_for_
     assert inside.devices == ("/dev/kfd", "/dev/dri/renderD128", "/dev/dri/renderD130")
 
 
+def test_a_gpu_whose_render_node_is_not_there_is_not_counted(tmp_path: Path) -> None:
+    """As ROCr counts: a container that was given the second card only sees it as number 0."""
+    tree = Sysroot(build(STAGES["three-r9700"], tmp_path))
+    machine = probe(tree)
+    fewer = {path: node for path, node in machine.nodes.items() if path != "/dev/dri/renderD128"}
+    env, _ = local_env(replace(machine, nodes=fewer), machine.gpus[1:])
+    assert env[0][:2] == ("ROCR_VISIBLE_DEVICES", "0,1")
+
+
 def test_a_recipe_that_sets_visibility_itself_is_refused(trees: dict[str, Sysroot], recipe: Effective) -> None:
     own = resolve(read("train-llama"), "demo", ["env.HIP_VISIBLE_DEVICES='0'"])
     with pytest.raises(UsageError, match=r"env.HIP_VISIBLE_DEVICES.*use --gpus"):
@@ -408,8 +417,14 @@ def test_any_mixture_of_cards_gives_a_plan_of_the_chosen_devices_or_a_named_refu
         return
     assert set(access.devices) == {"/dev/kfd"} | {gpu.render_node for gpu in chosen.gpus}
     assert all(gpu.render_node for gpu in chosen.gpus) and len({gpu.gfx for gpu in chosen.gpus}) == 1
-    env, unset = local_env(chosen.gpus, machine.gpus)
-    assert env[0][1] == ",".join(str(gpu.index) for gpu in chosen.gpus) and "HIP_VISIBLE_DEVICES" in unset
+    if usable:
+        env, unset = local_env(machine, chosen.gpus)
+        there = [gpu for gpu in machine.gpus if gpu.render_node in machine.nodes]
+        assert [there[int(number)] for number in env[0][1].split(",")] == list(chosen.gpus)
+        assert "HIP_VISIBLE_DEVICES" in unset
+    else:
+        with pytest.raises(MachineError, match="is not yours to open"):
+            local_env(machine, chosen.gpus)
     by_hand = asked and all(part.isdigit() for part in asked.split(","))
     assert by_hand or not any(g.integrated for g in chosen.gpus) or all(g.integrated for g in machine.gpus)
 
