@@ -157,7 +157,15 @@ def _print(found: Found, verbose: bool) -> None:
     more = f"; {handled} known issues of this setup are looked after" if handled and not verbose else ""
     said = ", ".join(f"{count} {state}" for state, count in states.items() if count)
     hint = "" if verbose else "  (all: -v)"
-    click.echo(f"\n{said}{more}{hint}")
+    click.echo(f"\n{said}{more}{hint}\n{_verdict(found)}")
+
+
+def _verdict(found: Found) -> str:
+    failed = [check.code for check, finding in found if finding.state is State.FAIL]
+    warned = [check.code for check, finding in found if finding.state is State.WARN]
+    if failed:
+        return click.style(f"not ready: {' '.join(failed)}", fg="red")
+    return click.style("ready", fg="green") + (f", with warnings: {' '.join(warned)}" if warned else "")
 
 
 def _fix(found: Found, live: bool, *, yes: bool, dry_run: bool) -> int:

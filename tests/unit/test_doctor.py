@@ -49,8 +49,10 @@ def test_a_healthy_machine_is_green_and_exit_0(cli: Cli, tmp_path: Path) -> None
 def test_only_a_failure_is_exit_3_and_it_comes_with_a_command(cli: Cli, tmp_path: Path) -> None:
     broken = cli("doctor", "--sysroot", build(STAGES["no-driver"], tmp_path / "a"))
     assert broken.code == Exit.MACHINE and "sudo modprobe amdgpu" in broken.out
+    assert broken.out.splitlines()[-1] == "not ready: RS102"
     warned = cli("doctor", "--sysroot", build(STAGES["no-permission"], tmp_path / "b"))
     assert warned.code == Exit.OK and "log out and in again" in warned.out
+    assert warned.out.splitlines()[-1] == "ready, with warnings: RS106 RS108 RS109"
 
 
 @pytest.mark.parametrize(
