@@ -9,6 +9,7 @@ import click
 
 from radeon_stack import __version__
 from radeon_stack.errors import Exit, StackError
+from radeon_stack.text import print_line
 
 # command → (module:attribute, help). The help stands here too, so that listing it imports nothing;
 # a test holds it equal to the command's own.
@@ -110,6 +111,5 @@ def main() -> None:
 def fail(what: str, code: int, remedy: str = "", where: str = "") -> int:
     """Tell an error on stderr, one line; returns the exit code."""
     place = f"{where}: " if where else ""
-    text = " ".join(f"{place}{what}{f'; {remedy}' if remedy else ''}".split())
-    print(f"radeon-stack: {text}", file=sys.stderr)
+    print_line("radeon-stack: " + " ".join(f"{place}{what}{f'; {remedy}' if remedy else ''}".split()), sys.stderr)
     return code

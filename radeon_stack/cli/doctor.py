@@ -7,29 +7,35 @@ import json
 import shlex
 import subprocess
 import sys
-from contextlib import ExitStack
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import click
 
-from radeon_stack.errors import CheckError, Exit, MachineError
+from radeon_stack.errors import CheckError, Exit, MachineError, UsageError
 from radeon_stack.host.bundle import opened, pack
 from radeon_stack.host.checks import Check, Finding, State, examine
 from radeon_stack.host.checks.finding import Fix
 from radeon_stack.host.clients import baking_client, building_client
 from radeon_stack.host.facts import Ways, gather
 from radeon_stack.host.signatures import Match, diagnose
-from radeon_stack.host.sysroot import Sysroot
 from radeon_stack.images.resolve import image_facts
 from radeon_stack.launch.choose import WORK_PACKAGES
 from radeon_stack.runs.store import home
+from radeon_stack.text import print_line, printable
 
 MARKS = {
     State.OK: ("✓", "green"),
     State.WARN: ("!", "yellow"),
     State.FAIL: ("✗", "red"),
     State.SKIPPED: ("-", "bright_black"),
+}
+PACKED = {
+    b"\x1f\x8b": ("is compressed", "zcat LOG | radeon-stack diagnose -"),
+    b"\x28\xb5\x2f\xfd": ("is compressed", "zstdcat LOG | radeon-stack diagnose -"),
+    b"\xfd7zXZ": ("is compressed", "xzcat LOG | radeon-stack diagnose -"),
+    b"\xff\xfe": ("is UTF-16", "iconv -f UTF-16 -t UTF-8 LOG | radeon-stack diagnose -"),
 }
 DOCUMENT = "docs/doctor.md"
 Found = list[tuple[Check, Finding]]
@@ -54,26 +60,28 @@ def doctor(sysroot: str, bundle: str | None, fix: bool, yes: bool, dry_run: bool
       radeon-stack doctor --fix
       radeon-stack doctor --bundle facts.tar.gz    # for somebody who helps: doctor --sysroot facts.tar.gz
     """
-    with ExitStack() as held:
-        place = held.enter_context(opened(Path(sysroot)))
+    _require_sense(bundle, fix=fix, yes=yes, dry_run=dry_run, as_json=as_json)
+    with opened(sysroot) as place:
         facts = gather(place, home(), _ways())
         found = examine(facts)
         if bundle:
             names = pack(facts, place, Path(bundle))
-            click.echo(f"{bundle}: {len(names)} files; look into it before you send it: tar tzf {bundle}", err=True)
-    if as_json:
-        click.echo(json.dumps(as_record(found), indent=2))
-    else:
-        _print(found, verbose)
-    if fix:
-        return _fix(found, Sysroot(Path(sysroot)).live, yes=yes, dry_run=dry_run)
+            print_line(f"{bundle}: {len(names)} files; look into it before you send it: tar tzf {bundle}", sys.stderr)
+        if as_json:
+            click.echo(json.dumps(as_record(found), indent=2))
+        else:
+            _print(found, verbose)
+        if fix and _fix(found, place.live, yes=yes, dry_run=dry_run):
+            found = examine(gather(place, home(), _ways()))
+            click.echo("\nafter that:")
+            _print(found, verbose)
     return int(Exit.MACHINE if any(finding.state is State.FAIL for _, finding in found) else Exit.OK)
 
 
 @click.command(name="diagnose")
 @click.argument("log", type=click.File("rb"))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def diagnose_log(log: BinaryIO, as_json: bool) -> int:
+def diagnose_log(log: BufferedReader, as_json: bool) -> int:
     """What does this log say went wrong? Known error texts, nearest to the cause first.
 
     Exit 7 when something was found.
@@ -82,6 +90,7 @@ def diagnose_log(log: BinaryIO, as_json: bool) -> int:
       radeon-stack diagnose train.log
       docker logs mine 2>&1 | radeon-stack diagnose -
     """
+    _require_plain(log)
     matches = diagnose(log)
     if as_json:
         click.echo(json.dumps({"matches": [match_record(match) for match in matches]}, indent=2))
@@ -96,6 +105,26 @@ def diagnose_log(log: BinaryIO, as_json: bool) -> int:
     if any(match.signature.fault for match in matches):
         raise CheckError("a GPU fault: reboot before anything else is started on that GPU")
     return int(Exit.CHECK)
+
+
+def _require_sense(bundle: str | None, *, fix: bool, yes: bool, dry_run: bool, as_json: bool) -> None:
+    if as_json and fix:
+        raise UsageError("--fix asks and tells; give it without --json", where="--fix")
+    if (yes or dry_run) and not fix:
+        given = "--yes" if yes else "--dry-run"
+        raise UsageError("is a word of --fix", where=given, remedy="radeon-stack doctor --fix")
+    if bundle is None:
+        return
+    place = Path(bundle)
+    if not bundle or place.exists() or place.is_symlink() or not place.absolute().parent.is_dir():
+        said = "is there already" if bundle and place.exists() else "is no name for a new file"
+        raise UsageError(f"'{bundle}' {said}", where="--bundle", remedy="name a file that is not there yet")
+
+
+def _require_plain(log: BufferedReader) -> None:
+    for magic, (what, remedy) in PACKED.items():
+        if log.peek(len(magic)).startswith(magic):
+            raise UsageError(what, where="LOG", remedy=remedy)
 
 
 def as_record(found: Found) -> dict[str, Any]:
@@ -147,9 +176,10 @@ def _print(found: Found, verbose: bool) -> None:
         if quiet and not verbose:
             continue
         mark, colour = MARKS[finding.state]
-        click.echo(f"{click.style(mark, fg=colour)} {check.code}  {check.title}: {finding.evidence}")
+        # What it found may come from somebody else's machine: it must not drive this terminal.
+        click.echo(f"{click.style(mark, fg=colour)} {check.code}  {check.title}: {printable(finding.evidence)}")
         for command in finding.remedy:
-            click.echo(f"      {command}")
+            click.echo(f"      {printable(command)}")
         if finding.state in (State.WARN, State.FAIL):
             click.echo(click.style(f"      see {document(check)}", fg="bright_black"))
     states = {state: sum(finding.state is state for _, finding in found) for state in State}
@@ -168,25 +198,24 @@ def _verdict(found: Found) -> str:
     return click.style("ready", fg="green") + (f", with warnings: {' '.join(warned)}" if warned else "")
 
 
-def _fix(found: Found, live: bool, *, yes: bool, dry_run: bool) -> int:
-    """Show every command and its undoing, then run them one by one, as root where we are not."""
+def _fix(found: Found, live: bool, *, yes: bool, dry_run: bool) -> bool:
+    """Show every command and its undoing, then run them one by one, as root where we are not. Was anything run?"""
     fixes = [(check, fix) for check, finding in found for fix in finding.fixes]
     if not live:
         raise MachineError("this is a tree or bundle of another machine", where="--fix")
     if not fixes:
         click.echo("nothing that we would mend by ourselves")
-        return int(Exit.MACHINE if any(finding.state is State.FAIL for _, finding in found) else Exit.OK)
+        return False
     for check, fix in fixes:
         click.echo(f"{check.code}  {shlex.join(_rooted(fix.run))}   (undo: {shlex.join(_rooted(fix.undo))})")
     if dry_run:
-        return int(Exit.OK)
+        return False
     if not yes and not (sys.stdin.isatty() and click.confirm("run these?")):
         click.echo("nothing was done; --yes runs them without asking", err=True)
-        return int(Exit.OK)
+        return False
     for check, fix in fixes:
         _run(check, fix)
-    click.echo("done; look again: radeon-stack doctor")
-    return int(Exit.OK)
+    return True
 
 
 def _run(check: Check, fix: Fix) -> None:

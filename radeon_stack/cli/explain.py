@@ -14,7 +14,7 @@ from radeon_stack.errors import Exit
 from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.launch.planner import NO_CONTAINER
 from radeon_stack.runs.store import RunStore, home
-from radeon_stack.runs.view import print_line
+from radeon_stack.text import print_line
 
 SIZES = ("memory", "shm")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import click
@@ -36,7 +35,7 @@ def gpus(sysroot: str, as_json: bool) -> int:
       radeon-stack gpus
       radeon-stack gpus --json | jq '.gpus[] | {index, gfx, memory, render_node, state}'
     """
-    with opened(Path(sysroot)) as place:
+    with opened(sysroot) as place:
         machine = probe(place)
         owners = busy(machine.gpus, lease_folder(home()), going_on) if place.live else {}
     cards = any(not gpu.integrated for gpu in machine.gpus)

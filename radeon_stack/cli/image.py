@@ -43,7 +43,7 @@ from radeon_stack.images.render import REQUIREMENTS, bake_file, dockerfile, imag
 from radeon_stack.images.shared_wheels import push_wheels, wheel_tag
 from radeon_stack.images.spec import ImageSpec, image_spec
 from radeon_stack.runs.store import home
-from radeon_stack.runs.view import print_line
+from radeon_stack.text import print_line
 
 OTHERS = {
     "audit": "image_check:audit_files",

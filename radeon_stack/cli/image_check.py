@@ -23,7 +23,7 @@ from radeon_stack.images.contents import Contents, exported, image_contents, lay
 from radeon_stack.images.labels import GFX
 from radeon_stack.images.resolve import local_image
 from radeon_stack.launch.verification import require_ok, run_verification, verification_plan
-from radeon_stack.runs.view import one_line, print_line
+from radeon_stack.text import one_line, print_line
 
 MARKS = {"yes": "✓", "no": "✗", "other": "·", "-": ""}
 TARGETS_SHOWN = 6
@@ -112,7 +112,7 @@ def verify(image: str, on_gpu: bool, sysroot: str, dry_run: bool, as_json: bool)
       radeon-stack image verify radeon-stack/train:rocm7.1.1-gfx1201 --on-gpu
     """
     require_engine()
-    with opened(Path(sysroot)) as place:
+    with opened(sysroot) as place:
         plan = verification_plan(local_image(image), probe(place), place, on_gpu=on_gpu)
     if dry_run:
         import shlex

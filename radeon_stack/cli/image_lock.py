@@ -14,7 +14,7 @@ from radeon_stack.catalog.locks import Sources, load_sources
 from radeon_stack.catalog.problems import nearest
 from radeon_stack.errors import CheckError, ImageError, StackError
 from radeon_stack.images import locking
-from radeon_stack.runs.view import print_line
+from radeon_stack.text import print_line
 
 AT_ONCE = 4
 

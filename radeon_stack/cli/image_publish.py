@@ -22,7 +22,7 @@ from radeon_stack.images.references import repository, split
 from radeon_stack.images.registry import Registry
 from radeon_stack.images.resolve import local_image
 from radeon_stack.launch.verification import require_ok, run_verification, verification_plan
-from radeon_stack.runs.view import print_line
+from radeon_stack.text import print_line
 
 REGISTRY_VARIABLE = "RADEON_STACK_REGISTRY"
 

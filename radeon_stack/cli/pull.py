@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import click
 from rich.console import Console
@@ -24,7 +23,7 @@ from radeon_stack.images.pulling import pull as fetch
 from radeon_stack.images.references import repository, split
 from radeon_stack.images.registry import Registry
 from radeon_stack.runs.store import home
-from radeon_stack.runs.view import print_line
+from radeon_stack.text import print_line
 
 
 @click.command()
@@ -66,7 +65,7 @@ def pull(
       radeon-stack pull --arch gfx1201 --rocm 7.1.1 --dry-run
       radeon-stack pull registry.example.org/radeon@sha256:…
     """
-    with opened(Path(sysroot)) as place:
+    with opened(sysroot) as place:
         machine = probe(place)
     cards = [gpu for gpu in machine.gpus if not gpu.integrated] or list(machine.gpus)
     wanted = Wanted(kind, arch or (cards[0].gfx if cards else "cpu"), machine.driver, rocm)

@@ -20,7 +20,8 @@ from radeon_stack.launch.supervise import carry_out
 from radeon_stack.runs.outcome import Outcome, recorded
 from radeon_stack.runs.store import Run, RunStore, home
 from radeon_stack.runs.summary import lines, summary
-from radeon_stack.runs.view import print_line, view_for
+from radeon_stack.runs.view import view_for
+from radeon_stack.text import print_line
 
 
 def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,7 +125,7 @@ def drafted_from(
             flags["--data"] = {"config": {"data": {"dataset": data}}}
         effective = resolve(read(recipe), preset, sets, flags)
     asked = Asked(gpus, engine or "auto", image, share, without)
-    with opened(Path(sysroot)) as place:
+    with opened(sysroot) as place:
         here = find_out(effective, place, asked, store.home)
         return draft(effective, here, store, resumed or at, resume=resumed is not None, cache=cache), here.choice.why
 

@@ -16,7 +16,8 @@ from radeon_stack.runs.events import read_events
 from radeon_stack.runs.report import write as write_report
 from radeon_stack.runs.store import Run, RunStore, State, home
 from radeon_stack.runs.summary import last_result, lines, summary
-from radeon_stack.runs.view import print_line, view_for
+from radeon_stack.runs.view import view_for
+from radeon_stack.text import print_line
 
 FOLLOW_SECONDS = 0.2
 

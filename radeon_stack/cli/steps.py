@@ -13,7 +13,7 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 from radeon_stack.images.progress import Step
-from radeon_stack.runs.view import one_line
+from radeon_stack.text import one_line
 
 MARKS = {"done": "✓", "cached": "=", "failed": "✗", "running": "…"}
 

@@ -14,20 +14,27 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 PIECE = 1 << 16
+LONGEST_REASON = 200
 
 
-def together(probes: Mapping[str, Callable[[], Any]], seconds: float) -> tuple[dict[str, Any], frozenset[str]]:
-    """What each probe gave, and the names of those that were not back in time.
+@dataclass(frozen=True)
+class Answers:
+    """What the probes gave, by their names; those that were not back in time; and why others broke."""
 
-    Probes run side by side; what they return is pickled. One that raises, or gives None, is in neither.
-    """
+    found: Mapping[str, Any]
+    late: frozenset[str]
+    broken: Mapping[str, str]
+
+
+def together(probes: Mapping[str, Callable[[], Any]], seconds: float) -> Answers:
+    """Run the probes side by side for so long at most. What they return is pickled; None is no answer."""
     deadline = time.monotonic() + seconds
     sys.stdout.flush()  # a child must not have a copy of what is not printed yet
     sys.stderr.flush()
-    found: dict[str, Any] = {}
     texts = {name: bytearray() for name in probes}
     children: dict[str, int] = {}
     with selectors.DefaultSelector() as waiting:
@@ -42,14 +49,18 @@ def together(probes: Mapping[str, Callable[[], Any]], seconds: float) -> tuple[d
                     waiting.unregister(key.fd)
                     os.close(key.fd)
                     os.waitpid(children.pop(key.data), 0)
-                    with suppress(EOFError, pickle.UnpicklingError):
-                        found[key.data] = pickle.loads(texts[key.data])  # noqa: S301 - of our own child
         for key in list(waiting.get_map().values()):
             os.close(key.fd)
     for pid in children.values():
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # with what it has started
         os.waitpid(pid, os.WNOHANG)  # one that hangs in the kernel is reaped by init
-    return {name: value for name, value in found.items() if value is not None}, frozenset(children)
+    ended = {name: _answer(text) for name, text in texts.items() if name not in children}
+    return Answers(
+        {name: value for name, (value, why) in ended.items() if not why and value is not None},
+        frozenset(children),
+        {name: why for name, (_, why) in ended.items() if why},
+    )
 
 
 def _begin(work: Callable[[], Any]) -> tuple[int, int]:
@@ -65,12 +76,24 @@ def _begin(work: Callable[[], Any]) -> tuple[int, int]:
 
 def _work(work: Callable[[], Any], answer: int) -> NoReturn:
     try:
+        os.setsid()
         # Whoever reads our output must not wait for a child that stays behind.
         nothing = os.open(os.devnull, os.O_RDWR)
         for standard in (0, 1, 2):
             os.dup2(nothing, standard)
+        try:
+            told = pickle.dumps((work(), ""))
+        except Exception as error:  # its facts stay unknown, and its checks say why
+            told = pickle.dumps((None, f"{type(error).__name__}: {error}"[:LONGEST_REASON]))
         with os.fdopen(answer, "wb") as pipe:
-            pipe.write(pickle.dumps(work()))
+            pipe.write(told)
     finally:
-        # A probe that breaks leaves its facts unknown, and its checks say so.
         os._exit(0)
+
+
+def _answer(text: bytearray) -> tuple[Any, str]:
+    try:
+        value, why = pickle.loads(text)  # noqa: S301 - of our own child
+    except (EOFError, pickle.UnpicklingError, ValueError, TypeError):
+        return None, "it ended without an answer"
+    return value, str(why)

@@ -12,6 +12,7 @@ from radeon_stack.errors import MachineError
 
 PROBE_SECONDS = 5
 SOCKET = "unix://"
+STANDARD = "unix:///var/run/docker.sock"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class EngineProbe:
 
 def address() -> str:
     """Where the engine is expected: `DOCKER_HOST`, else the standard socket."""
-    return os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+    return os.environ.get("DOCKER_HOST") or STANDARD
 
 
 def client(timeout: int = 60) -> Any:
@@ -60,6 +61,12 @@ def client(timeout: int = 60) -> Any:
     from docker.client import DockerClient
     from docker.errors import DockerException
 
+    if address().startswith("ssh:"):
+        raise MachineError(
+            f"an engine over ssh is on another machine: {address()}",
+            where="DOCKER_HOST",
+            remedy="run radeon-stack there, or unset DOCKER_HOST",
+        )
     try:
         return DockerClient(base_url=address(), timeout=timeout, version="auto")
     except (DockerException, ValueError) as error:
@@ -82,9 +89,9 @@ def probe_engine(seconds: int = PROBE_SECONDS) -> EngineProbe:
 
 def described(where: str, version: Mapping[str, Any], info: Mapping[str, Any]) -> EngineProbe:
     """The probe of what `/version` and `/info` answered."""
-    parts = version.get("Components") or []
+    parts = _list(version.get("Components"))
     podman = any("podman" in str(part.get("Name", "")).lower() for part in parts if isinstance(part, dict))
-    security = [str(option) for option in info.get("SecurityOptions") or []]
+    security = [str(option) for option in _list(info.get("SecurityOptions"))]
     return EngineProbe(
         where,
         version=str(version.get("Version", "")),
@@ -97,6 +104,10 @@ def described(where: str, version: Mapping[str, Any], info: Mapping[str, Any]) -
         storage=str(info.get("Driver", "")),
         root=str(info.get("DockerRootDir", "")),
     )
+
+
+def _list(told: Any) -> list[Any]:
+    return told if isinstance(told, list) else []
 
 
 def require_engine() -> EngineProbe:

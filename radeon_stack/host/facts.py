@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tomllib
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from radeon_stack.host.sysroot import Sysroot, as_number
 
 SECONDS = 2.0  # for all probes together
 WATCHED = (
+    "DOCKER_HOST",
     "HSA_OVERRIDE_GFX_VERSION",
     "PYTORCH_ALLOC_CONF",
     "PYTORCH_HIP_ALLOC_CONF",
@@ -32,6 +34,8 @@ WATCHED = (
     "GGML_CUDA_P2P",
 )
 PROGRAMS = ("dockerd", "podman")
+PROBES = ("files", "clocks", "engine")
+GROUP = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}")  # names end up in commands to paste: groupadd(8)
 KEEP_GROUPS_ANNOTATION = "run.oci.keep_original_groups=1"  # crun's: its manual, OCI annotations
 
 
@@ -105,6 +109,8 @@ class Facts:
     """Which of the engines' programs are on PATH, whether they run or not."""
     needs: tuple[Need, ...] = ()
     late: frozenset[str] = frozenset()
+    broken: Mapping[str, str] = field(default_factory=dict)
+    """Probes that broke, and why: their facts are not known either."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +127,9 @@ def gather(sysroot: Sysroot, home: Path, ways: Ways | None = None, seconds: floa
     """Everything about this machine, or about the tree below `sysroot`; within so many seconds."""
     ways = ways or Ways()
     probes: dict[str, Callable[[], Any]] = {
-        "files": lambda: (from_files(sysroot), sysroot.seen),
+        "files": lambda: (from_files(sysroot), sysroot.seen, sysroot.there),
         # Apart: these ask the card itself, and a card that hangs does not answer.
-        "clocks": lambda: ({"clocks": clocks(sysroot)}, sysroot.seen),
+        "clocks": lambda: ({"clocks": clocks(sysroot)}, sysroot.seen, sysroot.there),
     }
     if sysroot.live:
         probes |= {
@@ -134,17 +140,20 @@ def gather(sysroot: Sysroot, home: Path, ways: Ways | None = None, seconds: floa
         }
         given = {name: getattr(ways, name) for name in ("buildkit", "buildx", "packages_missing")}
         probes |= {name: way for name, way in given.items() if way is not None}
-    found, late = together(probes, seconds)
+    answers = together(probes, seconds)
+    found = dict(answers.found)
     for name in ("files", "clocks"):
-        facts, seen = found.pop(name, ({}, {}))
+        facts, seen, there = found.pop(name, ({}, {}, set()))
         found |= facts
         sysroot.seen.update(seen)
+        sysroot.there.update(there)
     found.setdefault("machine", Machine.unknown())
+    found["late"] = answers.late | found.get("late", frozenset())
     if sysroot.live:
         found |= found.pop("engine", {})
         found["environment"] = {name: os.environ[name] for name in WATCHED if name in os.environ}
         found["programs"] = frozenset(filter(shutil.which, PROGRAMS))
-    return Facts(**found, needs=needs(), late=late)
+    return Facts(**found, needs=needs(), broken=answers.broken)
 
 
 def needs() -> tuple[Need, ...]:
@@ -190,25 +199,33 @@ def from_files(sysroot: Sysroot) -> dict[str, Any]:
 
 def _told(told: Mapping[str, Any]) -> dict[str, Any]:
     """A tree has no engine to ask: its overlay tells what was answered."""
-    engine = told.get("engine")
-    environment = told.get("environment")
+    engine, environment = told.get("engine"), told.get("environment")
     facts: dict[str, Any] = {}
     if isinstance(engine, dict):
+        buildkit = engine.get("buildkit", True)
         facts = {
             "engine": _engine(engine),
-            "buildkit": bool(engine.get("buildkit", True)),
+            "buildkit": None if buildkit is None else bool(buildkit),
             "buildx": bool(engine.get("buildx", False)),
             "engine_free": as_number(str(engine.get("free", ""))),
             "images": _images(engine.get("images")),
         }
+    if isinstance(told.get("packages_missing"), list):
+        facts["packages_missing"] = _words(told["packages_missing"])
     kept = {k: str(v) for k, v in environment.items() if k in WATCHED} if isinstance(environment, dict) else {}
-    programs = told.get("programs")
     return facts | {
-        "programs": frozenset(PROGRAMS) & frozenset(map(str, programs if isinstance(programs, list) else ())),
+        "programs": frozenset(PROGRAMS) & frozenset(_words(told.get("programs"))),
+        "late": frozenset(PROBES) & frozenset(_words(told.get("late"))),
+        "systemd": told.get("systemd", True) is True,
+        "keeps_groups": told.get("keeps_groups") is True,
         "home_free": as_number(str(told.get("home_free", ""))),
         "shm": as_number(str(told.get("shm", ""))),
         "environment": kept,
     }
+
+
+def _words(told: Any) -> tuple[str, ...]:
+    return tuple(map(str, told)) if isinstance(told, list) else ()
 
 
 def _engine(told: Mapping[str, Any]) -> EngineProbe:
@@ -223,10 +240,8 @@ def _images(told: Any) -> tuple[ImageFact, ...]:
     found = []
     for one in told if isinstance(told, list) else []:
         if isinstance(one, dict):
-            drivers = one.get("drivers")
-            names = tuple(map(str, drivers)) if isinstance(drivers, list) else ()
             words = [str(one.get(key, "")) for key in ("name", "kind", "rocm", "gfx")]
-            found.append(ImageFact(words[0], words[1], words[2], words[3], names))
+            found.append(ImageFact(words[0], words[1], words[2], words[3], _words(one.get("drivers"))))
     return tuple(found)
 
 
@@ -261,7 +276,7 @@ def _groups(text: str) -> dict[str, Group]:
     found = {}
     for line in text.splitlines():
         fields = line.split(":")
-        gid = as_number(fields[2]) if len(fields) == 4 else None
+        gid = as_number(fields[2]) if len(fields) == 4 and GROUP.fullmatch(fields[0]) else None
         if gid is not None:
             found[fields[0]] = Group(gid, frozenset(filter(None, fields[3].split(","))))
     return found

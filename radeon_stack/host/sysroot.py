@@ -39,10 +39,14 @@ class Node:
 
 @dataclass
 class Sysroot:
-    """`root` is "/" or the folder of a staged tree. `seen` keeps each text that was read, for a bundle."""
+    """`root` is "/" or the folder of a staged tree.
+
+    For a bundle, `seen` keeps each text that was read, and `there` each name that was found.
+    """
 
     root: Path = Path("/")
     seen: dict[str, str] = field(default_factory=dict)
+    there: set[str] = field(default_factory=set)
 
     @property
     def live(self) -> bool:
@@ -88,12 +92,16 @@ class Sysroot:
                 found = [entry.name for _, entry in zip(range(MANY), entries, strict=False)]
         except OSError:
             return []
+        self.there.update(f"{folder}/{name}" for name in found)
         return sorted(found, key=lambda name: (not name.isdigit(), int(name) if _plain(name) else 0, name))
 
     def exists(self, path: str) -> bool:
         """Is there anything of that name?"""
         place = self._inside(path)
-        return place is not None and place.exists()
+        found = place is not None and place.exists()
+        if found:
+            self.there.add(path)
+        return found
 
     def target(self, path: str) -> str:
         """The last part of what a symbolic link leads to, "" when it is none."""
@@ -129,7 +137,7 @@ class Sysroot:
         reading = self.read(OVERLAY)
         try:
             told = json.loads(reading.text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
         return told if isinstance(told, dict) and isinstance(told.get("nodes", {}), dict) else {}
 
@@ -166,5 +174,5 @@ def _told(path: str, told: Any) -> Node | None:
     try:
         mode = int(str(told.get("mode", "660")), 8)
         return Node(path, int(told.get("uid", 0)), int(told["gid"]), mode, bool(told.get("usable", True)))
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, OverflowError):
         return None

@@ -122,8 +122,9 @@ def _record(descriptor: int) -> dict[str, str]:
         return {}
     try:
         told = json.loads(os.pread(descriptor, LONGEST, 0))
-        return {"run": str(told["run"]), "dir": str(told["dir"])}
-    except (OSError, ValueError, KeyError, TypeError):
+        run, folder = str(told["run"]), str(told["dir"])
+        return {} if "\0" in folder else {"run": run, "dir": folder}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -21,6 +20,7 @@ from rich.progress import (
 )
 
 from radeon_stack.runs import events as ev
+from radeon_stack.text import one_line
 
 PLAIN_EVERY_SECONDS = 2.0
 PHASES = {"before": "before training", "after": "after training", "merged": "merged and reloaded"}
@@ -35,16 +35,6 @@ class View(AbstractContextManager["View"], Protocol):
 def view_for(stream: TextIO) -> View:
     """Bars when the stream is a terminal, else lines."""
     return BarView(stream) if stream.isatty() else LineView(stream)
-
-
-def printable(text: str) -> str:
-    """Text without control characters: a model or a log must not drive the terminal."""
-    return "".join(char if char.isprintable() or char == "\n" else "�" for char in text)
-
-
-def one_line(text: str, limit: int = 100) -> str:
-    line = " ".join(printable(text).split())
-    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def mark(correct: bool | None) -> str:
@@ -160,8 +150,3 @@ class LineView:
             self._last[event.stage] = now
             return f"{one_line(event.stage, 40)} {event.done:g}/{event.total:g} {one_line(event.note, 60)}".rstrip()
         return ""
-
-
-def print_line(text: str, stream: TextIO | None = None) -> None:
-    """Print untrusted text, made harmless."""
-    print(printable(text), file=stream or sys.stdout)

@@ -13,11 +13,9 @@ CHECKS: tuple[Check, ...] = tuple(sorted((*gpu.CHECKS, *engine.CHECKS, *images.C
 
 def examine(facts: Facts) -> list[tuple[Check, Finding]]:
     """Every check with what it finds, then the known issues that this machine can meet."""
+    unread = "files" in facts.late or "files" in facts.broken
     late = skipped("the files of the kernel do not answer (RS100)")
-    found = [
-        (check, late if "files" in facts.late and "RS100" < check.code < "RS2" else check.evaluate(facts))
-        for check in CHECKS
-    ]
+    found = [(check, late if unread and "RS100" < check.code < "RS2" else check.evaluate(facts)) for check in CHECKS]
     setup = setup_of(facts)
     return found + [(Check(issue.id, issue.title, lambda _: ok("")), _issue(issue, setup)) for issue in met_by(setup)]
 

@@ -16,7 +16,10 @@ STUCK_BUSY, STUCK_SHARE = 50, 10  # percent busy; and below a tenth of its clock
 
 
 def readable(facts: Facts) -> Finding:
-    """A read that never comes back is a driver that hangs."""
+    """A read that never comes back is a driver that hangs. What cannot be made sense of is told too."""
+    if facts.broken:
+        said = "; ".join(f"{name}: {why}" for name, why in sorted(facts.broken.items()))
+        return (fail if "files" in facts.broken else warn)(f"this could not be made out ({said}); please tell us")
     if "files" not in facts.late:
         return ok("this machine's files answer")
     return fail(
