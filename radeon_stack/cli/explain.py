@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from radeon_stack.catalog.sizes import format_size
-from radeon_stack.cli.run import drafted_from, plan_options
+from radeon_stack.cli.run import drafted_from, plan_options, resume_options
 from radeon_stack.errors import Exit
 from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.launch.planner import NO_CONTAINER
@@ -22,6 +22,7 @@ SIZES = ("memory", "shm")
 @click.command()
 @click.argument("recipe", required=False)
 @plan_options
+@resume_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def explain(as_json: bool, **options: Any) -> int:
     """Why a run would be launched as it would.

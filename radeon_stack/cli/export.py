@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from radeon_stack import atomic
+from radeon_stack.catalog.load import read
 from radeon_stack.cli.run import drafted_from, plan_options
 from radeon_stack.errors import Exit, UsageError
 from radeon_stack.launch.exports import FORMS
@@ -31,16 +32,17 @@ def export(recipe: str, form: str, output: str | None, dry_run: bool, as_json: b
       radeon-stack export train-llama --preset demo --as compose -o ./mine && docker compose -f mine/compose.yaml up
       radeon-stack export train-llama --preset demo --as quadlet --dry-run
     """
-    folder = Path(output or f"{recipe}-{form}").absolute()
+    called = read(recipe).name
+    folder = Path(output or f"{called}-{form}").absolute()
     if not dry_run and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is not empty", where="--output")
     render, name = FORMS[form]
-    name = name.format(name=recipe)
+    name = name.format(name=called)
     store = RunStore(home())
     drafted, _ = drafted_from(store, recipe=recipe, at=Run(folder), cache=folder / "cache", **options)
     text = render(drafted.plan)
     if dry_run:
-        click.echo(text, nl=False)
+        click.echo(json.dumps({"file": str(folder / name), "text": text}) if as_json else text, nl=as_json)
         return Exit.OK
     (folder / "artifacts").mkdir(parents=True, exist_ok=True)
     (folder / "cache").mkdir(exist_ok=True)

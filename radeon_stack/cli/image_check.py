@@ -15,8 +15,8 @@ from radeon_stack.catalog.sizes import format_size
 from radeon_stack.cli.image import size_of
 from radeon_stack.codeobjects.report import Audit, audit
 from radeon_stack.codeobjects.sources import entries, tar
-from radeon_stack.errors import CheckError
-from radeon_stack.host.bundle import opened
+from radeon_stack.errors import CheckError, UsageError
+from radeon_stack.host.bundle import is_here, opened
 from radeon_stack.host.engines import require_engine
 from radeon_stack.host.machine import probe
 from radeon_stack.images.contents import Contents, exported, image_contents, layers, read_contents
@@ -111,6 +111,8 @@ def verify(image: str, on_gpu: bool, sysroot: str, dry_run: bool, as_json: bool)
       radeon-stack image verify radeon-stack/train:cpu
       radeon-stack image verify radeon-stack/train:rocm7.1.1-gfx1201 --on-gpu
     """
+    if not dry_run and not is_here(sysroot):
+        raise UsageError("an image is verified on this machine", where="--sysroot", remedy="add --dry-run")
     require_engine()
     with opened(sysroot) as place:
         plan = verification_plan(local_image(image), probe(place), place, on_gpu=on_gpu)

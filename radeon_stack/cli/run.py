@@ -11,11 +11,12 @@ from typing import Any
 import click
 
 from radeon_stack.catalog.load import Effective, read, resolve
-from radeon_stack.errors import Exit
-from radeon_stack.host.bundle import opened
+from radeon_stack.errors import Exit, UsageError
+from radeon_stack.host.bundle import is_here, opened
 from radeon_stack.launch.circumstances import Asked, find_out
 from radeon_stack.launch.engine import engine_named
-from radeon_stack.launch.launcher import Draft, detach, draft, paste_lines, resumable, write_records
+from radeon_stack.launch.launcher import Draft, detach, draft, paste_lines, read_plan, resumable, write_records
+from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.launch.supervise import carry_out
 from radeon_stack.runs.outcome import Outcome, recorded
 from radeon_stack.runs.store import Run, RunStore, home
@@ -23,29 +24,41 @@ from radeon_stack.runs.summary import lines, summary
 from radeon_stack.runs.view import view_for
 from radeon_stack.text import print_line
 
+Command = Callable[..., Any]
 
-def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that decide a plan; `run` and `explain` share them."""
-    for option in reversed(
-        [
-            click.option("--preset", metavar="NAME", help="A preset of the recipe, such as demo."),
-            click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="A value: train.steps=50."),
-            click.option("--model", metavar="PATH", help="The model's folder."),
-            click.option("--data", metavar="FILE", help="A .jsonl or .parquet file of 'messages' or 'text' rows."),
-            click.option(
-                "--engine", type=click.Choice(["auto", "docker", "local"]), default=None, help="Default: auto."
-            ),
-            click.option("--image", metavar="REF", help="A particular image instead of the newest that fits."),
-            click.option("--resume", metavar="RUN", help="Continue a run from its last checkpoint ('last' works)."),
-            click.option("--after-fault", is_flag=True, help="With --resume: though its GPU faulted in this boot."),
-            click.option("--gpus", metavar="WHICH", help="0,2 or all or gfx1201 or '>=24GiB'. Default: free ones."),
-            click.option("--share", is_flag=True, help="Have the GPUs together with other runs."),
-            click.option(
-                "--without", multiple=True, metavar="RS-KI-…", help="Leave this known issue's mitigation out."
-            ),
-            click.option("--sysroot", metavar="DIR", default="/", help="Look at this tree as the machine."),
-        ]
-    ):
+
+def plan_options(command: Command) -> Command:
+    """The options that decide a plan."""
+    return _with(
+        command,
+        click.option("--preset", metavar="NAME", help="A preset of the recipe, such as demo."),
+        click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="A value: train.steps=50."),
+        click.option("--model", metavar="PATH", help="The model's folder."),
+        click.option("--data", metavar="FILE", help="A .jsonl or .parquet file of 'messages' or 'text' rows."),
+        click.option("--engine", type=click.Choice(["auto", "docker", "local"]), default=None, help="Default: auto."),
+        click.option("--image", metavar="REF", help="A particular image instead of the newest that fits."),
+        click.option("--gpus", metavar="WHICH", help="0,2 or all or gfx1201 or '>=24GiB'. Default: free ones."),
+        click.option("--share", is_flag=True, help="Have the GPUs together with other runs."),
+        click.option("--without", multiple=True, metavar="RS-KI-…", help="Leave this known issue's mitigation out."),
+        click.option("--sysroot", metavar="DIR", default="/", help="Look at this tree as the machine."),
+    )
+
+
+def resume_options(command: Command) -> Command:
+    """The options that take up a run in place of a recipe."""
+    return _with(
+        command,
+        click.option(
+            "--resume",
+            metavar="RUN",
+            help="Continue a run ('last' works) from its last checkpoint, on GPUs chosen anew.",
+        ),
+        click.option("--after-fault", is_flag=True, help="With --resume: though its GPU faulted in this boot."),
+    )
+
+
+def _with(command: Command, *options: Callable[[Command], Command]) -> Command:
+    for option in reversed(options):
         command = option(command)
     return command
 
@@ -53,6 +66,7 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command()
 @click.argument("recipe", required=False)
 @plan_options
+@resume_options
 @click.option("--dry-run", is_flag=True, help="Print the commands that would be run, and do nothing.")
 @click.option("--detach", "detached", is_flag=True, help="Start it and come back; watch it with: runs attach.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout at the end; progress on stderr.")
@@ -66,6 +80,8 @@ def run(dry_run: bool, detached: bool, as_json: bool, **options: Any) -> int:
       radeon-stack run train-llama --preset demo --engine docker --dry-run
       radeon-stack run --resume last
     """
+    if not dry_run and not is_here(options["sysroot"]):
+        raise UsageError("a run for another machine can only be looked at", where="--sysroot", remedy="add --dry-run")
     store = RunStore(home())
     drafted, why = drafted_from(store, **options)
     if dry_run:
@@ -96,8 +112,8 @@ def drafted_from(
     data: str | None,
     engine: str | None,
     image: str | None,
-    resume: str | None,
-    after_fault: bool,
+    resume: str | None = None,
+    after_fault: bool = False,
     gpus: str | None,
     share: bool,
     without: tuple[str, ...],
@@ -115,6 +131,10 @@ def drafted_from(
         effective = resumable(resumed, after_fault=after_fault)
         status = resumed.status()
         engine = engine or (status.engine if status else None)
+        before = _plan_before(resumed)
+        if before is not None:
+            image = image or (before.image if engine == before.engine else None)
+            share, without = share or before.shared, without or before.without
     elif recipe is None:
         raise click.UsageError("which recipe? see: radeon-stack list")
     else:
@@ -128,6 +148,13 @@ def drafted_from(
     with opened(sysroot) as place:
         here = find_out(effective, place, asked, store.home)
         return draft(effective, here, store, resumed or at, resume=resumed is not None, cache=cache), here.choice.why
+
+
+def _plan_before(run: Run) -> LaunchPlan | None:
+    try:
+        return read_plan(run)
+    except UsageError:
+        return None
 
 
 def end(run: Run, outcome: Outcome, as_json: bool) -> int:

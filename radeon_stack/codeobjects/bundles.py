@@ -105,8 +105,9 @@ def _compressed(data: memoryview, offset: int) -> Bundle:
     total = fields[2] if version > 1 else len(data) - offset
     if not layout.size <= total <= len(data) - offset:
         raise UsageError("a compressed offload bundle tells of more bytes than there are")
-    body = data[offset + layout.size : offset + total]
-    name, head_bytes, used = _inflate(body, method, uncompressed)
+    # Let go also when it raises: a mapped file cannot be closed under a view of it.
+    with data[offset + layout.size : offset + total] as body:
+        name, head_bytes, used = _inflate(body, method, uncompressed)
     entries = _entries(head_bytes)
     if any(start + size > uncompressed for start, size, _ in entries):
         raise UsageError("an offload bundle tells of code beyond its end")

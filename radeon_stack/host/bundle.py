@@ -155,13 +155,18 @@ def _engine(facts: Facts, engine: EngineProbe) -> dict[str, Any]:
     }
 
 
+def is_here(told: str) -> bool:
+    """Does `--sysroot` mean this machine itself?"""
+    return bool(told) and os.path.realpath(told) == os.path.realpath("/")
+
+
 @contextmanager
 def opened(told: str) -> Iterator[Sysroot]:
     """The sysroot of `--sysroot`: a folder as it is, a bundle unpacked for as long as it is looked at."""
     if not told:
         raise UsageError("is empty", where="--sysroot", remedy="a folder, or a file of: doctor --bundle FILE")
     place = Path(told)
-    if os.path.realpath(place) == os.path.realpath("/"):
+    if is_here(told):
         yield Sysroot()
     elif place.is_dir():
         if not any((place / name).exists() for name in ("sys", "proc", OVERLAY)):

@@ -78,7 +78,7 @@ def _windows_gpu(asked: str | None) -> Gpu:
 
 
 def _numbers(asked: str | None) -> list[int] | None:
-    if asked is None or not re.fullmatch(r"\d{1,4}(,\d{1,4})*", asked):
+    if asked is None or not re.fullmatch(r"[0-9]{1,4}(,[0-9]{1,4})*", asked):
         return None
     return [int(number) for number in asked.split(",")]
 

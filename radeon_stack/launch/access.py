@@ -41,7 +41,7 @@ def container_access(machine: Machine, gpus: tuple[Gpu, ...], engine: EngineProb
         raise MachineError(
             "Docker Desktop runs containers in a virtual machine of its own, which has no /dev/kfd",
             where="--engine docker",
-            remedy="use the machine's own engine: docker context use default, or --engine local",
+            remedy="use the machine's own engine: export DOCKER_HOST=unix:///var/run/docker.sock, or --engine local",
         )
     devices, why_devices = _devices(machine, gpus, engine, cdi_devices(sysroot), sysroot)
     nodes = [] if machine.wsl else [_node(machine, path) for path in _paths(gpus)]
@@ -83,6 +83,8 @@ def local_env(machine: Machine, gpus: tuple[Gpu, ...]) -> tuple[tuple[tuple[str,
     counted = [gpu for gpu in machine.gpus if gpu.render_node in machine.nodes]
     numbers = ",".join(str(counted.index(gpu)) for gpu in gpus)
     reason = "the chosen GPUs, by their place in the kernel's order; no other variable counts on top of it"
+    if not gpus:
+        reason = "none: the recipe takes no GPU"
     return ((first, numbers, reason),), tuple(others)
 
 

@@ -52,8 +52,10 @@ def find_out(effective: Effective, sysroot: Sysroot, asked: Asked, home: Path) -
     )
     choice = choose(effective, selection, asked.engine, asked.image)
     _require_same_gfx(selection, choice)
-    found = mitigations(setup(machine, selection, choice), asked.without)
-    return Circumstances(machine, selection, choice, found, asked.without, asked.shared, sysroot)
+    where = setup(machine, selection, choice)
+    found = mitigations(where, asked.without)
+    left_out = tuple(one.id for one in mitigations(where) if one.id in asked.without)
+    return Circumstances(machine, selection, choice, found, left_out, asked.shared, sysroot)
 
 
 def setup(machine: Machine, selection: Selection, choice: Choice) -> Setup:

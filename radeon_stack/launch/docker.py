@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -93,7 +94,8 @@ class DockerEngine:
 
 
 def container_name(plan: LaunchPlan) -> str:
-    return f"radeon-stack-{plan.run_id}"
+    """Engines take letters, digits and `_.-` only."""
+    return "radeon-stack-" + re.sub(r"[^A-Za-z0-9_.-]", "-", plan.run_id)
 
 
 def create(engine: Any, plan: LaunchPlan) -> Container:
@@ -140,6 +142,7 @@ def container_config(plan: LaunchPlan, version: str) -> dict[str, Any]:
             user=plan.user,
             labels=dict(plan.labels),
             stop_signal="SIGTERM",
+            stop_timeout=plan.stop_seconds,
             host_config=host,
         )
     )
@@ -173,6 +176,7 @@ def run_arguments(plan: LaunchPlan) -> list[str]:
         ("--env", str, plan.secrets),
         ("--label", "=".join, plan.labels),
         ("--stop-signal", str, ("SIGTERM",)),
+        ("--stop-timeout", str, (plan.stop_seconds,)),
     ]
     for flag, text, values in pairs:
         for value in values:
@@ -198,7 +202,7 @@ def secret_values(plan: LaunchPlan) -> dict[str, str]:
 def _mount_flag(mount: Any) -> str:
     # docker reads this flag as CSV: a comma in a path needs quotes around its field.
     fields = ["type=bind", f"source={mount.source}", f"target={mount.target}", *(["readonly"] * mount.read_only)]
-    return ",".join(f'"{field}"' if "," in field or '"' in field else field for field in fields)
+    return ",".join('"' + f.replace('"', '""') + '"' if "," in f or '"' in f else f for f in fields)
 
 
 @contextmanager

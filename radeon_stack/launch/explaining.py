@@ -18,10 +18,14 @@ NEXT_ORDER = 1  # added to the seed of the data's order: a fault comes again at 
 SEED = "config.train.data_seed"
 
 
-def explained(outcome: Outcome, log: Path, boot: str) -> Outcome:
-    """The outcome with the cause that its log shows nearest, when one is known; `boot` in which the run was started."""
+def explained(outcome: Outcome, log: Path, *, boot: str, begins: int = 0) -> Outcome:
+    """The outcome with the cause that its log shows nearest, when one is known.
+
+    `boot` in which the attempt was started, `begins` where its part of the log begins: earlier attempts' are before.
+    """
     try:
         with log.open("rb") as stream:
+            stream.seek(begins)
             found = causes(diagnose(stream))
     except OSError:
         return outcome

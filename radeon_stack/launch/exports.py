@@ -52,6 +52,7 @@ def compose(plan: LaunchPlan) -> str:
         "tmpfs": list(plan.tmpfs),
         "init": plan.init,
         "labels": {name: _escaped(value) for name, value in plan.labels},
+        "stop_signal": "SIGTERM",
         "stop_grace_period": f"{plan.stop_seconds}s",
         "restart": "no",
     }
@@ -70,7 +71,7 @@ def quadlet(plan: LaunchPlan) -> str:
         f"--memory-swap={plan.memory}",
         f"--ipc={plan.ipc}",
     ]
-    extra += [f"--shm-size={plan.shm}", f"--stop-timeout={plan.stop_seconds}"]
+    extra += [f"--shm-size={plan.shm}", "--stop-signal=SIGTERM", f"--stop-timeout={plan.stop_seconds}"]
     extra += [f"--group-add={group}" for group in plan.groups]
     extra += [f"--env={name}" for name in plan.secrets]
     extra += ["--security-opt=label=disable"] if "label=disable" in plan.security else []
@@ -92,7 +93,15 @@ def quadlet(plan: LaunchPlan) -> str:
         *(("Label", _words([f"{name}={value}"])) for name, value in plan.labels),
         ("PodmanArgs", " ".join(extra)),
     ]
-    lines = [f"# {_about(plan)}", "[Unit]", f"Description={_about(plan)}", "", "[Container]"]
+    foreign = f"# its image is docker's; give it to podman first: docker save {plan.image} | podman load"
+    lines = [
+        f"# {_about(plan)}",
+        *([foreign] if plan.client == "docker" else []),
+        "[Unit]",
+        f"Description={_about(plan)}",
+        "",
+        "[Container]",
+    ]
     lines += [f"{key}={_unit(value)}" for key, value in keys]
     secrets = [f"PassEnvironment={name}" for name in plan.secrets]
     return "\n".join([*lines, "", "[Service]", "Restart=no", "TimeoutStopSec=" + str(plan.stop_seconds), *secrets, ""])
@@ -103,7 +112,10 @@ FORMS = {"shell": (shell, "run.sh"), "compose": (compose, "compose.yaml"), "quad
 
 def _about(plan: LaunchPlan) -> str:
     recipe = dict(plan.labels).get("radeon-stack.recipe", plan.run_id)
-    return f"{recipe}, written by radeon-stack export; it runs without radeon-stack"
+    alone = (
+        "it runs without radeon-stack" if plan.image else f"it runs with the Python that wrote it: {plan.command[0]}"
+    )
+    return f"{recipe}, written by radeon-stack export; {alone}"
 
 
 def _require_image(plan: LaunchPlan) -> None:
@@ -174,4 +186,4 @@ def _nested(value: Any, indent: int, *, of_list: bool = False) -> str:
 def _scalar(value: Any) -> str:
     if isinstance(value, str) and PLAIN.fullmatch(value) and value.lower() not in WORDS:
         return value
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def model_folder(model: str, *, where: str) -> Path | None:
     """
     if model.startswith(PACKAGE_PREFIX):
         return None
-    folder = Path(model).expanduser().absolute()
+    folder = Path(os.path.abspath(Path(model).expanduser()))
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing there"
         raise UsageError(
@@ -37,7 +38,7 @@ def data_file(dataset: str, *, where: str) -> Path | None:
     """The absolute path of a data file, or None for the data set that travels with us."""
     if dataset == BIRTHDAY:
         return None
-    path = Path(dataset).expanduser().absolute()
+    path = Path(os.path.abspath(Path(dataset).expanduser()))
     if path.suffix not in DATA_SUFFIXES:
         raise UsageError(
             f"found '{dataset}'; allowed: '{BIRTHDAY}', or a file ending in {' or '.join(DATA_SUFFIXES)}", where=where

@@ -27,6 +27,7 @@ class LocalEngine:
 
     def start(self, plan: LaunchPlan) -> Handle:
         with (Path(plan.run_dir) / "log.txt").open("ab") as log:
+            begins = log.tell()
             try:
                 child = subprocess.Popen(
                     plan.command,
@@ -42,7 +43,7 @@ class LocalEngine:
                 ) from error
         self._children[child.pid] = child
         process = Process.of(child.pid)
-        return {"pid": child.pid, "started": process.started if process else 0}
+        return {"pid": child.pid, "started": process.started if process else 0, "log_begins": begins}
 
     def logs(self, handle: Handle) -> None:
         # Its output goes straight to log.txt, also when nobody is attached.

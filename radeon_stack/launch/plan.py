@@ -23,8 +23,8 @@ class LaunchPlan:
 
     `memory` and `shm` are bytes, `gpus` PCI addresses (of a partition with its number); `shared` that others may have
     them too. `client` is the command line that speaks to the engine: docker or podman. `unset` are variables that the
-    workload must not see. A field that an engine has no use for is empty, and its reason says so. `reasons` has one for
-    each field, and may have more: `env.NAME`, `mounts.TARGET`.
+    workload must not see, `without` known issues that are not looked after. A field that an engine has no use for is
+    empty, and its reason says so. `reasons` has one for each field, and may have more: `env.NAME`, `mounts.TARGET`.
     """
 
     run_id: str
@@ -37,6 +37,7 @@ class LaunchPlan:
     command: tuple[str, ...]
     env: tuple[tuple[str, str], ...]
     unset: tuple[str, ...]
+    without: tuple[str, ...]
     secrets: tuple[str, ...]
     mounts: tuple[Mount, ...]
     devices: tuple[str, ...]

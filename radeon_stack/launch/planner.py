@@ -50,10 +50,9 @@ def plan(
     else:
         values |= _no_container()
         env.add_local(here)
-    left_out = f"; left out: {', '.join(here.without)}" if here.without else ""
     values["env"] = (
         tuple(sorted(env.values.items())),
-        "the recipe's, where caches are, and what known issues ask for" + left_out,
+        "the recipe's, where caches are, and what known issues ask for",
     )
     values["unset"] = (env.unset, "would change what was decided here" if env.unset else "nothing has to be hidden")
     reasons = {name: reason for name, (_, reason) in values.items()}
@@ -163,6 +162,10 @@ def _common(effective: Effective, here: Circumstances, run_id: str, run_dir: Pat
             f"{cards}; {here.selection.why}" if gpus else here.selection.why,
         ),
         "shared": (here.shared, "asked for" if here.shared else "one run has a card at a time"),
+        "without": (
+            here.without,
+            "known issues that you leave out" if here.without else "what known issues of this setup ask for is set",
+        ),
         "secrets": (effective.recipe.secrets, "passed on by name; their values are in no plan, log or report"),
         "stop_seconds": (STOP_SECONDS, "time to end its step and save before it is killed"),
     }

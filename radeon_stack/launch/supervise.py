@@ -178,7 +178,8 @@ def _take_down(run: Run, engine: Engine) -> Outcome:
         remedy = "free some room, then continue: radeon-stack run --resume last"
         outcome = Outcome(State.FAILED, Exit.WORKLOAD, "the disk is full", str(run.path), remedy)
     elif outcome.state in (State.FAILED, State.LOST) and outcome.exit_code == Exit.WORKLOAD:
-        outcome = explained(outcome, run.log, status.boot)
+        begins = status.handle.get("log_begins", 0)
+        outcome = explained(outcome, run.log, boot=status.boot, begins=begins if isinstance(begins, int) else 0)
     return _record(run, outcome)
 
 

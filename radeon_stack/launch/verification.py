@@ -49,6 +49,7 @@ def verification_plan(image: Any, machine: Machine, sysroot: Sysroot, *, on_gpu:
         "command": ((*command, "--on-gpu") if on_gpu else command, "the image's own verification"),
         "env": (tuple(sorted(env.items())), "no hub without a network; and what known issues ask for, as in a run"),
         "unset": ((), "nothing has to be hidden"),
+        "without": ((), "no known issue is left out"),
         "secrets": ((), "none are needed"),
         "mounts": ((), "nothing of the host is needed"),
         "memory": (min(MEMORY, machine.memory), "imports and small tensors"),

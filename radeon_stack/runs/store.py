@@ -125,9 +125,12 @@ class Run:
 def home(environ: dict[str, str] | None = None) -> Path:
     """The home folder: `RADEON_STACK_HOME`, else `radeon-stack` in the XDG data folder."""
     env = os.environ if environ is None else environ
-    if chosen := env.get(HOME_VARIABLE):
-        return Path(chosen).expanduser().absolute()
-    data = env.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    try:
+        if chosen := env.get(HOME_VARIABLE):
+            return Path(chosen).expanduser().absolute()
+        data = env.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    except RuntimeError as error:  # no such user, or one without a home
+        raise UsageError(f"no home folder: {error}", where=HOME_VARIABLE, remedy=f"{HOME_VARIABLE}=DIR") from error
     return Path(data) / "radeon-stack"
 
 
@@ -143,7 +146,8 @@ class RunStore:
 
     def new(self, recipe: str) -> Run:
         """A run with an id of its own; nothing is made on disk yet."""
-        return Run(self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe}-{secrets.token_hex(2)}")
+        name = re.sub(r"[^a-z0-9-]+", "-", recipe.lower()).strip("-") or "recipe"
+        return Run(self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{secrets.token_hex(2)}")
 
     def __iter__(self) -> Iterator[Run]:
         """Runs, oldest first."""

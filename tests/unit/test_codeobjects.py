@@ -112,6 +112,16 @@ def test_a_damaged_bundle_gives_a_result_or_an_error_and_never_hangs(
     assert time.monotonic() - started < QUICK_SECONDS
 
 
+def test_a_library_whose_bundle_is_refused_is_let_go(tmp_path: Path) -> None:
+    """A view of it that was left in the error kept the mapped file from being closed."""
+    whole = bytearray(elf(packed({"gfx942": b"12"}, "zstd-2")))
+    whole[whole.index(b"CCOB") + 6] = 9
+    path = tmp_path / "lib.so"
+    path.write_bytes(whole)
+    with pytest.raises(UsageError, match="compressed by method 9"):
+        looked(path)
+
+
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(TARGETS, st.data())
 def test_a_damaged_library_gives_a_result_or_an_error(

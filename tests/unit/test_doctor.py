@@ -327,7 +327,9 @@ def test_mitigations_are_in_the_plan_with_their_reason_and_can_be_left_out(cli: 
     assert fields["env"]["items"]["NCCL_P2P_DISABLE"].startswith("RS-KI-004: peer-to-peer")
     left_out = cli(*words, *more, "--without", "RS-KI-004").json["fields"]
     assert "NCCL_P2P_DISABLE" not in dict(left_out["env"]["value"])
-    assert left_out["env"]["reason"].endswith("left out: RS-KI-004")
+    assert left_out["without"]["value"] == ["RS-KI-004"]
+    idle = cli(*words, *more, "--without", "RS-KI-018").json["fields"]  # asks for no variable
+    assert idle["without"]["value"] == []
     assert cli(*words, "--without", "RS-KI-4").code == Exit.USAGE
 
 

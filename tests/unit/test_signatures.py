@@ -147,18 +147,18 @@ def test_a_failed_run_ends_with_the_cause_that_its_log_shows(tmp_path: Path) -> 
     log = tmp_path / "log.txt"
     log.write_bytes(excerpt("RS-ER-014"))
     before = Outcome(State.FAILED, Exit.WORKLOAD, "the workload ended with exit code 1 and said no reason")
-    after = explained(before, log, BOOT)
+    after = explained(before, log, boot=BOOT)
     assert after.what == "GPU memory is full" and after.diagnosis is not None and not after.diagnosis.boot
     assert "978.00 MiB" in after.diagnosis.evidence and "batch_size" in after.remedy
     log.write_text("nothing that we know\n")
-    assert explained(before, log, BOOT) == before
-    assert explained(before, tmp_path / "none", BOOT) == before
+    assert explained(before, log, boot=BOOT) == before
+    assert explained(before, tmp_path / "none", boot=BOOT) == before
 
 
 def test_after_a_gpu_fault_a_reboot_comes_first_and_then_another_order_of_the_data(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     log.write_bytes(excerpt("RS-ER-001"))
-    fault = explained(Outcome(State.FAILED, Exit.WORKLOAD), log, boot_id(Sysroot()))
+    fault = explained(Outcome(State.FAILED, Exit.WORKLOAD), log, boot=boot_id(Sysroot()))
     assert fault.diagnosis is not None and fault.diagnosis.boot
     status = Status(state=State.FAILED, recipe="train-llama", engine="local", started=0.0, diagnosis=fault.diagnosis)
     with pytest.raises(MachineError, match=r"GPU fault \(RS-ER-001\).*reboot"):
@@ -197,6 +197,15 @@ def test_a_crash_in_native_code_is_told_by_the_function_that_it_happened_in(tmp_
     status = run.status()
     assert status is not None and status.diagnosis == outcome.diagnosis and status.boot == boot_id(Sysroot())
     assert "RS-ER-021" in run.report.read_text()
+
+
+def test_a_resumed_run_is_diagnosed_by_its_own_part_of_the_log(tmp_path: Path) -> None:
+    """The fault of an attempt before is told no more: it would ask for a reboot again and again."""
+    run, plan = run_of(tmp_path, sys.executable, "-c", "raise SystemExit('something else')")
+    run.log.write_bytes(excerpt("RS-ER-001"))
+    outcome = carry_out(run, plan, lambda event: None, lambda text: None)
+    assert outcome.exit_code == Exit.WORKLOAD and outcome.diagnosis is None
+    assert "something else" in run.log.read_text()
 
 
 def test_a_fault_that_took_the_machine_down_is_known_by_the_boot_before(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from radeon_stack.catalog.sizes import format_size
 from radeon_stack.catalog.versions import version
 from radeon_stack.host.checks.finding import Check, Finding, Fix, as_root, fail, ok, skipped, warn
+from radeon_stack.host.engines import STANDARD, EngineProbe
 from radeon_stack.host.facts import Facts
 from radeon_stack.host.gpus import Gpu
 from radeon_stack.host.machine import KFD
@@ -19,10 +20,14 @@ PODMAN_SOCKET = (
     "systemctl --user enable --now podman.socket",
     "export DOCKER_HOST=unix:///run/user/$(id -u)/podman/podman.sock",
 )
+DOCKER_SOCKET = "export DOCKER_HOST=unix:///var/run/docker.sock"
+# What a distribution has of its own, by the words of its ID and ID_LIKE; RHEL and its kin have podman.
 INSTALL = {
     "debian": "apt-get install -y docker.io",
     "ubuntu": "apt-get install -y docker.io",
     "fedora": "dnf install -y moby-engine",
+    "rhel": "dnf install -y podman",
+    "centos": "dnf install -y podman",
     "arch": "pacman -S --needed docker",
     "suse": "zypper install -y docker",
 }
@@ -40,17 +45,23 @@ def answers(facts: Facts) -> Finding:
     if engine.answers:
         return ok(f"{engine.what} at {engine.address}")
     if engine.denied:
-        join = Fix(
-            ("usermod", "-aG", "docker", facts.machine.user.name), ("gpasswd", "-d", facts.machine.user.name, "docker")
-        )
-        return fail(
-            f"{engine.why_not}; after joining the group docker, log out and in again. Its members can become root",
-            as_root(facts, "usermod -aG docker $USER"),
-            fixes=(join,) if facts.machine.user.name else (),
-        )
+        return _denied(facts, engine)
     if facts.packages_missing == ():
         return warn(f"{engine.why_not}; --engine local works without one", *_bring_up(facts), fixes=_fixes(facts))
     return fail(engine.why_not, *_bring_up(facts), fixes=_fixes(facts))
+
+
+def _denied(facts: Facts, engine: EngineProbe) -> Finding:
+    """Docker's socket belongs to a group whose members can become root: joining it is left to a person."""
+    if "podman" in engine.address:
+        return fail(f"{engine.why_not}: that podman is root's; yours is another socket", *PODMAN_SOCKET)
+    member = facts.groups.get("docker")
+    if member is not None and facts.machine.user.name in member.members:
+        return fail(f"{engine.why_not}; you are in the group docker, and this login is older", "newgrp docker")
+    return fail(
+        f"{engine.why_not}; after joining the group docker, log out and in again. Its members can become root",
+        as_root(facts, "usermod -aG docker $USER"),
+    )
 
 
 def api(facts: Facts) -> Finding:
@@ -73,6 +84,11 @@ def buildkit(facts: Facts) -> Finding:
     """
     if facts.engine is None or not facts.engine.answers:
         return skipped(NO_ENGINE)
+    if facts.engine.product == "podman":
+        return warn(
+            "podman's socket has no BuildKit: it runs images, and pulls them; a rendered folder it may build by itself",
+            "radeon-stack pull",
+        )
     if facts.buildkit is None:
         return skipped("not known")
     if not facts.buildkit:
@@ -92,10 +108,11 @@ def rootless(facts: Facts) -> Finding:
         return skipped(NO_ENGINE)
     if engine.desktop:
         said = "Docker Desktop runs containers in a virtual machine, which has no /dev/kfd"
-        return fail(said, "docker context use default") if facts.machine.gpus else warn(said)
+        return fail(said, DOCKER_SOCKET, *_bring_up(facts)) if facts.machine.gpus else warn(said)
     if not engine.rootless:
         return ok("with root: containers are given the device nodes' groups by number")
-    closed = [node for path, node in facts.machine.nodes.items() if path == KFD and node.mode & 0o006 != 0o006]
+    needed = [node for path, node in facts.machine.nodes.items() if path == KFD or "/renderD" in path]
+    closed = [node for node in needed if node.mode & 0o006 != 0o006]
     asked = (version(engine.version) or ()) >= (version(ANNOTATIONS) or ())
     if engine.product == "podman" and closed and not asked and not facts.keeps_groups:
         return fail(
@@ -175,21 +192,31 @@ def _generate(gpu: Gpu) -> str:
 
 
 def _bring_up(facts: Facts) -> tuple[str, ...]:
-    """What is installed is started; where nothing is, Docker is installed first."""
+    """What is installed is started; where nothing is, an engine is installed first."""
+    told = facts.environment.get("DOCKER_HOST", "")
+    if told and told != STANDARD and "podman" not in told:
+        return ("unset DOCKER_HOST",)  # somebody pointed us elsewhere: that comes first
     if "dockerd" in facts.programs:
-        return _service(facts, "start" if facts.engine and facts.engine.absent else "restart")
-    if "podman" in facts.programs and facts.systemd:
-        if facts.machine.user.uid == 0:
-            return "systemctl enable --now podman.socket", "export DOCKER_HOST=unix:///run/podman/podman.sock"
-        return PODMAN_SOCKET
+        return _service(facts, "start" if facts.engine is None or facts.engine.absent else "restart")
+    install = _install(facts)
+    if "podman" in facts.programs or any(command.endswith(" podman") for command in install):
+        return *(() if "podman" in facts.programs else install), *_podman_socket(facts)
     # Debian and its kin start the service when they install it; a start more does no harm.
-    return *_install(facts), *_service(facts, "start")
+    return (*install, *_service(facts, "start")) if install else ()
+
+
+def _podman_socket(facts: Facts) -> tuple[str, ...]:
+    if not facts.systemd:
+        return ("podman system service --time 0 &", "export DOCKER_HOST=unix:///run/podman/podman.sock")
+    if facts.machine.user.uid == 0:
+        return "systemctl enable --now podman.socket", "export DOCKER_HOST=unix:///run/podman/podman.sock"
+    return PODMAN_SOCKET
 
 
 def _install(facts: Facts) -> tuple[str, ...]:
     """How this distribution installs Docker; nothing where that is not known."""
-    for name, command in INSTALL.items():
-        if name in facts.distribution.split():
+    for word in facts.distribution.split():
+        if command := INSTALL.get(word):
             first = (as_root(facts, "apt-get update"),) if command.startswith("apt-get") else ()
             return (*first, as_root(facts, command))
     return ()
@@ -197,8 +224,8 @@ def _install(facts: Facts) -> tuple[str, ...]:
 
 def _plugin(facts: Facts) -> tuple[str, ...]:
     """The install command again, for the builder: newer clients have it in a package of its own."""
-    for name, command in INSTALL.items():
-        if name in facts.distribution.split():
+    for word in facts.distribution.split():
+        if command := INSTALL.get(word):
             return (as_root(facts, f"{command.rpartition(' ')[0]} docker-buildx"),)
     return ()
 

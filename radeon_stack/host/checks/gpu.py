@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from radeon_stack.host.checks.finding import Check, Finding, Fix, as_root, fail, ok, skipped, warn
 from radeon_stack.host.facts import Facts
 from radeon_stack.host.machine import DXG, KFD, WSL_FILES
@@ -11,6 +13,7 @@ NONE = "no AMD GPU in this machine"
 NO_NODES = "no GPU that ROCm sees"
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 VISIBILITY = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
+EXPANDABLE = re.compile(r"expandable_segments\s*:\s*true", re.IGNORECASE)
 VIRTUAL = ("QEMU", "VMware", "innotek", "Xen", "Microsoft Corporation", "Amazon EC2", "Google", "Parallels")
 STUCK_BUSY, STUCK_SHARE = 50, 10  # percent busy; and below a tenth of its clock
 
@@ -51,16 +54,19 @@ def driver(facts: Facts) -> Finding:
     """
     if not _expected(facts):
         return skipped(NONE if not facts.machine.wsl else "WSL2: the driver is Windows'")
-    unbound = [gpu for gpu in facts.machine.topology.pci if gpu.driver != "amdgpu"]
-    passed_on = [gpu for gpu in unbound if gpu.driver == "vfio-pci"]
+    cards = facts.machine.topology.pci
+    others = [gpu for gpu in cards if gpu.driver not in ("", "amdgpu")]
+    bare = [gpu for gpu in cards if not gpu.driver]
+    if cards and len(others) == len(cards):
+        passed_on = others[0].driver == "vfio-pci"
+        why = "is kept for a virtual machine (vfio-pci)" if passed_on else f"has the driver {others[0].driver}"
+        return warn(f"{others[0].address} {why}, with which ROCm does not work")
     if not facts.module:
         load = Fix(("modprobe", "amdgpu"), ("modprobe", "-r", "amdgpu"))
         return fail("the amdgpu module is not loaded", as_root(facts, "modprobe amdgpu"), fixes=(load,))
-    if passed_on:
-        return warn(f"{passed_on[0].address} is kept for a virtual machine (vfio-pci)")
-    if unbound and len(unbound) == len(facts.machine.topology.pci):
+    if bare and len(bare) + len(others) == len(cards):
         return fail(
-            f"amdgpu is loaded and has not taken {unbound[0].address}",
+            f"amdgpu is loaded and has not taken {bare[0].address}",
             as_root(facts, "dmesg | grep -i amdgpu | tail -20"),
         )
     version = f"AMD's package, {facts.machine.driver}" if facts.machine.driver else f"of Linux {facts.machine.kernel}"
@@ -163,7 +169,7 @@ def groups(facts: Facts) -> Finding:
         if g in names and user.name
     )
     said = f"not in {missing}, to which the device nodes belong; after joining, log out and in again"
-    commands = [as_root(facts, f"usermod -aG {missing} $USER")]
+    commands = _join(facts, lacking)
     rootful = facts.engine is not None and facts.engine.answers and not facts.engine.rootless
     if all(node.usable for node in nodes) or rootful:
         # A rootful engine gives containers the groups itself.
@@ -190,18 +196,31 @@ def override(facts: Facts) -> Finding:
         return ok("HSA_OVERRIDE_GFX_VERSION is not set")
     if not facts.machine.gpus:
         return warn(f"HSA_OVERRIDE_GFX_VERSION={value}, and there is no GPU", "unset HSA_OVERRIDE_GFX_VERSION")
-    names = ", ".join(sorted({gpu.gfx for gpu in facts.machine.gpus}))
+    names = {gpu.gfx for gpu in facts.machine.gpus}
+    if names == {_pretended(value)}:
+        return ok(f"HSA_OVERRIDE_GFX_VERSION={value} says what {min(names)} is, and changes nothing")
     return fail(
-        f"HSA_OVERRIDE_GFX_VERSION={value} makes ROCm take {names} for another GPU: wrong code, crashes",
+        f"HSA_OVERRIDE_GFX_VERSION={value} makes ROCm take {', '.join(sorted(names))} for another GPU: wrong code, "
+        "crashes (containers of ours do not inherit it)",
         "unset HSA_OVERRIDE_GFX_VERSION",
     )
+
+
+def _pretended(value: str) -> str:
+    """`gfx1151` of 11.5.1."""
+    numbers = value.split(".")
+    if len(numbers) != 3 or not all(number.isascii() and number.isdigit() and len(number) < 4 for number in numbers):
+        return ""
+    major, minor, stepping = (int(number) for number in numbers)
+    return f"gfx{major}{minor:x}{stepping:x}"
 
 
 def allocator(facts: Facts) -> Finding:
     """Options of PyTorch's allocator that ROCm does not have, or that make every allocation slow."""
     for name in ALLOCATOR:
-        if "expandable_segments" in facts.environment.get(name, ""):
-            return warn(f"{name} asks for expandable_segments, which ROCm does not have (RS-KI-013)", f"unset {name}")
+        if EXPANDABLE.search(facts.environment.get(name, "")):
+            said = "not there on ROCm before torch 2.11, and hangs with older drivers after it (RS-KI-013, RS-KI-022)"
+            return warn(f"{name} asks for expandable_segments: {said}", f"unset {name}")
     if facts.environment.get("PYTORCH_NO_HIP_MEMORY_CACHING"):
         name = "PYTORCH_NO_HIP_MEMORY_CACHING"
         return warn(f"{name} is set: each allocation goes to the driver, which is slow", f"unset {name}")
@@ -257,14 +276,24 @@ def iommu(facts: Facts) -> Finding:
     cards = [gpu for gpu in facts.machine.gpus if not gpu.integrated and gpu.partition is None]
     if len(cards) < 2:
         return skipped("one card: nothing goes from card to card")
-    if "iommu=pt" in facts.cmdline or "amd_iommu=off" in facts.cmdline or "iommu=off" in facts.cmdline:
-        return ok("iommu=pt")
-    add: tuple[str, ...] = ("sed -i 's/^GRUB_CMDLINE_LINUX=\"/&iommu=pt /' /etc/default/grub", "update-grub")
-    if "fedora" in facts.distribution.split():
-        add = ("grubby --update-kernel=ALL --args=iommu=pt",)
+    fine = [word for word in facts.cmdline if word in ("iommu=pt", "iommu=off", "amd_iommu=off")]
+    if fine:
+        return ok(f"the kernel was started with {fine[0]}")
+    words = facts.distribution.split()
+    grub = "sed -i 's/^GRUB_CMDLINE_LINUX=\"/&iommu=pt /' /etc/default/grub"
+    ways = {
+        "fedora": ("grubby --update-kernel=ALL --args=iommu=pt",),
+        "rhel": ("grubby --update-kernel=ALL --args=iommu=pt",),
+        "debian": (grub, "update-grub"),
+        "ubuntu": (grub, "update-grub"),
+        "arch": (grub, "grub-mkconfig -o /boot/grub/grub.cfg"),
+        "suse": (grub, "grub2-mkconfig -o /boot/grub2/grub.cfg"),
+    }
+    add = next((ways[word] for word in words if word in ways), ())
     return warn(
-        f"{len(cards)} cards, and the kernel was started without iommu=pt: transfers between them may hang",
-        *(as_root(facts, command) for command in (*add, "reboot")),
+        f"{len(cards)} cards, and the kernel was started without iommu=pt: transfers between them may hang"
+        + ("" if add else "; add it to the kernel's command line, and reboot"),
+        *(as_root(facts, command) for command in ((*add, "reboot") if add else ())),
     )
 
 
@@ -301,12 +330,20 @@ def _usable(facts: Facts, nodes: list[Node]) -> Finding:
     if not closed:
         return ok(", ".join(node.path for node in nodes) + ": open to you")
     said = f"{_owned(closed[0])} is not open to you"
+    if facts.machine.user.uid == 0:
+        return fail(f"{said}, though you are root: this is a container that was not given it")
     engine = facts.engine
     if engine is not None and engine.answers and not engine.rootless and not engine.desktop:
         return warn(f"{said}; containers of {engine.what} are given its group, only --engine local is not (RS109)")
+    return fail(f"{said} (RS109)", *_join(facts, sorted({node.gid for node in closed} - {0})))
+
+
+def _join(facts: Facts, gids: list[int]) -> list[str]:
+    """How to become a member; a group that has a number only is given a name first, as udev would have."""
     names = {group.gid: name for name, group in facts.groups.items()}
-    mine = _named(sorted({node.gid for node in closed} - {0}), names)
-    return fail(f"{said} (RS109)", *([as_root(facts, f"usermod -aG {mine} $USER")] if mine else []))
+    make = [f"groupadd --gid {gid} radeon{gid}" for gid in gids if gid not in names]
+    mine = ",".join(names.get(gid, f"radeon{gid}") for gid in gids)
+    return [as_root(facts, command) for command in (*make, *([f"usermod -aG {mine} $USER"] if gids else []))]
 
 
 def _named(gids: list[int], names: dict[int, str]) -> str:

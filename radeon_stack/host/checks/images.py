@@ -35,30 +35,37 @@ def driver_fits(facts: Facts) -> Finding:
 
 def gfx_supported(facts: Facts) -> Finding:
     """Is there a release of ROCm with code for this gfx, and is it the default one?"""
-    cards = [gpu for gpu in facts.machine.gpus if not gpu.integrated] or list(facts.machine.gpus)
-    if not cards:
+    if not facts.machine.gpus:
         return skipped(NO_CARD)
     known = load_platforms()
-    said, worst = [], ok
-    for gfx in dict.fromkeys(gpu.gfx for gpu in cards):
+    cards = [gpu.gfx for gpu in facts.machine.gpus if not gpu.integrated]
+    if not cards:
+        names = ", ".join(sorted({gpu.gfx for gpu in facts.machine.gpus}))
+        return skipped(f"only an integrated GPU ({names}): presets for the CPU work, --preset demo")
+    said, without = [], []
+    for gfx in dict.fromkeys(cards):
         having = [platform for platform in known.values() if platform.gfx == gfx]
         release = known.release_for(gfx)
         here = next((platform for platform in having if platform.rocm == release), None)
         if not having:
-            return fail(f"no release of ROCm that we know has code for {gfx}", "radeon-stack image list")
-        if here is None:
+            without.append(gfx)
+        elif here is None:
             said.append(f"{gfx}: not in ROCm {release}, in {', '.join(str(p.rocm) for p in having)}")
-            worst = warn
         else:
             said.append(f"{gfx}: ROCm {here.rocm}{'' if here.official else ', built, and in no matrix of AMD'}")
-    return worst("; ".join(said))
+    said += [f"{gfx}: in no release of ROCm that we know" for gfx in without]
+    if len(without) == len(set(cards)):
+        return fail("; ".join(said), "radeon-stack image list")
+    return warn("; ".join(said)) if without or "not in ROCm" in "; ".join(said) else ok("; ".join(said))
 
 
 def image_here(facts: Facts) -> Finding:
     """Has the engine an image to train in, for the GPU of this machine (or for the CPU)?"""
     if facts.images is None:
         return skipped("no engine answers (RS201)")
-    cards = [gpu for gpu in facts.machine.gpus if not gpu.integrated]
+    known = load_platforms()
+    supported = {platform.gfx for platform in known.values()}
+    cards = [gpu for gpu in facts.machine.gpus if not gpu.integrated and gpu.gfx in supported]
     if facts.machine.wsl:
         return skipped("WSL2 does not tell which GPU it is: --gpus gfx1201 chooses image and card")
     if facts.machine.topology.pci and not facts.machine.gpus:
@@ -68,9 +75,13 @@ def image_here(facts: Facts) -> Finding:
         named = list(dict.fromkeys(image.name for image in mine))
         return ok(", ".join(named[:SHOWN]) + (f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""))
     arch = cards[0].gfx if cards else "cpu"
-    rocm = "" if arch == "cpu" else f"ROCM={load_platforms().release_for(arch)} "
+    rocm = "" if arch == "cpu" else f"ROCM={known.release_for(arch)} "
     if arch == "cpu" and facts.packages_missing == ():
         return ok("none for the CPU yet; --engine local works without one (make image ARCH=cpu builds one)")
+    if facts.engine is not None and facts.engine.product == "podman":
+        return warn(
+            f"the engine has no train image for {arch}, and builds none (RS203)", f"radeon-stack pull --arch {arch}"
+        )
     return warn(f"the engine has no train image for {arch}", f"make image {rocm}ARCH={arch}")
 
 
