@@ -215,8 +215,8 @@ def _pci(root: Path, card: Card) -> None:
     _write(root, f"{folder}/class", "0x120000\n" if card.version // 100 == 904 else "0x030000\n")
     _write(root, f"{folder}/numa_node", "-1\n" if card.version > 100000 else "0\n")
     if card.driver:
-        _write(root, "/sys/bus/pci/drivers/amdgpu/bind", "")
-        _link(root, f"{folder}/driver", "../../drivers/amdgpu")
+        _write(root, f"/sys/bus/pci/drivers/{card.driver}/bind", "")
+        _link(root, f"{folder}/driver", f"../../drivers/{card.driver}")
         whole = card.vram * (8 if card.partition == 0 else 1)
         _write(root, f"{folder}/mem_info_vram_total", f"{whole}\n")
         _write(root, f"{folder}/mem_info_vis_vram_total", f"{whole if card.heap == 1 else 256 << 20}\n")

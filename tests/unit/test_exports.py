@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -14,9 +15,10 @@ from typing import Any
 import pytest
 
 from radeon_stack.errors import Exit, UsageError
+from radeon_stack.launch.docker import run_command
 from radeon_stack.launch.exports import compose, quadlet, shell
 from radeon_stack.launch.plan import LaunchPlan, Mount
-from tests.conftest import Cli
+from tests.conftest import ROOT, Cli
 from tests.unit.test_launch import demo_plan
 
 NASTY = "a b'c\"d$HOME`e`,%h: #x"
@@ -71,6 +73,39 @@ def test_a_compose_file_says_what_the_plan_says(plan: LaunchPlan) -> None:
     assert [v.get("read_only", False) for v in service["volumes"]] == [m.read_only for m in plan.mounts]
     assert [*service["entrypoint"], *service["command"]] == list(plan.command)
     assert "privileged" not in service
+
+
+def test_a_path_of_any_letters_stays_one_path(tmp_path: Path) -> None:
+    """A quotation mark in docker's CSV, an emoji in YAML, blanks in a name."""
+    plan = demo_plan(tmp_path)
+    nasty = Mount('/m/q"uote, 😀', "/c", True)
+    reasons = {k: v for k, v in plan.reasons.items() if not k.startswith("mounts.")}
+    made = replace(plan, mounts=(nasty,), reasons=reasons, run_id="my run, the 2nd")
+    words = run_command(made)
+    (fields,) = csv.reader([words[words.index("--mount") + 1]])
+    assert fields == ["type=bind", f"source={nasty.source}", "target=/c", "readonly"]
+    assert words[words.index("--name") + 1] == "radeon-stack-my-run--the-2nd"
+    yaml = pytest.importorskip("yaml")
+    assert yaml.safe_load(compose(made))["services"]["run"]["volumes"][0]["source"] == nasty.source
+
+
+def test_how_long_it_may_take_to_stop_is_said_by_each(plan: LaunchPlan) -> None:
+    assert "--stop-timeout" in run_command(plan) and "--stop-timeout=120" in quadlet(plan)
+    assert "stop_grace_period: 120s" in compose(plan).replace('"', "")
+
+
+def test_a_quadlet_of_dockers_image_says_how_podman_gets_it(plan: LaunchPlan) -> None:
+    assert f"docker save {plan.image} | podman load" in quadlet(plan).splitlines()[1]
+    assert "podman load" not in quadlet(replace(plan, client="podman"))
+
+
+def test_a_recipe_by_its_path_is_exported_into_the_folder(cli: Cli, tmp_path: Path) -> None:
+    recipe = tmp_path / "My Recipe.toml"
+    recipe.write_text((ROOT / "recipes" / "train-llama.toml").read_text())
+    words = ("export", recipe, "--preset", "demo", "--engine", "local", "--as", "shell", "-o", tmp_path / "out")
+    assert cli(*words).code == Exit.OK and (tmp_path / "out" / "run.sh").exists()
+    shown = cli(*words[:-2], "--dry-run", "--json", cwd=tmp_path)
+    assert shown.json["file"].endswith("My Recipe-shell/run.sh") and shown.json["text"].startswith("#!")
 
 
 def test_a_quadlet_has_every_right_and_no_other(plan: LaunchPlan) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from radeon_stack.catalog.load import read, resolve
 from radeon_stack.cli.explain import lines
-from radeon_stack.errors import MachineError, UsageError
+from radeon_stack.errors import Exit, MachineError, UsageError
 from radeon_stack.host.engines import EngineProbe
 from radeon_stack.host.gpus import Topology
 from radeon_stack.host.machine import Machine, User
@@ -29,6 +29,7 @@ from radeon_stack.launch.docker import container_config, run_arguments, run_comm
 from radeon_stack.launch.plan import LaunchPlan, Mount
 from radeon_stack.launch.planner import plan
 from tests.conftest import Cli
+from tests.stages import STAGES, build
 
 IMAGE = Image("sha256:" + "a" * 64, "radeon-stack/train:cpu", "docker: it fits")
 HERE = Machine(Topology((), 1, (), ()), {}, 64 << 30, User(1000, 100, frozenset({100})))
@@ -194,3 +195,19 @@ def test_explain_reads_as_values_with_their_reasons(cli: Cli, tmp_path: Path) ->
     assert alone.out.splitlines()[-1].startswith(
         "a child process, no container: it has what you have: no client, image"
     )
+
+
+def test_a_run_for_another_machine_is_only_looked_at(cli: Cli, tmp_path: Path) -> None:
+    tree = build(STAGES["r9700"], tmp_path)
+    words = ("run", "train-llama", "--preset", "demo", "--engine", "local", "--sysroot", tree)
+    refused = cli(*words)
+    assert refused.code == Exit.USAGE and "add --dry-run" in refused.error
+    assert cli(*words, "--dry-run").code == Exit.OK
+
+
+def test_a_folder_above_is_mounted_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_in(tmp_path / "model", "config.json", "tokenizer.json", "model.safetensors")
+    (model / "below").mkdir()
+    monkeypatch.chdir(model / "below")
+    made = demo_plan(tmp_path, config__model='".."')
+    assert Mount(str(model), "/radeon-stack/models/model", True) in made.mounts
