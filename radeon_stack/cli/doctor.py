@@ -97,7 +97,7 @@ def diagnose_log(log: BufferedReader, as_json: bool) -> int:
     for match in [] if as_json else matches:
         signature = match.signature
         click.echo(click.style(f"{signature.id}  {signature.title}", bold=True))
-        click.echo(f"  line     {match.line}\n  cause    {signature.cause}\n  remedy   {signature.remedy}")
+        print_line(f"  line     {match.line}\n  cause    {signature.cause}\n  remedy   {signature.remedy}")
         click.echo(f"  see      {signature.links[0]}\n")
     if not matches:
         click.echo("no error text that we know", err=True)

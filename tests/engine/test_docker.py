@@ -115,6 +115,20 @@ def test_a_caller_other_than_root_gets_a_whole_run_and_owns_all_of_it(
     assert owners == {12345}
 
 
+def test_a_run_is_resumed_in_the_image_that_it_had(cli: Cli, home: Path) -> None:
+    """Not in the newest one that fits: here in one that is gone, which is told."""
+    store = RunStore(home)
+    effective = resolve(read("train-llama"), "demo")
+    drafted = draft(effective, find_out(effective, Sysroot(), Asked(engine="docker"), home), store)
+    gone = "sha256:" + "a" * 64
+    write_records(replace(drafted, plan=replace(drafted.plan, image=gone)), store)
+    status = drafted.run.status()
+    assert status is not None
+    drafted.run.write_status(status.model_copy(update={"state": State.FAILED}))
+    told = cli("explain", "--resume", "last")
+    assert told.code == Exit.IMAGE and gone in told.error
+
+
 @pytest.mark.skipif(os.path.exists("/dev/kfd"), reason="this machine has a /dev/kfd to give")
 def test_a_device_that_the_engine_has_not_is_told_with_its_remedy(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
