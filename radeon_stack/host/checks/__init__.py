@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from radeon_stack.catalog.versions import within
-from radeon_stack.host.checks import engine, gpu, images
+from radeon_stack.host.checks import engine, gpu, images, settings
 from radeon_stack.host.checks.finding import Check, Finding, State, ok, skipped, warn
 from radeon_stack.host.facts import Facts
 from radeon_stack.host.known_issues import Issue, Setup, met_by
 
-CHECKS: tuple[Check, ...] = tuple(sorted((*gpu.CHECKS, *engine.CHECKS, *images.CHECKS), key=lambda check: check.code))
+CHECKS: tuple[Check, ...] = tuple(
+    sorted((check for room in (gpu, settings, engine, images) for check in room.CHECKS), key=lambda check: check.code)
+)
 
 
 def examine(facts: Facts) -> list[tuple[Check, Finding]]:
