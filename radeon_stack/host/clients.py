@@ -8,13 +8,19 @@ import subprocess
 from collections.abc import Iterator
 
 from radeon_stack.errors import MachineError
-from radeon_stack.host.engines import address
+from radeon_stack.host.engines import address, probe_engine
 
 PROBE_SECONDS = 20
 
 
 def building_client() -> str:
     """The first docker client on PATH that builds with BuildKit; a newer one may lack its buildx plugin."""
+    if probe_engine().product == "podman":
+        raise MachineError(
+            "podman's socket has no BuildKit",
+            where="DOCKER_HOST",
+            remedy="radeon-stack image render … -o ./context; podman build --tag NAME ./context",
+        )
     tried = []
     for client in _clients():
         if _answers(client, "build", "--help"):

@@ -111,7 +111,7 @@ FORMS = {"shell": (shell, "run.sh"), "compose": (compose, "compose.yaml"), "quad
 
 
 def _about(plan: LaunchPlan) -> str:
-    recipe = dict(plan.labels).get("radeon-stack.recipe", plan.run_id)
+    recipe = dict(plan.labels).get("radeon-stack.recipe", "a run")
     alone = (
         "it runs without radeon-stack" if plan.image else f"it runs with the Python that wrote it: {plan.command[0]}"
     )

@@ -21,6 +21,8 @@ from pathlib import Path
 import pytest
 
 from radeon_stack.catalog.load import read, resolve
+from radeon_stack.errors import MachineError
+from radeon_stack.host.clients import building_client
 from radeon_stack.host.engines import client, probe_engine
 from radeon_stack.host.machine import User, probe
 from radeon_stack.host.selection import select
@@ -212,6 +214,12 @@ def test_podmans_generator_makes_a_unit_of_a_quadlet_that_gives_the_same(
     assert made.returncode == 0, made.stderr
     start = next(line for line in made.stdout.splitlines() if line.startswith("ExecStart="))
     held_to(said_by(place.run(as_systemd_would(start.removeprefix("ExecStart=")))), place)
+
+
+@pytest.mark.parametrize("place", ["podman 5"], indirect=True)
+def test_podmans_socket_builds_no_image_and_it_is_said_what_does(place: Place) -> None:
+    with pytest.raises(MachineError, match=r"no BuildKit; .*podman build"):
+        building_client()
 
 
 def as_systemd_would(start: str) -> list[str]:

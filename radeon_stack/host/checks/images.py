@@ -79,8 +79,11 @@ def image_here(facts: Facts) -> Finding:
     if arch == "cpu" and facts.packages_missing == ():
         return ok("none for the CPU yet; --engine local works without one (make image ARCH=cpu builds one)")
     if facts.engine is not None and facts.engine.product == "podman":
+        name = arch if arch == "cpu" else f"rocm{known.release_for(arch)}-{arch}"
         return warn(
-            f"the engine has no train image for {arch}, and builds none (RS203)", f"radeon-stack pull --arch {arch}"
+            f"the engine has no train image for {arch}",
+            f"radeon-stack image render --arch {arch} -o ./context",
+            f"podman build --tag radeon-stack/train:{name} ./context",
         )
     return warn(f"the engine has no train image for {arch}", f"make image {rocm}ARCH={arch}")
 
