@@ -21,15 +21,15 @@ PODMAN_SOCKET = (
     "export DOCKER_HOST=unix:///run/user/$(id -u)/podman/podman.sock",
 )
 DOCKER_SOCKET = "export DOCKER_HOST=unix:///var/run/docker.sock"
-# What a distribution has of its own, by the words of its ID and ID_LIKE; RHEL and its kin have podman.
-INSTALL = {
-    "debian": "apt-get install -y docker.io",
-    "ubuntu": "apt-get install -y docker.io",
-    "fedora": "dnf install -y moby-engine",
-    "rhel": "dnf install -y podman",
-    "centos": "dnf install -y podman",
-    "arch": "pacman -S --needed docker",
-    "suse": "zypper install -y docker",
+# How a distribution installs, and which engine it has of its own, by the words of its ID and ID_LIKE.
+PACKAGES = {
+    "debian": ("apt-get install -y", "docker.io"),
+    "ubuntu": ("apt-get install -y", "docker.io"),
+    "fedora": ("dnf install -y", "moby-engine"),
+    "rhel": ("dnf install -y", "podman"),
+    "centos": ("dnf install -y", "podman"),
+    "arch": ("pacman -S --needed", "docker"),
+    "suse": ("zypper install -y", "docker"),
 }
 
 
@@ -89,7 +89,10 @@ def buildkit(facts: Facts) -> Finding:
     if facts.buildkit is None:
         return skipped("not known")
     if not facts.buildkit:
-        return warn("no docker command here builds with BuildKit; images can be pulled, not built", *_plugin(facts))
+        return warn(
+            "no docker command here builds with BuildKit; images can be pulled, not built",
+            *_install(facts, "docker-buildx"),
+        )
     baking = "and buildx bakes several images at once" if facts.buildx else "without buildx: images one by one"
     return ok(f"BuildKit, {baking}")
 
@@ -105,7 +108,8 @@ def rootless(facts: Facts) -> Finding:
         return skipped(NO_ENGINE)
     if engine.desktop:
         said = "Docker Desktop runs containers in a virtual machine, which has no /dev/kfd"
-        return fail(said, DOCKER_SOCKET, *_bring_up(facts)) if facts.machine.gpus else warn(said)
+        native = () if "dockerd" in facts.programs else _install(facts)
+        return fail(said, *native, DOCKER_SOCKET) if facts.machine.gpus else warn(said)
     if not engine.rootless:
         return ok("with root: containers are given the device nodes' groups by number")
     needed = [node for path, node in facts.machine.nodes.items() if path == KFD or "/renderD" in path]
@@ -123,8 +127,9 @@ def rootless(facts: Facts) -> Finding:
         return ok("rootless podman: number 0 inside is you, with your groups")
     if closed:
         return fail(
-            f"rootless Docker drops your groups, so that no container can open {closed[0].path}",
-            *PODMAN_SOCKET,
+            f"rootless Docker drops your groups: no container can open {closed[0].path}; rootless podman keeps them",
+            *(() if "podman" in facts.programs else _install(facts, "podman")),
+            *_podman_socket(facts),
         )
     return ok("rootless Docker; no GPU here asks for a group")
 
@@ -210,20 +215,13 @@ def _podman_socket(facts: Facts) -> tuple[str, ...]:
     return PODMAN_SOCKET
 
 
-def _install(facts: Facts) -> tuple[str, ...]:
-    """How this distribution installs Docker; nothing where that is not known."""
+def _install(facts: Facts, package: str = "") -> tuple[str, ...]:
+    """How this distribution installs a package, or its own engine; nothing where that is not known."""
     for word in facts.distribution.split():
-        if command := INSTALL.get(word):
+        if word in PACKAGES:
+            command, engine = PACKAGES[word]
             first = (as_root(facts, "apt-get update"),) if command.startswith("apt-get") else ()
-            return (*first, as_root(facts, command))
-    return ()
-
-
-def _plugin(facts: Facts) -> tuple[str, ...]:
-    """The install command again, for the builder: newer clients have it in a package of its own."""
-    for word in facts.distribution.split():
-        if command := INSTALL.get(word):
-            return (as_root(facts, f"{command.rpartition(' ')[0]} docker-buildx"),)
+            return (*first, as_root(facts, f"{command} {package or engine}"))
     return ()
 
 
