@@ -242,3 +242,22 @@ def _write(root: Path, path: str, text: str) -> None:
     place = root / path.lstrip("/")
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(text)
+
+
+def specification(*cards: tuple[str, ...], numbers: bool = True) -> str:
+    """A CDI specification as amd-ctk writes it: internal/cdi/cdi.go of ROCm/container-toolkit.
+
+    Without `numbers` an engine takes the nodes' own.
+    """
+    more = {"type": "c", "major": 226, "minor": 1, "fileMode": 432, "uid": 0, "gid": RENDER} if numbers else {}
+
+    def device(name: str, nodes: tuple[str, ...]) -> dict[str, Any]:
+        paths = [*(f"/dev/dri/{node}" for node in nodes), "/dev/kfd"]
+        return {
+            "name": name,
+            "containerEdits": {"deviceNodes": [{"path": path, "permissions": "rwm", **more} for path in paths]},
+        }
+
+    devices = [device(str(n), nodes) for n, nodes in enumerate(cards)]
+    devices.append(device("all", tuple(node for nodes in cards for node in nodes)))
+    return json.dumps({"cdiVersion": "0.6.0", "kind": "amd.com/gpu", "devices": devices, "containerEdits": {}})

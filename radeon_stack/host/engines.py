@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from radeon_stack.catalog.versions import version
 from radeon_stack.errors import MachineError
 
 PROBE_SECONDS = 5
 SOCKET = "unix://"
 STANDARD = "unix:///var/run/docker.sock"
+PODMAN_CDI = "5.4"
 
 
 @dataclass(frozen=True)
@@ -87,23 +89,30 @@ def probe_engine(seconds: int = PROBE_SECONDS) -> EngineProbe:
         return EngineProbe(address(), why_not=_unreachable(_reason(error))[0])
 
 
-def described(where: str, version: Mapping[str, Any], info: Mapping[str, Any]) -> EngineProbe:
+def described(where: str, told: Mapping[str, Any], info: Mapping[str, Any]) -> EngineProbe:
     """The probe of what `/version` and `/info` answered."""
-    parts = _list(version.get("Components"))
+    parts = _list(told.get("Components"))
     podman = any("podman" in str(part.get("Name", "")).lower() for part in parts if isinstance(part, dict))
     security = [str(option) for option in _list(info.get("SecurityOptions"))]
     return EngineProbe(
         where,
-        version=str(version.get("Version", "")),
+        version=str(told.get("Version", "")),
         product="podman" if podman else "docker",
-        api=str(version.get("ApiVersion", "")),
+        api=str(told.get("ApiVersion", "")),
         rootless=bool(info.get("Rootless")) or any("name=rootless" in option for option in security),
         desktop="docker desktop" in str(info.get("OperatingSystem", "")).lower(),
-        cdi=bool(info.get("CDISpecDirs")) and not podman,
+        cdi=_takes_cdi(told, info, podman),
         selinux=any("name=selinux" in option for option in security),
         storage=str(info.get("Driver", "")),
         root=str(info.get("DockerRootDir", "")),
     )
+
+
+def _takes_cdi(told: Mapping[str, Any], info: Mapping[str, Any], podman: bool) -> bool:
+    """Docker says so; podman's socket does from 5.4 on (containers/podman, 18e29076f7), and has no word for it."""
+    if podman:
+        return (version(str(told.get("Version", ""))) or ()) >= (version(PODMAN_CDI) or ())
+    return bool(info.get("CDISpecDirs"))
 
 
 def _list(told: Any) -> list[Any]:

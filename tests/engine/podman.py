@@ -54,8 +54,11 @@ class Podman:
 
 
 @contextmanager
-def service(*, rootless: bool, root: Path = HERE, keep_groups: bool = True) -> Iterator[Podman]:
-    """A podman below `root`; `keep_groups` that a rootless one's containers.conf says so (RS204)."""
+def service(*, rootless: bool, root: Path = HERE, keep_groups: bool = True, cdi: str = "") -> Iterator[Podman]:
+    """A podman below `root`; `keep_groups` that a rootless one's containers.conf says so (RS204).
+
+    `cdi`: the text of a specification in its /etc/cdi.
+    """
     # A short path, since a socket's name is short; and one that another user can walk.
     folder = Path(tempfile.mkdtemp(prefix="rs-podman-"))
     folder.chmod(0o711)
@@ -81,6 +84,10 @@ def service(*, rootless: bool, root: Path = HERE, keep_groups: bool = True) -> I
         become = ["setpriv", "--reuid", str(UID), "--regid", str(UID), "--groups", f"{UID},{RENDER}"]
     command = [*become, "podman", "system", "service", "--time", "0", f"unix://{folder}/run/podman.sock"]
     mounts = {folder / name: f"/etc/{name}" for name in (USER_FILES if rootless else ())}
+    if cdi:
+        (root / "etc/cdi").mkdir(exist_ok=True)
+        (folder / "amd.json").write_text(cdi)
+        mounts[folder / "amd.json"] = "/etc/cdi/amd.json"
     if root != HERE:
         mounts |= {Path(f"/{name}"): f"/{name}" for name in ("dev", "sys", "tmp")}
     try:

@@ -38,10 +38,12 @@ from tests.engine.conftest import missing
 from tests.engine.debian import HERE, program
 from tests.engine.podman import UID, Podman, service
 from tests.engine.podman import missing as missing_for_podman
-from tests.stages import RENDER, STAGES, build
+from tests.stages import RENDER, STAGES, build, specification
 
 pytestmark = [pytest.mark.engine]
-NODES = ("/dev/kfd", "/dev/dri/renderD128", "/dev/dri/renderD129", "/dev/dri/renderD130")
+CARDS = tuple((f"card{n + 1}", f"renderD{n + 128}") for n in range(3))
+NODES = ("/dev/kfd", *(f"/dev/dri/{name}" for names in CARDS for name in names))
+CDI = specification(*CARDS, numbers=False)
 CALLER = 12345
 LOOK = """
 echo nodes $(ls -d /dev/kfd /dev/dri/* 2>/dev/null)
@@ -111,7 +113,8 @@ def place(request: pytest.FixtureRequest, nodes: None, monkeypatch: pytest.Monke
         missing(f"podman needs {', '.join(lacking)}")
     with ExitStack() as held:
         try:
-            podman = held.enter_context(service(rootless=rootless, root=root, keep_groups=not newer))
+            specified = CDI if newer else ""
+            podman = held.enter_context(service(rootless=rootless, root=root, keep_groups=not newer, cdi=specified))
         except RuntimeError as error:
             missing(f"podman's service does not start here: {error}")
         monkeypatch.setenv("DOCKER_HOST", podman.host)
@@ -138,7 +141,10 @@ def tiny(busybox: str) -> str:
 @pytest.fixture
 def planned(place: Place, tmp_path: Path) -> LaunchPlan:
     """The plan of a training run on the second of three cards, whose command looks around instead."""
-    tree = Sysroot(build(STAGES["three-r9700"], tmp_path / "tree"))
+    return plan_on(Sysroot(build(STAGES["three-r9700"], tmp_path / "tree")), place, tmp_path)
+
+
+def plan_on(tree: Sysroot, place: Place, tmp_path: Path) -> LaunchPlan:
     model = tmp_path / "model"
     for folder in (model, tmp_path / "run" / "artifacts", tmp_path / "cache"):
         folder.mkdir(parents=True)
@@ -180,6 +186,18 @@ def test_an_exported_script_gives_the_same(planned: LaunchPlan, place: Place, tm
     script = tmp_path / "run.sh"
     script.write_text(shell(planned))
     held_to(said_by(place.run(["bash", str(script)])), place)
+
+
+@pytest.mark.parametrize("place", ["podman 5", "rootless podman 5"], indirect=True)
+def test_a_card_by_its_cdi_name_comes_with_its_own_nodes_and_no_other(place: Place, tmp_path: Path) -> None:
+    specified = replace(STAGES["three-r9700"], files={"/etc/cdi/amd.json": CDI})
+    made = plan_on(Sysroot(build(specified, tmp_path / "tree")), place, tmp_path)
+    assert made.devices == ("amd.com/gpu=1",)
+    engine = DockerEngine()
+    handle = engine.start(made)
+    engine.logs(handle)
+    engine.wait(handle)
+    held_to(Path(made.run_dir, "log.txt").read_text(), place, "/dev/dri/card2", "/dev/dri/renderD129", "/dev/kfd")
 
 
 @pytest.mark.parametrize("place", ["docker"], indirect=True)
@@ -234,10 +252,11 @@ def said_by(done: subprocess.CompletedProcess[str]) -> str:
     return done.stdout + (done.stderr if done.returncode else "")
 
 
-def held_to(said: str, place: Place) -> None:
+def held_to(said: str, place: Place, *nodes: str) -> None:
+    nodes = nodes or ("/dev/dri/renderD129", "/dev/kfd")
     lines = said.splitlines()
-    assert "nodes /dev/dri/renderD129 /dev/kfd" in lines, said
-    assert {line for line in lines if line.startswith("open")} == {"open /dev/kfd", "open /dev/dri/renderD129"}, said
+    assert f"nodes {' '.join(nodes)}" in lines, said
+    assert {line for line in lines if line.startswith("open")} == {f"open {node}" for node in nodes}, said
     assert f"uid {place.inside} gid {place.inside}" in lines
     groups = next(line for line in lines if line.startswith("groups")).split()[1:]
     # Rootless podman keeps groups that have no number inside: they show as the overflow number.

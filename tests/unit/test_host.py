@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import time
@@ -37,7 +36,6 @@ from tests.stages import (
     MI300X,
     R9700,
     RAPHAEL,
-    RENDER,
     RX7900XTX,
     RX9060XT,
     STAGES,
@@ -46,6 +44,7 @@ from tests.stages import (
     Stage,
     build,
     cpx,
+    specification,
 )
 
 GOLDEN = Path(__file__).parent / "golden" / "hosts.txt"
@@ -56,19 +55,6 @@ ENGINES = {
     "docker desktop": replace(DOCKER, desktop=True),
     "rootless podman": replace(DOCKER, product="podman", version="5.4.2", rootless=True),
 }
-
-
-def cdi_device(name: str, *nodes: str) -> dict[str, object]:
-    given_ = [f"/dev/dri/{node}" for node in nodes] + ["/dev/kfd"]
-    told = {"type": "c", "major": 226, "fileMode": 432, "permissions": "rwm", "uid": 0, "gid": RENDER}
-    return {"name": name, "containerEdits": {"deviceNodes": [{"path": path, **told} for path in given_]}}
-
-
-def specification(*cards: tuple[str, ...]) -> str:
-    """As amd-ctk writes it: internal/cdi/cdi.go of ROCm/container-toolkit."""
-    devices = [cdi_device(str(n), *nodes) for n, nodes in enumerate(cards)]
-    devices.append(cdi_device("all", *(node for nodes in cards for node in nodes)))
-    return json.dumps({"cdiVersion": "0.6.0", "kind": "amd.com/gpu", "devices": devices, "containerEdits": {}})
 
 
 CDI = specification(("card1", "renderD128"), ("card2", "renderD129"))
