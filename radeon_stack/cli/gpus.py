@@ -15,7 +15,7 @@ from radeon_stack.catalog.sizes import format_size
 from radeon_stack.errors import Exit
 from radeon_stack.host.bundle import opened
 from radeon_stack.host.gpus import Gpu
-from radeon_stack.host.machine import probe
+from radeon_stack.host.machine import look
 from radeon_stack.launch.leases import busy, lease_folder
 from radeon_stack.launch.supervise import going_on
 from radeon_stack.runs.store import home
@@ -36,7 +36,7 @@ def gpus(sysroot: str, as_json: bool) -> int:
       radeon-stack gpus --json | jq '.gpus[] | {index, gfx, memory, render_node, state}'
     """
     with opened(sysroot) as place:
-        machine = probe(place)
+        machine = look(place)
         owners = busy(machine.gpus, lease_folder(home()), going_on) if place.live else {}
     cards = any(not gpu.integrated for gpu in machine.gpus)
     states = [_state(gpu, owners, cards) for gpu in machine.gpus]

@@ -18,7 +18,7 @@ from radeon_stack.codeobjects.sources import entries, tar
 from radeon_stack.errors import CheckError, UsageError
 from radeon_stack.host.bundle import is_here, opened
 from radeon_stack.host.engines import require_engine
-from radeon_stack.host.machine import probe
+from radeon_stack.host.machine import look
 from radeon_stack.images.contents import Contents, exported, image_contents, layers, read_contents
 from radeon_stack.images.labels import GFX
 from radeon_stack.images.resolve import local_image
@@ -115,7 +115,7 @@ def verify(image: str, on_gpu: bool, sysroot: str, dry_run: bool, as_json: bool)
         raise UsageError("an image is verified on this machine", where="--sysroot", remedy="add --dry-run")
     require_engine()
     with opened(sysroot) as place:
-        plan = verification_plan(local_image(image), probe(place), place, on_gpu=on_gpu)
+        plan = verification_plan(local_image(image), look(place), place, on_gpu=on_gpu)
     if dry_run:
         import shlex
 

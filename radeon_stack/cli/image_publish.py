@@ -12,7 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from radeon_stack.catalog.sizes import format_size
 from radeon_stack.errors import CheckError
 from radeon_stack.host.engines import require_engine
-from radeon_stack.host.machine import probe
+from radeon_stack.host.machine import look
 from radeon_stack.host.sysroot import Sysroot
 from radeon_stack.images.published import STABLE
 from radeon_stack.images.publishing import channel_tag, immutable_tag, published
@@ -47,7 +47,7 @@ def push(image: str, registry: str, dry_run: bool, as_json: bool) -> None:
     if dry_run:
         click.echo(f"{where}:{tag}")
         return
-    require_ok(run_verification(verification_plan(found, probe(), Sysroot(), on_gpu=False)), image)
+    require_ok(run_verification(verification_plan(found, look(), Sysroot(), on_gpu=False)), image)
     print_line("✓ verified", sys.stderr)
     with _bars() as bars:
         tasks: dict[str, object] = {}

@@ -14,7 +14,7 @@ from radeon_stack.catalog.sizes import format_size
 from radeon_stack.errors import ImageError, StackError, UsageError
 from radeon_stack.host.bundle import opened
 from radeon_stack.host.engines import require_engine
-from radeon_stack.host.machine import probe
+from radeon_stack.host.machine import look
 from radeon_stack.images.download import PATIENCE_SECONDS
 from radeon_stack.images.published import STABLE, Candidate, Choice, Wanted, choose, in_channel
 from radeon_stack.images.publishing import published
@@ -66,7 +66,7 @@ def pull(
       radeon-stack pull registry.example.org/radeon@sha256:…
     """
     with opened(sysroot) as place:
-        machine = probe(place)
+        machine = look(place)
     cards = [gpu for gpu in machine.gpus if not gpu.integrated] or list(machine.gpus)
     wanted = Wanted(kind, arch or (cards[0].gfx if cards else "cpu"), machine.driver, rocm)
     require_engine()

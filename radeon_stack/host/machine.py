@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from radeon_stack.errors import MachineError
+from radeon_stack.host.boxed import together
 from radeon_stack.host.gpus import Gpu, Topology, driver_version, topology
 from radeon_stack.host.kfd import numbers
 from radeon_stack.host.sysroot import Node, Sysroot, as_number
 
+LOOK_SECONDS = 10
 KFD = "/dev/kfd"
 DXG = "/dev/dxg"
 WSL_LIBRARIES, WSL_BRIDGE = "/usr/lib/wsl/lib", "/opt/rocm/lib/librocdxg.so.1"
@@ -71,6 +74,16 @@ def probe(sysroot: Sysroot | None = None) -> Machine:
         driver=driver_version(sysroot),
         selinux=sysroot.text("/sys/fs/selinux/enforce") == "1",
     )
+
+
+def look(sysroot: Sysroot | None = None) -> Machine:
+    """As `probe`, and not waited for without end. MachineError when a file of the kernel does not answer."""
+    answers = together({"machine": lambda: probe(sysroot)}, LOOK_SECONDS)
+    if "machine" not in answers.found:
+        why = answers.broken.get("machine", "a file below /sys or /proc does not answer: a driver hangs")
+        raise MachineError(why, where="this machine", remedy="radeon-stack doctor")
+    machine: Machine = answers.found["machine"]
+    return machine
 
 
 def boot_id(sysroot: Sysroot) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from radeon_stack.catalog.load import Effective
 from radeon_stack.errors import ImageError
 from radeon_stack.host.known_issues import Mitigation, Setup, mitigations
-from radeon_stack.host.machine import Machine, probe
+from radeon_stack.host.machine import Machine, look
 from radeon_stack.host.selection import Selection, select
 from radeon_stack.host.sysroot import Sysroot
 from radeon_stack.launch.choose import Choice, choose
@@ -44,7 +44,7 @@ class Circumstances:
 
 def find_out(effective: Effective, sysroot: Sysroot, asked: Asked, home: Path) -> Circumstances:
     """Look at the machine and decide. MachineError or ImageError says what is missing and how to get it."""
-    machine = probe(sysroot)
+    machine = look(sysroot)
     wanted = effective.recipe.resources.gpus
     in_use = busy(machine.gpus, lease_folder(home), going_on) if sysroot.live and not asked.shared else {}
     selection = select(

@@ -182,6 +182,16 @@ def test_a_file_whose_reader_not_even_a_kill_ends_is_told_and_not_waited_for(
     assert [check["code"] for check in told.json["checks"] if check["state"] == "fail"] == [code]
 
 
+def test_who_plans_a_run_does_not_wait_for_such_a_file_either(cli: Cli, tmp_path: Path) -> None:
+    if why := impossible():
+        pytest.skip(why)
+    build(STAGES["r9700"], tmp_path)
+    with stuck(tmp_path / "proc/meminfo"):
+        for words in (("gpus",), ("explain", "train-llama", "--preset", "demo", "--engine", "local")):
+            told = cli(*words, "--sysroot", tmp_path, timeout=60)
+            assert told.code == Exit.MACHINE and "does not answer" in told.error
+
+
 def test_an_engine_socket_that_accepts_and_says_nothing_is_not_waited_for(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
