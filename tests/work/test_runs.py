@@ -46,7 +46,8 @@ def step_reached(run: Run, step: int) -> bool:
 def workload(run: Run) -> Process:
     def known() -> Process | None:
         status = run.status()
-        return Process(**status.handle) if status and status.handle else None  # type: ignore[arg-type]
+        handle = status.handle if status else {}
+        return Process(int(str(handle["pid"])), int(str(handle["started"]))) if handle else None
 
     return wait_for(known, what="the workload's handle")
 
