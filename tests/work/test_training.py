@@ -243,6 +243,11 @@ def killed_after(seconds: float, work: Callable[[], object]) -> bool:
     return os.waitpid(pid, 0)[1] == signal.SIGKILL
 
 
+def kinds_of(base: Any) -> list[Any]:
+    """A class and all that are derived from it."""
+    return [base, *(kind for derived in base.__subclasses__() for kind in kinds_of(derived))]
+
+
 def test_twenty_random_kills_while_saving_and_merging_leave_no_half_written_model(
     tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -254,10 +259,12 @@ def test_twenty_random_kills_while_saving_and_merging_leave_no_half_written_mode
 
     from radeon_stack.workloads.finetune.merging import save_adapter
 
-    # A forked child must not need its parent's threads, nor take tqdm's lock between processes with it.
+    # A forked child must not need its parent's threads, nor take tqdm's lock between processes with it; a kind of bar
+    # that was drawn before has a lock of its own.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())
+    for kind in kinds_of(tqdm):
+        kind.set_lock(threading.RLock())
     job, model, tokenizer, whole_adapter = merge_parts(tiny_model, tmp_path / "whole")
     started = time.monotonic()
     whole = load_file(merge(job, tiny_model, whole_adapter, tokenizer) / "model.safetensors")
