@@ -14,7 +14,7 @@ from typing import Any
 from radeon_stack.catalog.load import read, recipe_paths, resolve
 from radeon_stack.host.boxed import together
 from radeon_stack.host.cdi import CdiDevice, cdi_devices
-from radeon_stack.host.engines import SOCKET, EngineProbe, described, probe_engine
+from radeon_stack.host.engines import SOCKET, STANDARD, EngineProbe, described, probe_engine
 from radeon_stack.host.gpus import PCI, pci_gpus
 from radeon_stack.host.machine import WSL_FILES, Machine, probe
 from radeon_stack.host.sysroot import Sysroot, as_number
@@ -229,7 +229,7 @@ def _words(told: Any) -> tuple[str, ...]:
 
 
 def _engine(told: Mapping[str, Any]) -> EngineProbe:
-    where = str(told.get("address", "unix:///var/run/docker.sock"))
+    where = str(told.get("address", STANDARD))
     if told.get("why_not"):
         return EngineProbe(where, why_not=str(told["why_not"]), denied="permission denied" in str(told["why_not"]))
     version, info = told.get("version"), told.get("info")
