@@ -29,6 +29,39 @@ def grouped_tile(family: str, *, mean_rows: float, nf4: bool, gated: bool) -> Ti
     return TILES[(family, nf4, gated)][m]
 
 
+def linear_tile(family: str, rows: int, columns: int, *, nf4: bool) -> Tile:
+    """For a dense layer."""
+    if not nf4:
+        return Tile(128, 256, 64, 8, 3) if family == "cuda" else Tile(128, 64, 64, 8, 1)
+    m = min(128, max(16, 1 << (rows - 1).bit_length()))
+    return LINEAR[family][m]
+
+
+def low_rank_split(rows: int) -> int:
+    """Parts of the reduction in x·aᵀ: at few rows one program a row tile would leave the card idle."""
+    return 16 if rows <= 128 else 8 if rows <= 512 else 4
+
+
+def decode_once(family: str, rows: int) -> bool:
+    """Whether a dense layer is decoded to 16 bit first: from here on every tile row would decode it again."""
+    return rows > DECODE_ONCE_ROWS[family]
+
+
+DECODE_ONCE_ROWS = {"cuda": 512, "hip": 512}
+LINEAR = {
+    "cuda": {
+        16: Tile(16, 64, 128, 4, 3),
+        32: Tile(32, 64, 128, 4, 3),
+        64: Tile(64, 64, 64, 4, 3),
+        128: Tile(128, 64, 64, 8, 3),
+    },
+    "hip": {
+        16: Tile(16, 64, 64, 4, 1),
+        32: Tile(32, 64, 64, 4, 1),
+        64: Tile(64, 64, 64, 4, 1),
+        128: Tile(128, 64, 64, 8, 1),
+    },
+}
 TILES: dict[tuple[str, bool, bool], dict[int, Tile]] = {
     ("cuda", False, False): {
         16: Tile(16, 128, 128, 4, 4),

@@ -113,7 +113,7 @@ class _GatedExperts(torch.autograd.Function):
         if training:
             ctx.save_for_backward(x, slot_weight, gate_up, up_a, up_b, down_a, down_b, up_u, down_u)
             ctx.frozen = frozen
-        return combine(y, routing.top_k)
+        return combine(y, routing.top_k)[0]
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -126,18 +126,20 @@ class _GatedExperts(torch.autograd.Function):
         down_g = None
         if down_b is not None:
             down_g = grouped.matmul(d_out, down_b, routing, over_columns=False, gather=top_k)
-        d_gate_up, d_slot_weight, weighted = grouped.gated_backward(
+        d_gate_up, parts, weighted = grouped.gated_backward(
             d_out, frozen.down, routing, slot_weight, gate_up,
             save=needs[3] or down_a is not None, low_rank=_low_rank(down_g, down_a, down_scale),
         )  # fmt: skip
         up_g = None if up_b is None else grouped.matmul(d_gate_up, up_b, routing, over_columns=False)
-        d_x = None
+        d_x: Tensor | None = None
         if needs[0]:
             d_rows = grouped.matmul(
                 d_gate_up, frozen.gate_up, routing,
                 over_columns=False, scatter=True, low_rank=_low_rank(up_g, up_a, up_scale),
             )  # fmt: skip
-            d_x = combine(d_rows, top_k)
+            d_x, d_slot_weight = combine(d_rows, top_k, parts, slot_weight.dtype)
+        else:
+            d_slot_weight = parts.sum(1).to(slot_weight.dtype)
         d_up = d_down = d_up_a = d_up_b = d_down_a = d_down_b = None
         if needs[2]:
             d_up = grouped.outer(d_gate_up, x, routing, b_gather=top_k)
@@ -152,8 +154,7 @@ class _GatedExperts(torch.autograd.Function):
             d_down_b = grouped.outer(
                 d_out, down_u * share, routing, a_gather=top_k, scale=down_scale, dtype=down_b.dtype
             )
-        d_slot_weight = d_slot_weight.view_as(slot_weight).to(slot_weight.dtype)
-        return d_x, d_slot_weight, d_up, d_down, d_up_a, d_up_b, d_down_a, d_down_b, None
+        return d_x, d_slot_weight.view_as(slot_weight), d_up, d_down, d_up_a, d_up_b, d_down_a, d_down_b, None
 
 
 def grouped_linear(
@@ -202,10 +203,8 @@ class _GroupedLinear(torch.autograd.Function):
         gather = routing.top_k if layer.by_token else 0
         d_x = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
-            d_x = grouped.matmul(
-                d_out, layer.weight, routing, over_columns=layer.transposed, scatter=layer.by_token
-            )
-            d_x = combine(d_x, routing.top_k) if layer.by_token else d_x
+            d_x = grouped.matmul(d_out, layer.weight, routing, over_columns=layer.transposed, scatter=layer.by_token)
+            d_x = combine(d_x, routing.top_k)[0] if layer.by_token else d_x
         if ctx.needs_input_grad[1]:
             if layer.transposed:
                 d_weight = grouped.outer(x, d_out, routing, a_gather=gather)

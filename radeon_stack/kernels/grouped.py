@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from radeon_stack.kernels.configs import Tile, grouped_tile
-from radeon_stack.kernels.nf4 import NF4, decode, pointers
+from radeon_stack.kernels.launch import launch
+from radeon_stack.kernels.nf4 import NF4, decode, lookup_of, pointers
 from radeon_stack.kernels.routing import Routing
+from radeon_stack.kernels.sizes import cdiv, next_power, padded_rank
 
 Weight = Tensor | NF4
 
@@ -56,43 +58,52 @@ def matmul(
     tile: Tile | None = None,
 ) -> Tensor:
     """[slots, N]. gather: 0 takes x by sorted position, top_k by token, 1 by slot. scatter: rows by slot."""
+    from radeon_stack.kernels.jit.grouped import grouped_matmul
+
     k = x.shape[1]
     n = weight.shape[1] if over_columns else weight.shape[2]
     out = _rows(routing, n, x)
     tile = tile or tile_for(weight, routing)
     tiles = m_tiles(routing, tile)
-    from radeon_stack.kernels.jit.grouped import grouped_matmul
 
     rank = low_rank.u.shape[1] if low_rank else 0
-    grouped_matmul[(tiles * cdiv(n, tile.n),)](
-        x,
-        routing.slots,
-        routing.offsets,
-        *_weight_arguments(weight),
-        x if bias is None else bias,
-        x if slot_weight is None else slot_weight,
-        low_rank.u if low_rank else x,
-        low_rank.v if low_rank else x,
-        out,
-        n,
-        k,
-        max(gather, 1),
-        rank,
-        low_rank.scale if low_rank else 1.0,
-        tiles,
-        GATHER=gather > 0,
-        SCATTER=scatter,
-        OVER_COLUMNS=over_columns,
-        BIAS=bias is not None,
-        WEIGHTED=slot_weight is not None,
-        RANK=_padded_rank(rank),
-        **_common(weight, routing, tile),
+    _launch(
+        grouped_matmul,
+        weight,
+        routing,
+        tile,
+        tiles * cdiv(n, tile.n),
+        (
+            x,
+            routing.slots,
+            routing.offsets,
+            *weight_arguments(weight),
+            x if bias is None else bias,
+            x if slot_weight is None else slot_weight,
+            low_rank.u if low_rank else x,
+            low_rank.v if low_rank else x,
+            out,
+            n,
+            k,
+            max(gather, 1),
+            rank,
+            float(low_rank.scale) if low_rank else 1.0,
+            tiles,
+        ),
+        before={"GATHER": gather > 0, "SCATTER": scatter, "OVER_COLUMNS": over_columns},
+        after={"BIAS": bias is not None, "WEIGHTED": slot_weight is not None, "RANK": padded_rank(rank)},
     )
     return out
 
 
 def gated_forward(
-    x: Tensor, weight: Weight, routing: Routing, *, save: bool, low_rank: LowRank | None = None, tile: Tile | None = None
+    x: Tensor,
+    weight: Weight,
+    routing: Routing,
+    *,
+    save: bool,
+    low_rank: LowRank | None = None,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(gate and up [slots, 2N], silu(gate) · up [slots, N]) of tokens x; the first is empty unless `save`."""
     from radeon_stack.kernels.jit.grouped import gated_forward as kernel
@@ -103,24 +114,29 @@ def gated_forward(
     gate_up = torch.empty((routing.size if save else 0, 2 * n), dtype=x.dtype, device=x.device)
     hidden = torch.empty((routing.size, n), dtype=x.dtype, device=x.device)
     rank = low_rank.u.shape[1] if low_rank else 0
-    kernel[(tiles * cdiv(n, tile.n),)](
-        x,
-        routing.slots,
-        routing.offsets,
-        *_weight_arguments(weight),
-        low_rank.u if low_rank else x,
-        low_rank.v if low_rank else x,
-        gate_up if save else hidden,
-        hidden,
-        n,
-        k,
-        routing.top_k,
-        rank,
-        low_rank.scale if low_rank else 1.0,
-        tiles,
-        RANK=_padded_rank(rank),
-        SAVE=save,
-        **_common(weight, routing, tile),
+    _launch(
+        kernel,
+        weight,
+        routing,
+        tile,
+        tiles * cdiv(n, tile.n),
+        (
+            x,
+            routing.slots,
+            routing.offsets,
+            *weight_arguments(weight),
+            low_rank.u if low_rank else x,
+            low_rank.v if low_rank else x,
+            gate_up if save else hidden,
+            hidden,
+            n,
+            k,
+            routing.top_k,
+            rank,
+            float(low_rank.scale) if low_rank else 1.0,
+            tiles,
+        ),
+        after={"RANK": padded_rank(rank), "SAVE": save},
     )
     return gate_up, hidden
 
@@ -136,8 +152,8 @@ def gated_backward(
     low_rank: LowRank | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From d_out [tokens, K] and weight [experts, K, N]: d_gate_up [slots, 2N], d_slot_weight float32 [slots], and
-    slot_weight · hidden [slots, N], which is empty unless `save`.
+    """From d_out [tokens, K] and weight [experts, K, N]: d_gate_up [slots, 2N], d_slot_weight in float32 parts
+    [slots, parts] that are still to be added up, and slot_weight · hidden [slots, N], which is empty unless `save`.
     """
     from radeon_stack.kernels.jit.grouped import gated_backward as kernel
 
@@ -145,33 +161,38 @@ def gated_backward(
     tile = tile or tile_for(weight, routing)
     tiles = m_tiles(routing, tile)
     d_gate_up = torch.empty_like(gate_up)
-    # Zeros: a slot of no expert is written by nobody.
-    d_weight = torch.zeros((routing.size, cdiv(n, tile.n)), dtype=torch.float32, device=d_out.device)
+    make = torch.zeros if routing.partial else torch.empty  # a slot of no expert is written by nobody
+    d_weight = make((routing.size, cdiv(n, tile.n)), dtype=torch.float32, device=d_out.device)
     weighted = torch.empty((routing.size if save else 0, n), dtype=d_out.dtype, device=d_out.device)
     rank = low_rank.u.shape[1] if low_rank else 0
-    kernel[(tiles * cdiv(n, tile.n),)](
-        d_out,
-        routing.slots,
-        routing.offsets,
-        *_weight_arguments(weight),
-        slot_weight,
-        low_rank.u if low_rank else d_out,
-        low_rank.v if low_rank else d_out,
-        gate_up,
-        d_gate_up,
-        d_weight,
-        weighted if save else d_out,
-        n,
-        k,
-        routing.top_k,
-        rank,
-        low_rank.scale if low_rank else 1.0,
-        tiles,
-        RANK=_padded_rank(rank),
-        SAVE=save,
-        **_common(weight, routing, tile),
+    _launch(
+        kernel,
+        weight,
+        routing,
+        tile,
+        tiles * cdiv(n, tile.n),
+        (
+            d_out,
+            routing.slots,
+            routing.offsets,
+            *weight_arguments(weight),
+            slot_weight,
+            low_rank.u if low_rank else d_out,
+            low_rank.v if low_rank else d_out,
+            gate_up,
+            d_gate_up,
+            d_weight,
+            weighted if save else d_out,
+            n,
+            k,
+            routing.top_k,
+            rank,
+            float(low_rank.scale) if low_rank else 1.0,
+            tiles,
+        ),
+        after={"RANK": padded_rank(rank), "SAVE": save},
     )
-    return d_gate_up, d_weight.sum(1), weighted
+    return d_gate_up, d_weight, weighted
 
 
 def outer(
@@ -190,11 +211,15 @@ def outer(
     n, k = a.shape[1], b.shape[1]
     out = torch.empty((routing.experts, n, k), dtype=dtype or a.dtype, device=a.device)
     block_n, block_k = (min(64, max(16, next_power(size))) for size in (n, k))
-    grouped_outer[(cdiv(n, block_n), cdiv(k, block_k), routing.experts)](
-        a, b, routing.slots, routing.offsets, out, n, k, max(a_gather, 1), max(b_gather, 1), scale,
-        A_GATHER=a_gather > 0, B_GATHER=b_gather > 0, BLOCK_M=32, BLOCK_N=block_n, BLOCK_K=block_k,
-        num_warps=4, num_stages=2,
-    )  # fmt: skip
+    constants = {
+        "A_GATHER": a_gather > 0,
+        "B_GATHER": b_gather > 0,
+        "BLOCK_M": 32,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+    }
+    arguments = (a, b, routing.slots, routing.offsets, out, n, k, max(a_gather, 1), max(b_gather, 1), float(scale))
+    launch(grouped_outer, (cdiv(n, block_n), cdiv(k, block_k), routing.experts), arguments, constants, stages=2)
     return out
 
 
@@ -214,34 +239,42 @@ def m_tiles(routing: Routing, tile: Tile) -> int:
     return min(cdiv(routing.size, tile.m) + routing.experts - 1, routing.size)
 
 
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def next_power(number: int) -> int:
-    return 1 << max(number - 1, 0).bit_length()
-
-
-def _padded_rank(rank: int) -> int:
-    return max(16, next_power(rank)) if rank else 0  # 16: the least a matrix instruction reduces over
-
-
-def _weight_arguments(weight: Weight) -> tuple[Tensor, ...]:
+def weight_arguments(weight: Weight) -> tuple[Tensor, ...]:
+    """The six pointers by which every kernel is handed a weight."""
     return pointers(weight) if isinstance(weight, NF4) else (weight,) * 6
 
 
-def _common(weight: Weight, routing: Routing, tile: Tile) -> dict[str, Any]:
-    nf4 = isinstance(weight, NF4)
-    return {
+def _launch(
+    kernel: Any,
+    weight: Weight,
+    routing: Routing,
+    tile: Tile,
+    programs: int,
+    arguments: tuple[Any, ...],
+    *,
+    before: dict[str, Any] | None = None,
+    after: dict[str, Any],
+) -> None:
+    """The constants that all of them have, with a kernel's own before and after NF4's."""
+    constants = {
         "EXPERTS": routing.experts,
         "PADDED": next_power(routing.experts),
-        "NF4": nf4,
+        **(before or {}),
+        "NF4": lookup_of(weight) if isinstance(weight, NF4) else 0,
         "NESTED": isinstance(weight, NF4) and weight.nested,
+        **after,
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,
         "GROUP": tile.group,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-        "enable_fp_fusion": not nf4,  # decoded values are bitsandbytes' to the bit
     }
+    # Without fused multiply-add decoded values are bitsandbytes' to the bit.
+    launch(
+        kernel,
+        (programs, 1, 1),
+        arguments,
+        constants,
+        warps=tile.warps,
+        stages=tile.stages,
+        fp_fusion=not isinstance(weight, NF4),
+    )

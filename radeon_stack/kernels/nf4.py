@@ -12,6 +12,25 @@ from radeon_stack.errors import UsageError
 
 BLOCK = 64
 NESTED_BLOCK = 256
+# bitsandbytes' table (create_normal_map in its functional.py; QLoRA, appendix E), as float32.
+CODE = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +69,11 @@ class NF4:
 def from_bitsandbytes(packed: Tensor, state: Any) -> NF4:
     """What `bitsandbytes.functional.quantize_4bit` returned. UsageError for other types and block sizes."""
     if state.quant_type != "nf4" or state.blocksize != BLOCK:
-        raise UsageError(f"{state.quant_type} in blocks of {state.blocksize}: the kernels take nf4 in blocks of {BLOCK}")
+        raise UsageError(
+            f"{state.quant_type} in blocks of {state.blocksize}: the kernels take nf4 in blocks of {BLOCK}"
+        )
+    if not torch.equal(state.code.cpu(), torch.tensor(CODE)):
+        raise UsageError("a table of its own: the kernels have NF4's built in")
     if state.shape[-1] % BLOCK:
         raise UsageError(f"rows of {state.shape[-1]} values: blocks of {BLOCK} would run over their ends")
     if not state.nested:
@@ -94,17 +117,20 @@ def decode_reference(matrix: NF4, dtype: torch.dtype | None = None) -> Tensor:
 
 def decode(matrix: NF4, dtype: torch.dtype | None = None) -> Tensor:
     """All of it in 16 bit, by the kernel: where many rows use it, once is cheaper than in every tile."""
-    import triton
-
     from radeon_stack.kernels.jit.decode import decode_blocks
+    from radeon_stack.kernels.launch import launch
 
     out = torch.empty(matrix.shape, dtype=dtype or matrix.dtype, device=matrix.device)
     values = out.numel()
     block = 4096
-    decode_blocks[(triton.cdiv(values, block),)](
-        *pointers(matrix), out, values, NESTED=matrix.nested, BLOCK=block, num_warps=4, enable_fp_fusion=False
-    )
+    constants = {"NF4": lookup_of(matrix), "NESTED": matrix.nested, "BLOCK": block}
+    launch(decode_blocks, (-(-values // block), 1, 1), (*pointers(matrix), out, values), constants, fp_fusion=False)
     return out
+
+
+def lookup_of(matrix: NF4) -> int:
+    """The kernels' NF4 constant (`jit.weights`): 2, by warp shuffle, on CUDA; 1, by selects, anywhere else."""
+    return 2 if matrix.device.type == "cuda" and torch.version.hip is None else 1
 
 
 def pointers(matrix: NF4) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from radeon_stack.kernels.launch import launch
+from radeon_stack.kernels.sizes import cdiv, next_power
+
 
 def router_reference(logits: Tensor, top_k: int, *, normalise: bool = True) -> tuple[Tensor, Tensor]:
     """(weights in the logits' dtype, expert numbers int64), both [tokens, top_k], from logits [tokens, experts].
@@ -30,8 +33,6 @@ def router(logits: Tensor, top_k: int, *, normalise: bool = True) -> tuple[Tenso
 class _Router(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
-        import triton
-
         from radeon_stack.kernels.jit.routing import router_forward
 
         logits = logits.contiguous()
@@ -39,11 +40,15 @@ class _Router(torch.autograd.Function):
         weight = torch.empty((tokens, top_k), dtype=logits.dtype, device=logits.device)
         index = torch.empty((tokens, top_k), dtype=torch.int64, device=logits.device)
         block = rows(tokens)
-        router_forward[(triton.cdiv(tokens, block),)](
-            logits, weight, index, tokens,
-            EXPERTS=experts, PADDED=triton.next_power_of_2(experts), TOP_K=top_k,
-            TOP_PADDED=triton.next_power_of_2(top_k), NORMALISE=normalise, BLOCK_T=block, num_warps=4,
-        )  # fmt: skip
+        constants = {
+            "EXPERTS": experts,
+            "PADDED": next_power(experts),
+            "TOP_K": top_k,
+            "TOP_PADDED": next_power(top_k),
+            "NORMALISE": normalise,
+            "BLOCK_T": block,
+        }
+        launch(router_forward, (cdiv(tokens, block), 1, 1), (logits, weight, index, tokens), constants)
         ctx.save_for_backward(logits, index)
         ctx.normalise = normalise
         ctx.mark_non_differentiable(index)
@@ -51,19 +56,21 @@ class _Router(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_weight: Tensor, _: Any) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        import triton
-
         from radeon_stack.kernels.jit.routing import router_backward
 
         logits, index = ctx.saved_tensors
         tokens, experts = logits.shape
         d_logits = torch.empty_like(logits)
         block = rows(tokens)
-        router_backward[(triton.cdiv(tokens, block),)](
-            logits, index, d_weight.contiguous(), d_logits, tokens,
-            EXPERTS=experts, PADDED=triton.next_power_of_2(experts), TOP_K=index.shape[1],
-            NORMALISE=ctx.normalise, BLOCK_T=block, num_warps=4,
-        )  # fmt: skip
+        constants = {
+            "EXPERTS": experts,
+            "PADDED": next_power(experts),
+            "TOP_K": index.shape[1],
+            "NORMALISE": ctx.normalise,
+            "BLOCK_T": block,
+        }
+        arguments = (logits, index, d_weight.contiguous(), d_logits, tokens)
+        launch(router_backward, (cdiv(tokens, block), 1, 1), arguments, constants)
         return d_logits, None, None
 
 

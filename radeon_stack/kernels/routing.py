@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from radeon_stack.kernels.launch import launch
+from radeon_stack.kernels.sizes import cdiv, next_power
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -41,23 +44,20 @@ def route_reference(index: Tensor, experts: int) -> Routing:
 
 def route(index: Tensor, experts: int, *, partial: bool = False) -> Routing:
     """The same on the device, in two launches and without asking the host."""
-    import triton
-
     from radeon_stack.kernels.jit.routing import count_experts, place_slots
 
     index = index.contiguous()
-    size, padded = index.numel(), triton.next_power_of_2(experts)
+    size, padded = index.numel(), next_power(experts)
     block = 512 if size > 8192 else 128
     chunk = max(16, min(128, 16384 // padded))
-    blocks = triton.cdiv(size, block)
+    blocks = cdiv(size, block)
     counts = torch.empty((blocks, padded), dtype=torch.int32, device=index.device)
     slots = (torch.zeros if partial else torch.empty)(size, dtype=torch.int32, device=index.device)
     offsets = torch.empty(experts + 1, dtype=torch.int32, device=index.device)
-    count_experts[(blocks,)](index, counts, size, PADDED=padded, BLOCK=block, CHUNK=chunk, num_warps=8)
-    place_slots[(blocks,)](
-        index, counts, slots, offsets, size, blocks,
-        EXPERTS=experts, PADDED=padded, BLOCK=block, CHUNK=chunk, BLOCKS=chunk, num_warps=8,
-    )  # fmt: skip
+    sizes = {"PADDED": padded, "BLOCK": block, "CHUNK": chunk}
+    launch(count_experts, (blocks, 1, 1), (index, counts, size), sizes, warps=8)
+    constants = {"EXPERTS": experts, **sizes, "BLOCKS": chunk}
+    launch(place_slots, (blocks, 1, 1), (index, counts, slots, offsets, size, blocks), constants, warps=8)
     return Routing(slots, offsets, *index.shape, experts, partial)
 
 
@@ -66,16 +66,18 @@ def combine_reference(y: Tensor, top_k: int) -> Tensor:
     return y.view(-1, top_k, y.shape[-1]).float().sum(1).to(y.dtype)
 
 
-def combine(y: Tensor, top_k: int) -> Tensor:
-    """The same in one pass, always in the same order."""
-    import triton
-
+def combine(
+    y: Tensor, top_k: int, parts: Tensor | None = None, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The same in one pass, always in the same order; on the way, parts [slots, n] are added up: [slots] in `dtype`."""
     from radeon_stack.kernels.jit.routing import combine as kernel
 
     tokens, width = y.shape[0] // top_k, y.shape[1]
     out = torch.empty((tokens, width), dtype=y.dtype, device=y.device)
+    sums = None if parts is None else torch.empty(y.shape[0], dtype=dtype or parts.dtype, device=y.device)
+    count = 0 if parts is None else parts.shape[1]
     rows, columns = 4, 512
-    kernel[(triton.cdiv(tokens, rows), triton.cdiv(width, columns))](
-        y, out, tokens, width, TOP_K=top_k, BLOCK_T=rows, BLOCK_H=columns, num_warps=4
-    )
-    return out
+    constants = {"TOP_K": top_k, "PARTS": next_power(count) if count else 0, "BLOCK_T": rows, "BLOCK_H": columns}
+    arguments = (y, out, y if parts is None else parts, out if sums is None else sums, tokens, width, count)
+    launch(kernel, (cdiv(tokens, rows), cdiv(width, columns), 1), arguments, constants)
+    return out, sums

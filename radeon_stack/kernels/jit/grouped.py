@@ -22,12 +22,13 @@ def low_rank(u, v, position, row, row_ok, column, columns, rank, OVER_COLUMNS: t
     if OVER_COLUMNS:
         right = tl.load(v + (row * rank)[:, None] + part[None, :], mask=row_ok[:, None] & ok[None, :], other=0.0)
         return tl.dot(left, tl.trans(right.to(left.dtype)))
-    here = (column < columns)[None, :] & ok[:, None]
-    right = tl.load(v + (row * columns)[:, None] + column[None, :], mask=here, other=0.0)
-    return tl.dot(left, right.to(left.dtype))
+    else:
+        here = (column < columns)[None, :] & ok[:, None]
+        right = tl.load(v + (row * columns)[:, None] + column[None, :], mask=here, other=0.0)
+        return tl.dot(left, right.to(left.dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m_tiles", "top_k", "rank"])
 def grouped_matmul(
     x,
     slots,
@@ -115,7 +116,7 @@ def grouped_matmul(
     tl.store(place, acc.to(out.dtype.element_ty), mask=inside[:, None] & column_ok[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m_tiles", "top_k", "rank"])
 def gated_forward(
     x,
     slots,
@@ -195,7 +196,7 @@ def gated_forward(
     tl.store(hidden + place, (gate * tl.sigmoid(gate) * up).to(dtype), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m_tiles", "top_k", "rank"])
 def gated_backward(
     d_out,
     slots,
@@ -282,7 +283,7 @@ def gated_backward(
     tl.store(d_gate_up + pair + n_size, (d_hidden * silu).to(dtype), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["a_top_k", "b_top_k"])
 def grouped_outer(
     a,
     b,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def count_experts(expert_of, counts, size, PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     """counts[block, expert]: how many of the block's slots chose the expert. int32 [blocks, PADDED]."""
     block = tl.program_id(0)
@@ -19,7 +19,7 @@ def count_experts(expert_of, counts, size, PADDED: tl.constexpr, BLOCK: tl.const
     tl.store(counts + block * PADDED + number, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "blocks"])
 def place_slots(
     expert_of,
     counts,
@@ -65,20 +65,44 @@ def place_slots(
         following += tl.sum(one, 0)
 
 
-@triton.jit
-def combine(y, out, tokens, width, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
-    """out[token] = Σ of its TOP_K slots' rows of y [tokens · TOP_K, width], in slot order, in float32."""
+@triton.jit(do_not_specialize=["tokens", "count"])
+def combine(
+    y,
+    out,
+    parts,
+    sums,
+    tokens,
+    width,
+    count,
+    TOP_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """out[token] = Σ of its TOP_K slots' rows of y [tokens · TOP_K, width], in slot order, in float32.
+
+    With PARTS (count, padded): sums[slot] = Σ parts[slot, :count] too, by the programs of the first columns.
+    """
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    ok = (token < tokens)[:, None] & (column < width)[None, :]
+    here = token < tokens
+    ok = here[:, None] & (column < width)[None, :]
     total = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
     for choice in tl.static_range(TOP_K):
         place = ((token * TOP_K + choice) * width)[:, None] + column[None, :]
         total += tl.load(y + place, mask=ok, other=0.0).to(tl.float32)
     tl.store(out + (token * width)[:, None] + column[None, :], total.to(out.dtype.element_ty), mask=ok)
+    if PARTS > 0:
+        if tl.program_id(1) == 0:
+            part = tl.arange(0, PARTS)
+            for choice in tl.static_range(TOP_K):
+                slot = token * TOP_K + choice
+                place = (slot * count)[:, None] + part[None, :]
+                share = tl.load(parts + place, mask=here[:, None] & (part < count)[None, :], other=0.0)
+                tl.store(sums + slot, tl.sum(share, 1).to(sums.dtype.element_ty), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def router_forward(
     logits,
     weight,
@@ -124,7 +148,7 @@ def router_forward(
     tl.store(index + out, which.to(tl.int64), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def router_backward(
     logits,
     index,

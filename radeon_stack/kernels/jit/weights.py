@@ -6,6 +6,10 @@ import triton
 import triton.language as tl
 
 NF4_BLOCK = tl.constexpr(64)  # values that share an absmax: bitsandbytes' block size
+# How a weight is stored, and how its table is read: the constants of every kernel's NF4 parameter.
+DENSE = tl.constexpr(0)  # 16 bit
+SELECT = tl.constexpr(1)  # NF4, by fifteen selects: anywhere
+SHUFFLE = tl.constexpr(2)  # NF4, by a warp shuffle: CUDA
 NESTED_BLOCK = tl.constexpr(256)  # absmax values that share one of their own: its double quantisation
 
 
@@ -20,7 +24,54 @@ def nf4_scales(absmax, nested_absmax, nested_code, nested_offset, index, mask, N
         byte = tl.load(absmax + index, mask=mask, other=0).to(tl.int32)
         scale = tl.load(nested_code + byte) * tl.load(nested_absmax + index // NESTED_BLOCK, mask=mask, other=0.0)
         return scale + tl.load(nested_offset)
-    return tl.load(absmax + index, mask=mask, other=0.0)
+    else:  # a constant condition: Triton compiles one branch alone only where there are two
+        return tl.load(absmax + index, mask=mask, other=0.0)
+
+
+@triton.jit
+def lookup(code, nibble, NF4: tl.constexpr):
+    """code[nibble], float32. The nibble's higher bits may hold anything."""
+    if NF4 == SHUFFLE:
+        # Each lane holds an entry of the table and reads another's: no memory, and the fewest instructions a value.
+        # Lanes 16 to 31 hold the table again, so the fifth bit that a shuffle looks at does not matter.
+        mine = tl.inline_asm_elementwise(
+            "{.reg .u32 l; .reg .u64 p; mov.u32 l, %laneid; and.b32 l, l, 15; mad.wide.u32 p, l, 4, $1;"
+            " ld.global.nc.f32 $0, [p];}",
+            "=f,l",
+            [(code + tl.zeros_like(nibble)).to(tl.int64)],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+        return tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, -1;", "=f,f,r", [mine, nibble], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        low, second, third = (nibble & 1) != 0, (nibble & 2) != 0, (nibble & 4) != 0
+        # bitsandbytes' table (create_normal_map in its functional.py; QLoRA, appendix E), as float32.
+        zero_to_three = tl.where(
+            second,
+            tl.where(low, -0.39491748809814453, -0.5250730514526367),
+            tl.where(low, -0.6961928009986877, -1.0),
+        )
+        four_to_seven = tl.where(
+            second,
+            tl.where(low, 0.0, -0.09105003625154495),
+            tl.where(low, -0.18477343022823334, -0.28444138169288635),
+        )
+        eight_to_eleven = tl.where(
+            second,
+            tl.where(low, 0.33791524171829224, 0.24611230194568634),
+            tl.where(low, 0.16093020141124725, 0.07958029955625534),
+        )
+        twelve_to_fifteen = tl.where(
+            second,
+            tl.where(low, 1.0, 0.7229568362236023),
+            tl.where(low, 0.5626170039176941, 0.44070982933044434),
+        )
+        negative = tl.where(third, four_to_seven, zero_to_three)
+        positive = tl.where(third, twelve_to_fifteen, eight_to_eleven)
+        return tl.where((nibble & 8) != 0, positive, negative)
 
 
 @triton.jit
@@ -45,11 +96,11 @@ def weight_tile(
     row: int64 [R], rows counted over all experts; row_ok: bool [R]. What lies outside is 0.
     NF4: two values a byte, the first in its high half; `columns` and `column` are multiples of 64.
     """
-    if NF4:
+    if NF4 != DENSE:
         half = column // 2 + tl.arange(0, WIDTH // 2)
         ok = row_ok[:, None] & (half < columns // 2)[None, :]
         packed = tl.load(w + (row * (columns // 2))[:, None] + half[None, :], mask=ok, other=0).to(tl.int32)
-        values = tl.join(tl.load(code + (packed >> 4)), tl.load(code + (packed & 15)))
+        values = tl.join(lookup(code, packed >> 4, NF4), lookup(code, packed, NF4))
         block = column // NF4_BLOCK + tl.arange(0, WIDTH // NF4_BLOCK)
         block_ok = row_ok[:, None] & (block < columns // NF4_BLOCK)[None, :]
         index = (row * (columns // NF4_BLOCK))[:, None] + block[None, :]
@@ -57,6 +108,7 @@ def weight_tile(
         shape: tl.constexpr = (row.shape[0], WIDTH // NF4_BLOCK, NF4_BLOCK)
         values = tl.reshape(values, shape) * scale[:, :, None]
         return tl.reshape(values, (row.shape[0], WIDTH)).to(dtype)
-    place = column + tl.arange(0, WIDTH)
-    ok = row_ok[:, None] & (place < columns)[None, :]
-    return tl.load(w + (row * columns)[:, None] + place[None, :], mask=ok, other=0.0).to(dtype)
+    else:
+        place = column + tl.arange(0, WIDTH)
+        ok = row_ok[:, None] & (place < columns)[None, :]
+        return tl.load(w + (row * columns)[:, None] + place[None, :], mask=ok, other=0.0).to(dtype)

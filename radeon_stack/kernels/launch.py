@@ -1,0 +1,61 @@
+"""Launching a kernel that is compiled already, without asking Triton's binder again.
+
+A training step at few tokens waits for the host: Triton 3.6's binder takes some 50 µs a launch (benchmarks/kernels.json),
+and a layer has ten of them. The first launch goes through it; the compiled kernel is then kept under what it was
+specialised for, and called as Triton's own tutorials call one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Launcher:
+    """Compiled kernels by (kernel, device, options, constants, specialisation of the arguments)."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        arguments: Sequence[Any],
+        constants: dict[str, Any],
+        *,
+        warps: int = 4,
+        stages: int = 1,
+        fp_fusion: bool = True,
+    ) -> None:
+        """Launch on the first argument's device. `constants` are the kernel's constexpr parameters, in its order."""
+        device = arguments[0].device.index
+        if device is None:  # a CPU: the interpreter, which has nothing to compile
+            kernel[grid](*arguments, **constants)
+            return
+        if device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self(kernel, grid, arguments, constants, warps=warps, stages=stages, fp_fusion=fp_fusion)
+            return
+        key = (kernel, device, warps, stages, fp_fusion, *constants.values(), *map(_specialised, arguments))
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fp_fusion}
+            self._compiled[key] = kernel[grid](*arguments, **constants, **options)
+        else:
+            compiled[grid](*arguments, *constants.values())
+
+
+def _specialised(argument: Any) -> Any:
+    # What Triton compiles differently for: a pointer's type and alignment, a number's width, 1, and factors of 16.
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument % 16 == 0, argument == 1, argument >> 31 == 0
+    return None
+
+
+launch = Launcher()

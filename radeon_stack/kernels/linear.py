@@ -1,0 +1,165 @@
+"""A frozen NF4 linear layer with an adapter, forward and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from radeon_stack.kernels.configs import decode_once, linear_tile, low_rank_split
+from radeon_stack.kernels.grouped import Weight, family, weight_arguments
+from radeon_stack.kernels.launch import launch
+from radeon_stack.kernels.nf4 import NF4, decode, decode_reference, lookup_of
+from radeon_stack.kernels.sizes import cdiv, next_power, padded_rank
+
+
+def nf4_linear_reference(
+    x: Tensor,
+    weight: NF4,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The definition: x·wᵀ + scale · (x·aᵀ)·bᵀ + bias. x: […, K]; weight: [N, K]; a: [rank, K]; b: [N, rank]."""
+    out = x @ decode_reference(weight).to(x.dtype).T
+    if a is not None and b is not None:
+        out = out + scale * ((x @ a.to(x.dtype).T) @ b.to(x.dtype).T)
+    return out if bias is None else out + bias.to(x.dtype)
+
+
+def nf4_linear(
+    x: Tensor,
+    weight: NF4,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The same without 16-bit weights in memory while rows are few; where they are many, decoded once a pass.
+
+    Gradients go to x, a and b; weight and bias are frozen. a and b may be float32 (a trainer's master weights): they
+    are rounded to x's dtype as autocast would, and so their gradients are summed in float32 and never rounded.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    out: Tensor = _NF4Linear.apply(rows, a, b, _Frozen(weight, bias, scale))
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    weight: NF4
+    bias: Tensor | None
+    scale: float
+
+
+class _NF4Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, frozen: _Frozen) -> Tensor:
+        x = x.contiguous()
+        out, u = _product(x, frozen.weight, a, b, frozen.scale, frozen.bias, over_columns=True)
+        ctx.save_for_backward(x if a is not None else None, a, b, u)
+        ctx.frozen = frozen
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, a, b, u = ctx.saved_tensors
+        frozen: _Frozen = ctx.frozen
+        d_out = d_out.contiguous()
+        if ctx.needs_input_grad[0]:
+            d_x, g = _product(d_out, frozen.weight, b, a, frozen.scale, None, over_columns=False)
+        else:
+            d_x, g = None, d_out @ b.to(d_out.dtype)
+        if a is None:
+            return d_x, None, None, None
+        d_a, d_b = adapter_gradients(x, d_out, u, g, a, b, frozen.scale)
+        return d_x, d_a, d_b, None
+
+
+def _product(
+    x: Tensor,
+    weight: NF4,
+    first: Tensor | None,
+    second: Tensor | None,
+    scale: float,
+    bias: Tensor | None,
+    *,
+    over_columns: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(x·wᵀ or x·w with the low-rank product added, the low-rank product's inner part)."""
+    from radeon_stack.kernels.jit.linear import linear
+
+    rows, k = x.shape
+    n = weight.shape[0] if over_columns else weight.shape[1]
+    out = torch.empty((rows, n), dtype=x.dtype, device=x.device)
+    u = partials = None
+    rank = split = 0
+    if first is not None:
+        rank, split = first.shape[0 if over_columns else 1], low_rank_split(rows)
+        u = torch.empty((rows, rank), dtype=x.dtype, device=x.device)
+        partials = _low_rank_partials(x, first, rank, split, over_columns=over_columns)
+    matrix: Weight = weight
+    if decode_once(family(x.device), rows):
+        matrix = decode(weight, x.dtype)
+    nf4 = isinstance(matrix, NF4)
+    tile = linear_tile(family(x.device), rows, n, nf4=nf4)
+    arguments = (
+        x,
+        *weight_arguments(matrix),
+        x if bias is None else bias,
+        x if partials is None else partials,
+        x if second is None else second,
+        x if u is None else u,
+        out,
+        rows,
+        n,
+        k,
+        rank,
+        float(scale),
+    )
+    constants = {
+        "OVER_COLUMNS": over_columns,
+        "NF4": lookup_of(weight) if nf4 else 0,
+        "NESTED": weight.nested and nf4,
+        "BIAS": bias is not None,
+        "RANK": padded_rank(rank),
+        "SPLIT": split,
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "BLOCK_K": tile.k,
+        "GROUP": tile.group,
+    }
+    grid = (cdiv(rows, tile.m) * cdiv(n, tile.n), 1, 1)
+    launch(linear, grid, arguments, constants, warps=tile.warps, stages=tile.stages, fp_fusion=not nf4)
+    return out, u
+
+
+def _low_rank_partials(x: Tensor, factor: Tensor, rank: int, split: int, *, over_columns: bool) -> Tensor:
+    from radeon_stack.kernels.jit.linear import low_rank_partials
+
+    rows, k = x.shape
+    padded = padded_rank(rank)
+    partials = torch.empty((split, rows, padded), dtype=torch.float32, device=x.device)
+    block = min(64, max(16, next_power(rows)))
+    constants = {"OVER_COLUMNS": over_columns, "RANK": padded, "SPLIT": split, "BLOCK_M": block, "BLOCK_K": 64}
+    launch(low_rank_partials, (cdiv(rows, block), split, 1), (x, factor, partials, rows, k, rank), constants, stages=3)
+    return partials
+
+
+def adapter_gradients(
+    x: Tensor, d_out: Tensor, u: Tensor, g: Tensor, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(d_a, d_b) in the factors' own dtypes, summed in float32."""
+    from radeon_stack.kernels.jit.linear import adapter_gradients as kernel
+
+    rows, k = x.shape
+    n, rank = b.shape
+    d_a, d_b = torch.empty_like(a), torch.empty_like(b)
+    block = 64
+    constants = {"RANK": padded_rank(rank), "BLOCK_M": min(64, max(16, next_power(rows))), "BLOCK_C": block}
+    arguments = (x, d_out, u, g, d_a, d_b, rows, n, k, rank, float(scale))
+    launch(kernel, (cdiv(k, block) + cdiv(n, block), 1, 1), arguments, constants, stages=3)
+    return d_a, d_b
