@@ -1,6 +1,6 @@
 """Events: what a workload tells, one JSON object a line, appended to `events.jsonl`.
 
-This is the one contract of the host side that workloads import, so it needs pydantic and nothing else.
+This is the one contract of the host side that workloads import: it needs pydantic and `contracts`, nothing else.
 A reader meets files written by a process that may have been killed in the middle of a line, or by a
 container it does not trust: a line that is torn, too long or not an event is skipped and counted.
 """
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
+
+from radeon_stack.contracts.capabilities import Answer
 
 MAX_LINE_BYTES = 1 << 20
 MAX_VALUES = 64
@@ -71,6 +73,13 @@ class Measurement(_Event):
     note: str = ""
 
 
+class Answered(_Event):
+    """A question about the card was answered."""
+
+    kind: Literal["answer"] = "answer"
+    answer: Answer
+
+
 class Sample(_Event):
     """One sampled response; `correct` is None where no answer was expected."""
 
@@ -125,7 +134,7 @@ class Stopped(_Event):
     step: int | None = None
 
 
-Event = Attempt | Progress | Metric | Measurement | Sample | Fact | Artifact | Result | Error | Stopped
+Event = Attempt | Progress | Metric | Measurement | Answered | Sample | Fact | Artifact | Result | Error | Stopped
 _ADAPTER: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
 
 
