@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections import Counter
+from collections.abc import Iterable
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -10,7 +12,8 @@ from radeon_stack.contracts.sections import Section
 
 MAX_PARTS = 8
 MAX_DETAIL = 600
-Verdict = Literal["works", "wrong", "crashed", "failed", "missing", "timed out", "not asked"]
+Verdict = Literal["works", "wrong", "crashed", "timed out", "failed", "missing", "not asked"]
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 Text = Annotated[str, Field(max_length=MAX_DETAIL)]
 Positive = Annotated[float, Field(ge=0.0, le=1e9)]
 Pattern = Annotated[str, Field(pattern=r"^[a-z0-9_.*?]{1,64}$")]
@@ -42,6 +45,26 @@ class Answer(Section):
     def milliseconds(self) -> dict[str, float]:
         """The time of each step that was timed."""
         return {part.name: part.milliseconds for part in self.parts if part.milliseconds is not None}
+
+    def error(self) -> float | None:
+        """The largest of its steps' relative errors."""
+        return max((part.error for part in self.parts if part.error is not None), default=None)
+
+    def remark(self) -> str:
+        """What there is to say, by the answer or else by its steps."""
+        return self.detail or "; ".join(part.detail for part in self.parts if part.detail)
+
+    def words(self) -> str:
+        """The answer on a line: verdict, times, error, remark. Untrusted text is in it."""
+        times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in self.milliseconds().items())
+        error = "" if self.error() is None else f"error {self.error():.1e}"
+        return f"{self.question:<24} {self.verdict:<9}  " + "  ".join(filter(None, (times, error, self.remark())))
+
+
+def counts(answers: Iterable[Answer]) -> dict[str, int]:
+    """How many answers of each verdict, those that work first."""
+    found = Counter(answer.verdict for answer in answers)
+    return {verdict: found[verdict] for verdict in VERDICTS if found[verdict]}
 
 
 class CapabilitiesConfig(Section):

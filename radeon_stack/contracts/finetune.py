@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from radeon_stack.contracts.options import TakesOptions
 from radeon_stack.contracts.sections import Dataset, Section, TakesData, TakesModel
 
 
@@ -73,7 +74,7 @@ class Export(Section):
     merge: bool = Field(True, description="merge into the 16-bit base, reload it and check it")
 
 
-class FinetuneConfig(TakesData, TakesModel):
+class FinetuneConfig(TakesData, TakesModel, TakesOptions):
     """Everything the `finetune` workload can be told; paths are added by the launch plan."""
 
     data: Data = Data()

@@ -60,6 +60,7 @@ def plan(
     values["unset"] = (env.unset, "would change what was decided here" if env.unset else "nothing has to be hidden")
     reasons = {name: reason for name, (_, reason) in values.items()}
     reasons |= {f"env.{name}": why for name, why in env.reasons.items()}
+    reasons |= {f"choices.{choice.name}": choice.why for choice in here.choices}
     reasons |= {f"mounts.{mount.target}": why for mount, why in paths.reasons} if inside else {}
     return LaunchPlan(**{name: value for name, (value, _) in values.items()}, reasons=reasons)
 
@@ -134,6 +135,11 @@ class _Environment:
             for name, value in mitigation.env.items():
                 if name not in recipe.env:
                     self.add(name, value, f"{mitigation.id}: {mitigation.why}")
+        # A known fault is not outvoted by a measurement that did not meet it.
+        for choice in here.choices:
+            for name, value in choice.env.items():
+                if name not in self.values:
+                    self.add(name, value, f"{choice.name} is {choice.value}: {choice.why}")
 
     def add(self, name: str, value: str, why: str) -> None:
         self.values[name], self.reasons[name] = value, why
@@ -163,6 +169,11 @@ def _common(effective: Effective, here: Circumstances, run_id: str, run_dir: Pat
         "gpus": (
             tuple(gpu.pci if gpu.partition is None else f"{gpu.pci}/{gpu.partition}" for gpu in gpus),
             f"{cards}; {here.selection.why}" if gpus else here.selection.why,
+        ),
+        "subject": (here.subject, "what a probe's answers hold for"),
+        "choices": (
+            tuple((choice.name, choice.value) for choice in here.choices),
+            "by what was measured" if here.choices else "this recipe leaves nothing to choose",
         ),
         "shared": (here.shared, "asked for" if here.shared else "one run has a card at a time"),
         "without": (

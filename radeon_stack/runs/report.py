@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from radeon_stack import __version__, atomic
+from radeon_stack.contracts.capabilities import Answer, counts
 from radeon_stack.runs import charts
 from radeon_stack.runs.events import Artifact, Attempt, Event, Fact, Progress, metrics_by_step, read_events
 from radeon_stack.runs.store import Run, Status
-from radeon_stack.runs.summary import PHASES, last_result, samples_of
+from radeon_stack.runs.summary import PHASES, answers_of, last_result, samples_of
 
 CHARTS = (("loss", "Loss"), ("grad_norm", "Gradient norm"), ("learning_rate", "Learning rate"))
 TOLD_APART = ("lora_before", "lora_after", "data", "prompt", "environment", "model", "merge", "reloaded")
@@ -81,12 +82,13 @@ def contents(run: Run) -> dict[str, Any]:
         "run": run.id,
         "status": status,
         "state": str(status.state) if status else "lost",
-        "verdict": verdict(result, status),
+        "verdict": verdict(result, status, answers_of(events)),
         "header": header(status, plan, _table(facts.get("environment"))),
         "attempts": [event for event in events if isinstance(event, Attempt)],
         "tiles": tiles(metrics, result, facts),
         "charts": list(curves(metrics)),
         "columns": columns(events),
+        "answers": answers_of(events),
         "prompt": _table(facts.get("prompt")),
         "data": _table(facts.get("data")),
         "lora": statistics(facts),
@@ -106,9 +108,12 @@ def contents(run: Run) -> dict[str, Any]:
     }
 
 
-def verdict(result: Mapping[str, Any], status: Status | None) -> str:
+def verdict(result: Mapping[str, Any], status: Status | None, answers: Sequence[Answer] = ()) -> str:
     """The run in a sentence."""
     parts = []
+    if answers:
+        found = ", ".join(f"{count} {verdict}" for verdict, count in counts(answers).items())
+        parts.append(f"{len(answers)} questions: {found}.")
     words = {"before": "before", "after": "after", "merged": "by the merged model, reloaded"}
     scores = [f"{result[f'correct_{p}']} {words[p]}" for p in PHASES if f"correct_{p}" in result]
     if scores:

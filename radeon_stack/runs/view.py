@@ -23,6 +23,7 @@ from radeon_stack.runs import events as ev
 from radeon_stack.text import one_line
 
 PLAIN_EVERY_SECONDS = 2.0
+COLOURS = {"works": "green", "missing": "dim", "not asked": "dim"}  # of an answer; what is bad is red
 PHASES = {"before": "before training", "after": "after training", "merged": "merged and reloaded"}
 
 
@@ -86,6 +87,8 @@ class BarView:
                 self._progress.stop_task(task)
         elif isinstance(event, ev.Metric) and "train" in self._tasks:
             self._progress.update(self._tasks["train"], note=escape(metric_text(event.values)))
+        elif isinstance(event, ev.Answered):
+            self._say(f"[{COLOURS.get(event.answer.verdict, 'red')}]{escape(one_line(event.answer.words(), 160))}[/]")
         elif isinstance(event, ev.Sample):
             if event.phase != self._phase:
                 self._phase = event.phase
@@ -132,6 +135,8 @@ class LineView:
         if isinstance(event, ev.Metric):
             total = f"/{self._total_steps:g}" if self._total_steps else ""
             return f"step {event.step}{total}  {metric_text(event.values)}"
+        if isinstance(event, ev.Answered):
+            return one_line(event.answer.words(), 200)
         if isinstance(event, ev.Sample):
             return f"{event.phase:<7} {mark(event.correct)} {one_line(event.response)}"
         if isinstance(event, ev.Attempt) and event.resumed_step is not None:
@@ -144,6 +149,8 @@ class LineView:
         if event.stage == "train":
             self._total_steps = event.total
             return ""  # the step lines tell it
+        if event.stage == "ask":
+            return ""  # so do the answers
         now = time.monotonic()
         first = event.stage not in self._last
         if first or event.done >= event.total or now - self._last[event.stage] > PLAIN_EVERY_SECONDS:

@@ -14,15 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from radeon_stack.contracts.capabilities import Answer, CapabilitiesConfig
+from radeon_stack.contracts.capabilities import Answer, CapabilitiesConfig, counts
 from radeon_stack.errors import Exit, StackError
 from radeon_stack.runs.events import Answered, Attempt
+from radeon_stack.text import one_line
 from radeon_stack.workloads.capabilities import answering
 from radeon_stack.workloads.capabilities.about import about, look, unanswerable
-from radeon_stack.workloads.capabilities.asking import Told, answers
+from radeon_stack.workloads.capabilities.asking import answers
 from radeon_stack.workloads.capabilities.questions import chosen
 from radeon_stack.workloads.capabilities.steps import Question
-from radeon_stack.workloads.capabilities.table import counts, line
 from radeon_stack.workloads.job import Job, carry_out, read_config
 
 
@@ -35,21 +35,19 @@ def work(job: Job) -> dict[str, Any]:
     found = about()
     job.progress("import", 1, 1)
     job.fact("environment", found)
-    told: list[Told] = []
+    told: list[Answer] = []
     for one in asked(questions, found, config):
         told.append(one)
-        job.emit(Answered(answer=Answer.model_validate(one.as_record())))
+        job.emit(Answered(answer=one))
         job.progress("ask", len(told), len(questions), unit="questions", note=one.question)
     return {"asked": len(told), **{verdict.replace(" ", "_"): count for verdict, count in counts(told).items()}}
 
 
-def asked(questions: tuple[Question, ...], found: dict[str, Any], config: CapabilitiesConfig) -> Iterator[Told]:
+def asked(questions: tuple[Question, ...], found: dict[str, Any], config: CapabilitiesConfig) -> Iterator[Answer]:
     """The answers: those first that need no process."""
     named = () if config.questions == "all" else config.questions
     without = {q.name: unanswerable(q, found, q.name in named) for q in questions}
-    for name, answer in without.items():
-        if answer is not None:
-            yield Told(name, *answer)
+    yield from filter(None, without.values())
     left = [question for question in questions if without[question.name] is None]
     yield from answers(left, seconds=config.timeout, seed=config.seed)
 
@@ -70,7 +68,7 @@ def by_hand(argv: list[str]) -> int:
         questions, found = chosen(config.questions), about()
         told = []
         for one in asked(questions, found, config):
-            print(line(one), flush=True)
+            print(one_line(one.words(), 160), flush=True)
             told.append(one)
     except StackError as error:
         print(f"capabilities: {error}", file=sys.stderr)
@@ -79,7 +77,7 @@ def by_hand(argv: list[str]) -> int:
     print(f"{', '.join(f'{count} {verdict}' for verdict, count in counts(told).items())} in {took:.0f} s")
     if given.out:
         record = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "seconds": round(took, 1), "environment": found}
-        record["answers"] = [one.as_record() for one in told]
+        record["answers"] = [one.model_dump(mode="json", exclude_defaults=True) for one in told]
         given.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return Exit.OK
 

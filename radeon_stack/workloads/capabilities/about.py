@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
+from radeon_stack.contracts.capabilities import Answer
 from radeon_stack.errors import WorkloadError
 from radeon_stack.workloads.capabilities.asking import IMPORT_SECONDS
 from radeon_stack.workloads.capabilities.steps import Question
@@ -52,17 +53,18 @@ def look() -> dict[str, Any]:
     }
 
 
-def unanswerable(question: Question, found: dict[str, Any], named: bool) -> tuple[str, str] | None:
-    """(verdict, detail) of a question that needs no process: something is missing, or it is not asked unnamed."""
+def unanswerable(question: Question, found: dict[str, Any], named: bool) -> Answer | None:
+    """The answer to a question that needs no process: something is missing, or it is asked by name only."""
     if question.cuda and found["hip"]:
-        return "missing", "a backend of CUDA's"
+        return Answer(question=question.name, verdict="missing", detail="a backend of CUDA's")
     absent = [name for name in question.imports if find_spec(name.partition(".")[0]) is None]
     if absent:
-        return "missing", f"the package {absent[0]}"
+        return Answer(question=question.name, verdict="missing", detail=f"the package {absent[0]}")
     if question.gpu and not found["gpus"]:
-        return "missing", "a GPU"
+        return Answer(question=question.name, verdict="missing", detail="a GPU")
     if not named and found["gpus"] > 1 and found["gfx"].startswith(question.risky):
-        return "not asked", "it has hung whole machines with this card (RS-KI-004); asked when it is named"
+        why = "it has hung whole machines with this card (RS-KI-004); asked when it is named"
+        return Answer(question=question.name, verdict="not asked", detail=why)
     return None
 
 

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from radeon_stack.workloads.capabilities.steps import Missing, Step, shortened
+from radeon_stack.workloads.capabilities.steps import MissingError, Step, shortened
 
 Say = Callable[[dict[str, Any]], None]
 OVERTIME = 30  # seconds beyond the question's own: a child whose parent is gone ends by itself
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
             say({"done": told})
             if told["verdict"] in ("failed", "missing"):
                 break
-    except Missing as error:
+    except MissingError as error:
         say({"end": "missing", "detail": shortened(str(error))})
     except Exception as error:
         say({"end": "failed", "detail": _message(error)})
@@ -60,7 +60,7 @@ def carried_out(step: Step) -> dict[str, Any]:
         warnings.simplefilter("always")
         try:
             found = step.run()
-        except Missing as error:
+        except MissingError as error:
             return {"name": step.name, "verdict": "missing", "detail": shortened(str(error))}
         except Exception as error:
             # What torch has no kernel for it explains in warnings.

@@ -18,9 +18,9 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from radeon_stack.contracts.capabilities import Answer
 from radeon_stack.workloads.capabilities.steps import Question, shortened
 
 IMPORT_SECONDS = 180  # ROCm's libraries from a cold disk
@@ -34,21 +34,7 @@ AFTER_A_FAULT = "the GPU faulted in an earlier question; reboot before it is use
 HELD = "a process that would not die holds the GPU; reboot"
 
 
-@dataclass
-class Told:
-    """What became of a question, as plain data: `contracts.capabilities.Answer` has the fields' meaning."""
-
-    question: str
-    verdict: str
-    detail: str = ""
-    seconds: float = 0.0
-    parts: list[dict[str, Any]] = field(default_factory=list)
-
-    def as_record(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def answers(questions: Sequence[Question], *, seconds: int, seed: int, ahead: int | None = None) -> Iterator[Told]:
+def answers(questions: Sequence[Question], *, seconds: int, seed: int, ahead: int | None = None) -> Iterator[Answer]:
     """Each question's answer, in order. After a GPU fault nothing more is asked: it has hung whole machines."""
     waiting, started = deque(questions), deque[_Child]()
     ahead = ahead or max(1, min(MOST_AHEAD, (os.cpu_count() or 2) // 2))
@@ -59,7 +45,7 @@ def answers(questions: Sequence[Question], *, seconds: int, seed: int, ahead: in
                 started.append(_Child(waiting.popleft(), seconds, seed))
             if stopped:
                 left = [child.question for child in started] + list(waiting)
-                yield from (Told(question.name, "not asked", stopped) for question in left)
+                yield from (Answer(question=one.name, verdict="not asked", detail=stopped) for one in left)
                 return
             child = started[0]
             told = child.answer()
@@ -84,7 +70,7 @@ class _Child:
         self.question = question
         self.faulted = self.held = False
         self._seconds = seconds
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115: closed in `end`
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (read after the process has ended)
         pipe, far = os.pipe()
         asked = {
             "run": question.run,
@@ -107,7 +93,7 @@ class _Child:
             os.close(far)
         self._lines = _Lines(pipe)
 
-    def answer(self) -> Told:
+    def answer(self) -> Answer:
         """Have it answer, and end it."""
         name = self.question.name
         parts: list[dict[str, Any]] = []
@@ -135,13 +121,15 @@ class _Child:
         code = self.end()
         self._replay(name)
         if end is not None and end["end"]:
-            return Told(name, str(end["end"]), str(end.get("detail", "")), took, parts)
-        if end is None:
-            parts.append({"name": begun or "start", **self._death(late, limit, code)})
-        told = next((part for part in parts if part["verdict"] == overall(parts)), {})
-        return Told(
-            name, overall(parts), f"{told['name']}: {told['detail']}" if told.get("detail") else "", took, parts
-        )
+            verdict, detail = end["end"], end.get("detail", "")
+        else:
+            if end is None:
+                parts.append({"name": begun or "start", **self._death(late, limit, code)})
+            verdict = overall(parts)
+            said = next((part for part in parts if part["verdict"] == verdict and verdict != "works"), {})
+            detail = shortened(f"{said['name']}: {said['detail']}") if said.get("detail") else ""
+        told = {"question": name, "verdict": verdict, "detail": detail, "seconds": took, "parts": parts}
+        return Answer.model_validate(told)
 
     def end(self) -> int | None:
         """End it and all that it started; its exit code, None when it would not die."""

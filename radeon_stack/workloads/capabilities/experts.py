@@ -16,7 +16,7 @@ from radeon_stack.workloads.capabilities.measure import (
     random,
     timed,
 )
-from radeon_stack.workloads.capabilities.steps import Measured, Missing, Step, Steps
+from radeon_stack.workloads.capabilities.steps import Measured, MissingError, Step, Steps
 
 EXPERTS, HIDDEN, INNER, TOKENS, TOP = 32, 1024, 512, 256, 4
 CPU_EXPERTS, CPU_HIDDEN, CPU_INNER, CPU_TOKENS, CPU_TOP = 8, 64, 32, 48, 2
@@ -25,7 +25,7 @@ CPU_EXPERTS, CPU_HIDDEN, CPU_INNER, CPU_TOKENS, CPU_TOP = 8, 64, 32, 48, 2
 def experts(seed: int, implementation: str) -> Steps:
     """Steps `forward` and `backward` (of input and weights) of a layer of SwiGLU experts in bf16."""
     if implementation != "eager" and implementation not in ALL_EXPERTS_FUNCTIONS:
-        raise Missing(f"{implementation} among the experts implementations of transformers here")
+        raise MissingError(f"{implementation} among the experts implementations of transformers here")
     sizes = (
         (EXPERTS, HIDDEN, INNER, TOKENS, TOP) if on_gpu() else (CPU_EXPERTS, CPU_HIDDEN, CPU_INNER, CPU_TOKENS, CPU_TOP)
     )
@@ -44,7 +44,7 @@ def experts(seed: int, implementation: str) -> Steps:
     upstream = random(seed + 4, tokens, hidden, dtype=kind)
     leaves = (x, layer.gate_up_proj, layer.down_proj)
     copies = [exact(leaf).requires_grad_() for leaf in leaves]
-    expected = plain(*copies, chosen.cpu(), exact(weights))
+    expected = plain(copies[0], copies[1], copies[2], chosen.cpu(), exact(weights))
     gradients = torch.autograd.grad(expected, copies, exact(upstream))
     made: list[torch.Tensor] = []
 

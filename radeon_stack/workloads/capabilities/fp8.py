@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from radeon_stack.workloads.capabilities.measure import checked, device, exact, on_gpu, random, timed
-from radeon_stack.workloads.capabilities.steps import Measured, Missing, Step, Steps
+from radeon_stack.workloads.capabilities.steps import Measured, MissingError, Step, Steps
 
 # Exponent bits, mantissa bits, bias, and whether it is "fnuz": no infinities, no -0, NaN at 0x80 (OCP OFP8 1.0 for
 # the first two; arXiv 2206.02915 for fnuz).
@@ -83,7 +83,7 @@ def scaled_mm(seed: int, scaling: str, left: str) -> Steps:
     scale_x = 0.5 + random(seed + 2, *((rows, 1) if by_row else ())).abs()
     scale_w = 0.5 + random(seed + 3, *((1, columns) if by_row else ())).abs()
     if not hasattr(torch, "_scaled_mm"):
-        raise Missing(f"_scaled_mm in torch {torch.__version__}")
+        raise MissingError(f"_scaled_mm in torch {torch.__version__}")
 
     def once() -> torch.Tensor:
         return torch._scaled_mm(x, w, scale_a=scale_x, scale_b=scale_w, out_dtype=torch.bfloat16)
@@ -105,5 +105,5 @@ def native(name: str) -> torch.dtype:
 def _dtype(name: str) -> torch.dtype:
     found = getattr(torch, f"float8_{name}", None)
     if not isinstance(found, torch.dtype):
-        raise Missing(f"float8_{name} in torch {torch.__version__}")
+        raise MissingError(f"float8_{name} in torch {torch.__version__}")
     return found

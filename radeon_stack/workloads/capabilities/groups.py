@@ -12,7 +12,7 @@ import torch
 import torch.multiprocessing as processes
 
 from radeon_stack.workloads.capabilities.measure import on_gpu
-from radeon_stack.workloads.capabilities.steps import Measured, Missing, Step, Steps
+from radeon_stack.workloads.capabilities.steps import Measured, MissingError, Step, Steps
 
 # RCCL's protocols part at some 16 KiB (LL) and 1 MiB (LL128, then Simple): values of float32.
 COUNTS = {"4 kib": 1 << 10, "1 mib": 1 << 18, "64 mib": 1 << 24}
@@ -25,7 +25,7 @@ def all_reduce(seed: int) -> Steps:
     """A step for each size: the sum over all GPUs (RCCL, NCCL), or over two processes on the CPU (gloo)."""
     ranks = torch.cuda.device_count() if on_gpu() else CPU_RANKS
     if ranks < 2:
-        raise Missing("a second GPU")
+        raise MissingError("a second GPU")
     for name, count in (COUNTS if on_gpu() else CPU_COUNTS).items():
         yield Step(name, lambda count=count: _reduced(seed, count, ranks))  # type: ignore[misc]
 
@@ -75,7 +75,7 @@ def peer_copies(seed: int) -> Steps:
     """Step `copies`: 64 MiB between each two GPUs, in both directions, compared byte for byte."""
     count = torch.cuda.device_count()
     if count < 2:
-        raise Missing("a second GPU")
+        raise MissingError("a second GPU")
 
     def copies() -> Measured:
         told, wrong = [], 0

@@ -14,7 +14,7 @@ from radeon_stack.workloads.capabilities.measure import (
     random,
     timed,
 )
-from radeon_stack.workloads.capabilities.steps import Measured, Missing, Step, Steps
+from radeon_stack.workloads.capabilities.steps import Measured, MissingError, Step, Steps
 
 # A projection of an 8B model, and two numbers of tokens: one that tiles divide, and one that leaves them a tail.
 FEATURES, TOKENS = 4096, (1024, 1000 + 13)
@@ -78,14 +78,14 @@ def _require_taken(name: str) -> None:
     if on_gpu():
         taken = str(torch.backends.cuda.preferred_blas_library()).rpartition(".")[2].lower()
         if taken != name:
-            raise Missing(f"{name} for this card: torch took {taken}")
+            raise MissingError(f"{name} for this card: torch took {taken}")
 
 
 def grouped_mm(seed: int) -> Steps:
     """Steps `forward` and `backward` of torch's grouped product in bf16: [rows, k] · [groups, k, n], groups by rows."""
     call = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
     if call is None:
-        raise Missing(f"grouped_mm in torch {torch.__version__}")
+        raise MissingError(f"grouped_mm in torch {torch.__version__}")
     kind = DTYPES["bf16"]
     rows, (inner, outer) = (GROUPS, (2048, 768)) if on_gpu() else (CPU_GROUPS, (64, 48))
     x = random(seed, sum(rows), inner, dtype=kind).requires_grad_()

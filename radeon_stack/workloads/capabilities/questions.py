@@ -17,9 +17,7 @@ TRANSFORMERS = ("torch", "transformers.models.qwen3_moe.modeling_qwen3_moe")
 
 def all_questions() -> tuple[Question, ...]:
     """Every question there is."""
-    return tuple(
-        [*_attention(), *_products(), *_fp8(), *_triton(), *_bitsandbytes(), *_experts(), *_lora(), *_several()]
-    )
+    return (*_attention(), *_products(), *_fp8(), *_triton(), *_bitsandbytes(), *_experts(), *_lora(), *_several())
 
 
 def chosen(wanted: Sequence[str] | str, known: Sequence[Question] | None = None) -> tuple[Question, ...]:

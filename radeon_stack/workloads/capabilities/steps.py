@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 MAX_DETAIL = 500
 
 
-class Missing(Exception):
+class MissingError(Exception):
     """What the question is about is not there; the message says what."""
 
 
