@@ -52,7 +52,8 @@ class Answer(Section):
 
     def remark(self) -> str:
         """What there is to say, by the answer or else by its steps."""
-        return self.detail or "; ".join(part.detail for part in self.parts if part.detail)
+        told = self.detail or "; ".join(dict.fromkeys(part.detail for part in self.parts if part.detail))
+        return " ".join(told.split())
 
     def words(self) -> str:
         """The answer on a line: verdict, times, error, remark. Untrusted text is in it."""

@@ -53,13 +53,12 @@ def _attention(found: Found, setup: Setup) -> Choice:
 
 
 def _experts(found: Found, setup: Setup) -> Choice:
-    if not _answers(found.probe, EXPERTS["grouped_mm"]) and any(i.id == NO_GROUPED_MM for i in met_by(setup)):
-        return Choice(
-            "experts",
-            "eager",
-            f"{found.why_not or 'not asked'}, and grouped_mm is known to crash here ({NO_GROUPED_MM}): {ASK}",
-        )
-    return Choice("experts", *_fastest(found, EXPERTS, timed=bool(setup.gfx)))
+    candidates, more = EXPERTS, ""
+    if not _answers(found.probe, EXPERTS["grouped_mm"]) and any(issue.id == NO_GROUPED_MM for issue in met_by(setup)):
+        candidates = {name: prefix for name, prefix in EXPERTS.items() if name != "grouped_mm"}
+        more = f"; grouped_mm is known to crash here ({NO_GROUPED_MM})"
+    value, why = _fastest(found, candidates, timed=bool(setup.gfx))
+    return Choice("experts", value, why + more)
 
 
 def _fastest(found: Found, candidates: Mapping[str, str], *, timed: bool) -> tuple[str, str]:

@@ -20,9 +20,10 @@ from rich.progress import (
 )
 
 from radeon_stack.runs import events as ev
-from radeon_stack.text import one_line
+from radeon_stack.text import one_line, printable
 
 PLAIN_EVERY_SECONDS = 2.0
+ANSWER = 200  # characters of an answer
 COLOURS = {"works": "green", "missing": "dim", "not asked": "dim"}  # of an answer; what is bad is red
 PHASES = {"before": "before training", "after": "after training", "merged": "merged and reloaded"}
 
@@ -49,6 +50,10 @@ def metric_text(values: dict[str, float]) -> str:
         if key in values:
             parts.append(f"{label} {values[key]:.4g}")
     return "  ".join(parts)
+
+
+def _answer(event: ev.Answered) -> str:
+    return printable(event.answer.words())[:ANSWER]
 
 
 class BarView:
@@ -88,7 +93,7 @@ class BarView:
         elif isinstance(event, ev.Metric) and "train" in self._tasks:
             self._progress.update(self._tasks["train"], note=escape(metric_text(event.values)))
         elif isinstance(event, ev.Answered):
-            self._say(f"[{COLOURS.get(event.answer.verdict, 'red')}]{escape(one_line(event.answer.words(), 160))}[/]")
+            self._say(f"[{COLOURS.get(event.answer.verdict, 'red')}]{escape(_answer(event))}[/]")
         elif isinstance(event, ev.Sample):
             if event.phase != self._phase:
                 self._phase = event.phase
@@ -136,7 +141,7 @@ class LineView:
             total = f"/{self._total_steps:g}" if self._total_steps else ""
             return f"step {event.step}{total}  {metric_text(event.values)}"
         if isinstance(event, ev.Answered):
-            return one_line(event.answer.words(), 200)
+            return _answer(event)
         if isinstance(event, ev.Sample):
             return f"{event.phase:<7} {mark(event.correct)} {one_line(event.response)}"
         if isinstance(event, ev.Attempt) and event.resumed_step is not None:
@@ -149,7 +154,7 @@ class LineView:
         if event.stage == "train":
             self._total_steps = event.total
             return ""  # the step lines tell it
-        if event.stage == "ask":
+        if event.stage == "questions":
             return ""  # so do the answers
         now = time.monotonic()
         first = event.stage not in self._last

@@ -17,7 +17,7 @@ from typing import Any
 from radeon_stack.contracts.capabilities import Answer, CapabilitiesConfig, counts
 from radeon_stack.errors import Exit, StackError
 from radeon_stack.runs.events import Answered, Attempt
-from radeon_stack.text import one_line
+from radeon_stack.text import printable
 from radeon_stack.workloads.capabilities import answering
 from radeon_stack.workloads.capabilities.about import about, look, unanswerable
 from radeon_stack.workloads.capabilities.asking import answers
@@ -39,7 +39,7 @@ def work(job: Job) -> dict[str, Any]:
     for one in asked(questions, found, config):
         told.append(one)
         job.emit(Answered(answer=one))
-        job.progress("ask", len(told), len(questions), unit="questions", note=one.question)
+        job.progress("questions", len(told), len(questions), unit="questions", note=one.question)
     return {"asked": len(told), **{verdict.replace(" ", "_"): count for verdict, count in counts(told).items()}}
 
 
@@ -68,7 +68,7 @@ def by_hand(argv: list[str]) -> int:
         questions, found = chosen(config.questions), about()
         told = []
         for one in asked(questions, found, config):
-            print(one_line(one.words(), 160), flush=True)
+            print(printable(one.words())[:160], flush=True)
             told.append(one)
     except StackError as error:
         print(f"capabilities: {error}", file=sys.stderr)
