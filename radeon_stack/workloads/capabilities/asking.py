@@ -25,7 +25,7 @@ from radeon_stack.workloads.capabilities.steps import Question, shortened
 
 IMPORT_SECONDS = 180  # ROCm's libraries from a cold disk
 DEATH_SECONDS = 5  # a process that outlives SIGKILL for so long is held by the driver
-MOST_AHEAD = 4
+MOST_AHEAD = 3  # each holds torch in memory
 MAX_LINE = 1 << 16
 MAX_STDERR = 1 << 16
 SEVERITY = ("crashed", "timed out", "wrong", "failed", "missing", "works")
