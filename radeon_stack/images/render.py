@@ -23,6 +23,7 @@ INSIDE = (
     "contracts",
     "runs/__init__.py",
     "runs/events.py",
+    "text.py",
     "workloads",
 )
 ENVIRONMENT = (("PATH", "/opt/venv/bin:$PATH"), ("VIRTUAL_ENV", "/opt/venv"))

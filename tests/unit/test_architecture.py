@@ -48,6 +48,20 @@ def test_a_room_imports_only_what_its_arrows_allow(room: str) -> None:
             assert any(inner == a or inner.startswith(f"{a}.") for a in allowed), f"{file} imports {name}"
 
 
+def test_an_image_has_every_file_that_workloads_import() -> None:
+    from radeon_stack.images.render import package_files
+
+    inside = {f"radeon_stack/{name}" for name in package_files()}
+    for file in (PACKAGE / "workloads").rglob("*.py"):
+        for name in imports(file):
+            if name.startswith("radeon_stack."):
+                path = name.replace(".", "/")
+                above = path.rpartition("/")[0]  # where the name is a function, its module
+                modules = [path] if above == "radeon_stack" else [path, above]
+                places = {f"{module}{end}" for module in modules for end in (".py", "/__init__.py")}
+                assert inside & places, f"{file} imports {name}"
+
+
 def test_every_room_is_held_by_an_arrow() -> None:
     rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
     assert rooms == set(ARROWS)

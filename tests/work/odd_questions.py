@@ -74,3 +74,14 @@ def noisy(seed: int) -> Steps:
 
 def quits(seed: int) -> Steps:
     yield Step("forward", lambda: os._exit(3))
+
+
+def illegal_access(seed: int) -> Steps:
+    def run() -> Measured:
+        raise RuntimeError("HIP error: an illegal memory access was encountered")
+
+    yield Step("forward", run)
+
+
+def talkative(seed: int) -> Steps:
+    yield Step("copies", lambda: Measured(0.0, 0.0, 1.0, "0→1 25.1 GB/s direct, " * 1000))

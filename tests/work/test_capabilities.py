@@ -51,6 +51,7 @@ def gone(pid: int) -> bool:
         ("gpu_fault", "crashed", "forward: SIGABRT: Memory access fault by GPU node-1"),
         ("quits", "crashed", "forward: exit code 3"),
         ("noisy", "works", ""),
+        ("talkative", "works", ""),
     ],
 )
 def test_however_a_question_ends_its_answer_says_how(name: str, verdict: str, says: str) -> None:
@@ -81,9 +82,10 @@ def test_an_answer_that_was_wrong_in_one_step_still_has_the_others() -> None:
     assert [part.verdict for part in parts] == ["wrong", "works"]
 
 
-def test_after_a_gpu_fault_nothing_more_is_asked() -> None:
-    found = asked(odd("fine"), odd("gpu_fault"), odd("segfault"), odd("wrong"), odd("noisy"))
-    assert [answer.verdict for answer in found.values()] == ["works", "crashed", *["not asked"] * 3]
+@pytest.mark.parametrize(("fault", "verdict"), [("gpu_fault", "crashed"), ("illegal_access", "failed")])
+def test_after_a_gpu_fault_nothing_more_is_asked(fault: str, verdict: str) -> None:
+    found = asked(odd("fine"), odd(fault), odd("segfault"), odd("wrong"), odd("noisy"))
+    assert [answer.verdict for answer in found.values()] == ["works", verdict, *["not asked"] * 3]
     assert "reboot" in found["noisy"].detail
 
 
@@ -213,6 +215,17 @@ def test_a_probe_that_is_stopped_keeps_what_was_answered_and_leaves_no_process(c
     assert json.loads(kept.read_text())["answers"]
     asking = subprocess.run(["pgrep", "-f", f"capabilities --run {run.path}"], capture_output=True, check=False)
     assert not asking.stdout
+
+
+def test_it_runs_with_nothing_but_what_an_image_has_of_us(tmp_path: Path) -> None:
+    from radeon_stack.images.render import package_files
+
+    for name, data in package_files().items():
+        (tmp_path / "radeon_stack" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "radeon_stack" / name).write_bytes(data)
+    module = [sys.executable, "-m", "radeon_stack.workloads.capabilities", "--print", "--questions", "fp8.e5m2"]
+    done = subprocess.run(module, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True)
+    assert done.returncode == Exit.OK and "fp8.e5m2" in done.stdout, done.stderr
 
 
 def test_by_hand_it_prints_a_table_and_writes_json(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def carried_out(step: Step) -> dict[str, Any]:
             # What torch has no kernel for it explains in warnings.
             reasons = "; ".join(dict.fromkeys(str(one.message).partition(" (Triggered")[0] for one in warned))
             return {"name": step.name, "verdict": "failed", "detail": _message(error, reasons)}
-    told: dict[str, Any] = {"name": step.name, "verdict": "works", "detail": found.remark}
+    told: dict[str, Any] = {"name": step.name, "verdict": "works", "detail": shortened(found.remark)}
     if found.milliseconds is not None:
         told["milliseconds"] = found.milliseconds
     if found.tolerance is not None and found.error is not None:

@@ -29,7 +29,10 @@ MOST_AHEAD = 3  # each holds torch in memory
 MAX_LINE = 1 << 16
 MAX_STDERR = 1 << 16
 SEVERITY = ("crashed", "timed out", "wrong", "failed", "missing", "works")
-FAULT = re.compile(r"Memory access fault by GPU|HSA_STATUS_ERROR_(MEMORY_FAULT|MEMORY_APERTURE_VIOLATION)|GPU Hang")
+FAULT = re.compile(
+    r"Memory access fault by GPU|HSA_STATUS_ERROR_(MEMORY_FAULT|MEMORY_APERTURE_VIOLATION)|GPU Hang"
+    r"|HIP error: an illegal memory access|hipErrorIllegalAddress"
+)
 AFTER_A_FAULT = "the GPU faulted in an earlier question; reboot before it is used again"
 HELD = "a process that would not die holds the GPU; reboot"
 
@@ -128,6 +131,7 @@ class _Child:
             verdict = overall(parts)
             said = next((part for part in parts if part["verdict"] == verdict and verdict != "works"), {})
             detail = shortened(f"{said['name']}: {said['detail']}") if said.get("detail") else ""
+        self.faulted = self.faulted or FAULT.search(detail) is not None
         told = {"question": name, "verdict": verdict, "detail": detail, "seconds": took, "parts": parts}
         return Answer.model_validate(told)
 
