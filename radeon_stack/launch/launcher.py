@@ -100,7 +100,7 @@ def write_records(drafted: Draft, store: RunStore) -> None:
 
 def config_record(effective: Effective) -> dict[str, Any]:
     """`config.json`: the recipe as it is run, and where each value came from."""
-    tree = absolute_inputs(effective.tree())
+    tree = absolute_inputs(effective.config, effective.tree())
     return {"name": effective.name, "preset": effective.preset, "origin": dict(effective.origin), "recipe": tree}
 
 

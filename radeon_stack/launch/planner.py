@@ -9,6 +9,7 @@ from typing import Any
 
 from radeon_stack.catalog.load import Effective
 from radeon_stack.catalog.sizes import format_size
+from radeon_stack.contracts.sections import TakesData, TakesModel
 from radeon_stack.errors import MachineError, UsageError
 from radeon_stack.host.engines import require_engine
 from radeon_stack.launch.access import VISIBLE, container_access, local_env
@@ -36,10 +37,12 @@ def plan(
             where="resources.memory",
             remedy="lower it: --set resources.memory=SIZE, or try --preset demo",
         )
-    config: Any = effective.config
+    config = effective.config
     paths = _Paths(inside, run_dir, cache)
-    paths.add_model(config.model, effective.origin.get("config.model", str(effective.path)) + ": config.model")
-    paths.add_data(config.data.dataset, effective.origin.get("config.data.dataset", "") + ": config.data.dataset")
+    if isinstance(config, TakesModel):
+        paths.add_model(config.model, effective.origin.get("config.model", str(effective.path)) + ": config.model")
+    if isinstance(config, TakesData):
+        paths.add_data(config.data.dataset, effective.origin.get("config.data.dataset", "") + ": config.data.dataset")
     python = VENV_PYTHON if inside else sys.executable
     command = (python, "-m", f"radeon_stack.workloads.{effective.recipe.workload}", *paths.arguments)
     values = _common(effective, here, run_id, run_dir)

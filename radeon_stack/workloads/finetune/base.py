@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from radeon_stack import atomic
-from radeon_stack.contracts.finetune import PACKAGE_PREFIX, Quantization
+from radeon_stack.contracts.finetune import Quantization
+from radeon_stack.contracts.sections import PACKAGE_PREFIX
 from radeon_stack.errors import MachineError, UsageError
 from radeon_stack.workloads.job import Job
 
