@@ -17,7 +17,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
 MAX_LINE_BYTES = 1 << 20
+MAX_VALUES = 64
 Phase = Literal["before", "after", "merged"]
+Measured = Literal["ok", "missing", "crashed", "wrong", "failed"]
 
 
 class _Event(BaseModel):
@@ -50,6 +52,23 @@ class Metric(_Event):
     kind: Literal["metric"] = "metric"
     step: int
     values: dict[str, float]
+
+
+class Measurement(_Event):
+    """What one implementation came to in one case of a benchmark.
+
+    `suite` names the benchmark, `case` what was asked (dtype, sizes …), `values` the figures in SI units; a time comes
+    with its spread (`forward_seconds`, `forward_seconds_p20`, `…_p80`). `state` is `missing` where the implementation
+    is not there or does not take the case, `wrong` where its numbers are off; `note` has the reason.
+    """
+
+    kind: Literal["measurement"] = "measurement"
+    suite: str = Field(max_length=64)
+    case: dict[str, str | int | float | bool] = Field(max_length=MAX_VALUES)
+    implementation: str = Field(max_length=64)
+    state: Measured = "ok"
+    values: dict[str, float] = Field(default={}, max_length=MAX_VALUES)
+    note: str = ""
 
 
 class Sample(_Event):
@@ -106,7 +125,7 @@ class Stopped(_Event):
     step: int | None = None
 
 
-Event = Attempt | Progress | Metric | Sample | Fact | Artifact | Result | Error | Stopped
+Event = Attempt | Progress | Metric | Measurement | Sample | Fact | Artifact | Result | Error | Stopped
 _ADAPTER: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
 
 
