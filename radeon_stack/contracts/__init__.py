@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
+from radeon_stack.contracts.bench import BenchConfig
 from radeon_stack.contracts.finetune import FinetuneConfig
 
-WORKLOADS: dict[str, type[BaseModel]] = {"finetune": FinetuneConfig}
+WORKLOADS: dict[str, type[BaseModel]] = {"bench": BenchConfig, "finetune": FinetuneConfig}
