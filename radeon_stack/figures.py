@@ -45,11 +45,11 @@ def is_stable(values: Mapping[str, float]) -> bool:
 
 
 def of_floor(values: Mapping[str, float], phase: str) -> str:
-    """`1.7× of the floor (memory)`, or "" where there is none."""
+    """`1.7× floor, memory`, or "" where there is none."""
     if f"{phase}_of_floor" not in values:
         return ""
     bound = "memory" if values.get(f"{phase}_memory_bound") else "compute"
-    return f"{values[f'{phase}_of_floor']:.1f}× of the floor ({bound})"
+    return f"{values[f'{phase}_of_floor']:.1f}× floor, {bound}"
 
 
 def figure_line(case: Case, implementation: str, state: str, values: Mapping[str, float], note: str = "") -> str:

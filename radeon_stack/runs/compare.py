@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from radeon_stack.errors import UsageError
@@ -18,6 +18,7 @@ from radeon_stack.runs.events import Event, Fact, Measurement
 from radeon_stack.runs.measurements import Key, case_key, key_of, measurements_of
 
 MARGIN = 0.05  # two runs on one idle card were seen to differ by some percent
+RATES_MARGIN = 0.1
 CARD = ("name", "arch", "memory", "threads")  # what makes a card the same; the rest is software and may differ
 SOFTWARE = ("driver", "torch", "hip", "cuda", "triton", "python", "package", "commit")
 Verdict = Literal["worse", "same", "better"]
@@ -25,12 +26,13 @@ Verdict = Literal["worse", "same", "better"]
 
 @dataclass(frozen=True)
 class Side:
-    """One run: its name, its figures, the card they are of, and how they were timed."""
+    """One run: its name, its figures, the card they are of, how they were timed, and the rates of the card itself."""
 
     name: str
     measurements: Sequence[Measurement]
     card: Mapping[str, Any]
     timing: Mapping[str, Any]
+    rates: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Comparison:
     changes: tuple[Change, ...]
     software: Mapping[str, tuple[Any, Any]]
     one_sided: tuple[str, ...]
+    rates: Mapping[str, float]
+    """The card's own rates, new over old: far from 1, something else was going on."""
 
     @property
     def worse(self) -> tuple[Change, ...]:
@@ -77,7 +81,16 @@ def side(name: str, events: Sequence[Event]) -> Side:
             where=name,
             remedy="compare runs of a benchmark: radeon-stack run bench-attention",
         )
-    return Side(name, measurements, card, timing if isinstance(timing, dict) else {})
+    return Side(name, measurements, card, timing if isinstance(timing, dict) else {}, _rates(facts.get("floor")))
+
+
+def _rates(floor: Any) -> dict[str, float]:
+    """Bandwidth and matrix rates, those that are numbers."""
+    if not isinstance(floor, dict):
+        return {}
+    matrix = floor.get("matrix")
+    rates = {"copy": floor.get("bandwidth"), **(matrix if isinstance(matrix, dict) else {})}
+    return {name: float(rate) for name, rate in rates.items() if isinstance(rate, int | float) and 0 < rate < math.inf}
 
 
 def compare(old: Side, new: Side, *, margin: float = MARGIN, common: bool = False) -> Comparison:
@@ -90,7 +103,9 @@ def compare(old: Side, new: Side, *, margin: float = MARGIN, common: bool = Fals
         name: (old.card.get(name), new.card.get(name)) for name in SOFTWARE if old.card.get(name) != new.card.get(name)
     }
     names_before, names_after = ({one.implementation for one in of.measurements} for of in (old, new))
-    return Comparison(old.name, new.name, tuple(changes), software, tuple(sorted(names_before ^ names_after)))
+    one_sided = tuple(sorted(names_before ^ names_after))
+    rates = {name: new.rates[name] / rate for name, rate in old.rates.items() if name in new.rates}
+    return Comparison(old.name, new.name, tuple(changes), software, one_sided, rates)
 
 
 def _require_comparable(old: Side, new: Side, *, common: bool) -> None:
@@ -163,6 +178,9 @@ def lines(comparison: Comparison) -> list[str]:
     """For a person: what became worse and better, and how much stayed."""
     told = [f"{comparison.new} against {comparison.old}"]
     told += [f"  {name}: {old} → {new}" for name, (old, new) in comparison.software.items()]
+    for name, ratio in comparison.rates.items():
+        if abs(math.log(ratio)) > math.log1p(RATES_MARGIN):
+            told.append(f"  the card itself: {name} rate {ratio:.2f}× (its clocks, its heat, or somebody else on it)")
     if comparison.one_sided:
         told.append(f"  in one of them alone: {', '.join(comparison.one_sided)}")
     for mark, changes in (("✗", comparison.worse), ("✓", comparison.better)):
@@ -195,5 +213,6 @@ def as_data(comparison: Comparison) -> dict[str, Any]:
         "better": len(comparison.better),
         "software": {name: {"old": old, "new": new} for name, (old, new) in comparison.software.items()},
         "one_sided": list(comparison.one_sided),
+        "rates": dict(comparison.rates),
         "changes": [{**vars(change), "case": dict(change.case)} for change in comparison.changes],
     }

@@ -46,14 +46,14 @@ def counted(measurements: Sequence[Measurement]) -> str:
 
 
 def quickest(measurements: Sequence[Measurement]) -> str:
-    """`sdpa_flash is the quickest in 6 of 8 cases`, all phases together; "" where nothing was compared."""
+    """`quickest in 6 of 8 cases: sdpa_flash`, all phases together; "" where nothing was compared."""
     cases = [[one for one in found if one.state == "ok"] for found in by_case(measurements).values()]
     raced = [found for found in cases if len(found) > 1]
     if not raced:
         return ""
     winners = Counter(min(found, key=_time).implementation for found in raced)
     name, count = winners.most_common(1)[0]
-    return f"{name} is the quickest in {count} of {len(raced)} cases"
+    return f"quickest in {count} of {len(raced)} cases: {name}"
 
 
 def as_data(one: Measurement) -> dict[str, Any]:
