@@ -31,12 +31,14 @@ class AttentionGrid(Section):
     varlen: Several[bool] = Field((False,), description="true: documents of uneven length packed in batch × seq tokens")
 
     def combinations(self) -> Iterator[dict[str, Any]]:
-        """Each case's values; `kv_heads` is never 0."""
+        """Each case's values, once; `kv_heads` is never 0."""
+        seen = set()
         names = ("dtypes", "batch", "seq", "heads", "kv_heads", "head_dim", "causal", "varlen")
         for values in product(*(getattr(self, name) for name in names)):
             case = dict(zip(("dtype", *names[1:]), values, strict=True))
             case["kv_heads"] = case["kv_heads"] or case["heads"]
-            if case["heads"] % case["kv_heads"] == 0:
+            if case["heads"] % case["kv_heads"] == 0 and tuple(case.values()) not in seen:
+                seen.add(tuple(case.values()))
                 yield case
 
 

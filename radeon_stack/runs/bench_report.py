@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from radeon_stack.figures import PHASES, is_stable, milliseconds, of_floor, phases_of
 from radeon_stack.runs.charts import Bar, Group, bar_chart
 from radeon_stack.runs.events import Measurement
-from radeon_stack.runs.measurements import by_case, counted, quickest
+from radeon_stack.runs.measurements import by_case, counted, quickest, rates_of
 
 MAX_ROWS = 5000
 SHOWN_CHARTS = 8  # the others are folded away
@@ -94,14 +93,19 @@ def _rows(measurements: Sequence[Measurement], phases: Sequence[str]) -> Iterato
 
 
 def _cells(values: Mapping[str, float], phase: str) -> Iterator[Cell]:
-    seconds, rate = values.get(f"{phase}_seconds"), values.get(f"{phase}_operations_per_second")
-    difference = values.get(f"difference_{phase}")
-    spread = values.get(f"{phase}_seconds_p80", math.nan) - values.get(f"{phase}_seconds_p20", math.nan)
-    yield Cell(
-        "" if seconds is None else f"{milliseconds(seconds)} ± {spread / 2 / seconds:.0%}", of_floor(values, phase)
-    )
+    rate, difference = values.get(f"{phase}_operations_per_second"), values.get(f"difference_{phase}")
+    yield Cell(_time(values, phase), of_floor(values, phase))
     off = "" if difference is None else f"off by {difference:.1e}"
     yield Cell("" if rate is None else f"{rate / 1e12:.3g} TFLOP/s", off)
+
+
+def _time(values: Mapping[str, float], phase: str) -> str:
+    """`7.05 ms ± 1%`: the median, and half the distance of the percentiles."""
+    seconds, low, high = (values.get(f"{phase}_seconds{name}") for name in ("", "_p20", "_p80"))
+    if seconds is None:
+        return ""
+    spread = f" ± {(high - low) / 2 / seconds:.0%}" if low and high and seconds > 0 else ""
+    return f"{milliseconds(seconds)}{spread}"
 
 
 def _peak(values: Mapping[str, float], phases: Sequence[str]) -> Cell:
@@ -140,10 +144,9 @@ def tiles(card: Mapping[str, Any], floor: Mapping[str, Any]) -> list[tuple[str, 
     found = []
     if isinstance(card.get("name"), str):
         found.append(("card", f"{card['name']} ({card.get('arch', '?')})"))
-    if isinstance(floor.get("bandwidth"), int | float):
-        found.append(("memory bandwidth, by a copy", f"{floor['bandwidth'] / 1e9:.0f} GB/s"))
-    matrix = floor.get("matrix")
-    for dtype, rate in matrix.items() if isinstance(matrix, dict) else ():
-        if isinstance(rate, int | float):
-            found.append((f"{dtype} matrix rate", f"{rate / 1e12:.4g} TFLOP/s"))
+    for name, rate in rates_of(floor).items():
+        if name == "copy":
+            found.append(("memory bandwidth, by a copy", f"{rate / 1e9:.0f} GB/s"))
+        else:
+            found.append((f"{name} matrix rate", f"{rate / 1e12:.4g} TFLOP/s"))
     return found

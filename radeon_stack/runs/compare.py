@@ -15,7 +15,7 @@ from typing import Any, Literal
 from radeon_stack.errors import UsageError
 from radeon_stack.figures import Case, case_label, milliseconds, phases_of
 from radeon_stack.runs.events import Event, Fact, Measurement
-from radeon_stack.runs.measurements import Key, case_key, key_of, measurements_of
+from radeon_stack.runs.measurements import Key, case_key, key_of, measurements_of, rates_of
 
 MARGIN = 0.05  # two runs on one idle card were seen to differ by some percent
 RATES_MARGIN = 0.1
@@ -81,16 +81,7 @@ def side(name: str, events: Sequence[Event]) -> Side:
             where=name,
             remedy="compare runs of a benchmark: radeon-stack run bench-attention",
         )
-    return Side(name, measurements, card, timing if isinstance(timing, dict) else {}, _rates(facts.get("floor")))
-
-
-def _rates(floor: Any) -> dict[str, float]:
-    """Bandwidth and matrix rates, those that are numbers."""
-    if not isinstance(floor, dict):
-        return {}
-    matrix = floor.get("matrix")
-    rates = {"copy": floor.get("bandwidth"), **(matrix if isinstance(matrix, dict) else {})}
-    return {name: float(rate) for name, rate in rates.items() if isinstance(rate, int | float) and 0 < rate < math.inf}
+    return Side(name, measurements, card, timing if isinstance(timing, dict) else {}, rates_of(facts.get("floor")))
 
 
 def compare(old: Side, new: Side, *, margin: float = MARGIN, common: bool = False) -> Comparison:
@@ -189,7 +180,8 @@ def lines(comparison: Comparison) -> list[str]:
     counts = f"{len(comparison.worse)} worse, {len(comparison.better)} better"
     same = [change.ratio for change in comparison.changes if change.verdict == "same" and change.ratio]
     span = f" ({min(same):.2f}× to {max(same):.2f}×)" if same else ""
-    return [*told, f"{counts}, {len(same)} the same within their spread{span}"]
+    told.append(f"{counts}, {len(same)} the same within their spread{span}")
+    return [text.replace("\n", " ") for text in told]
 
 
 def change_line(change: Change) -> str:

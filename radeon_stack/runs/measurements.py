@@ -10,6 +10,7 @@ from radeon_stack.figures import Case, case_label, phases_of
 from radeon_stack.runs.events import Event, Measurement
 
 STATES = ("ok", "missing", "wrong", "crashed", "failed")
+LARGEST = 1e30  # a rate beyond is no rate
 Key = tuple[str, str, str]
 
 
@@ -54,6 +55,15 @@ def quickest(measurements: Sequence[Measurement]) -> str:
     winners = Counter(min(found, key=_time).implementation for found in raced)
     name, count = winners.most_common(1)[0]
     return f"quickest in {count} of {len(raced)} cases: {name}"
+
+
+def rates_of(floor: Any) -> dict[str, float]:
+    """A floor's `copy` bandwidth (bytes/s) and matrix rates (operations/s) by dtype, those that are numbers."""
+    if not isinstance(floor, dict):
+        return {}
+    matrix = floor.get("matrix")
+    rates = {"copy": floor.get("bandwidth"), **(matrix if isinstance(matrix, dict) else {})}
+    return {name: float(rate) for name, rate in rates.items() if isinstance(rate, int | float) and 0 < rate < LARGEST}
 
 
 def as_data(one: Measurement) -> dict[str, Any]:
