@@ -26,8 +26,9 @@ POLL_SECONDS = 0.02
 LAST_LINES = 4
 LINE_LENGTH = 200
 TAIL_BYTES = 64 << 10
-# Python's fault handler lists every extension module after the stack: no news.
-NO_NEWS = ("Extension modules:", "<no Python frame>")
+FAULT, BEFORE_FAULT = "Fatal Python error", 2
+# Of what Python's fault handler tells around the stack, that is no news.
+NO_NEWS = ("Extension modules:", "<no Python frame>", "Current thread", "Thread 0x")
 
 Task = Mapping[str, Any]
 
@@ -130,9 +131,18 @@ class _Child:
             return stream.read().decode(errors="replace")
 
     def _last_words(self, how: str) -> str:
-        lines = [one_line(line, LINE_LENGTH) for line in self._tail().splitlines()]
-        last = [line for line in lines if line and not line.startswith(NO_NEWS)][-LAST_LINES:]
+        last = last_words(self._tail())
         return f"{how}: {' | '.join(last)}" if last else how
+
+
+def last_words(text: str) -> list[str]:
+    """What a process said at its end: its last lines, or those about the fault that ended it and where it was."""
+    lines = [line for line in (one_line(line, LINE_LENGTH) for line in text.splitlines()) if line]
+    lines = [line for line in lines if not line.startswith(NO_NEWS)]
+    faults = [number for number, line in enumerate(lines) if line.startswith(FAULT)]
+    if not faults:
+        return lines[-LAST_LINES:]
+    return lines[max(0, faults[-1] - BEFORE_FAULT) :][: BEFORE_FAULT + LAST_LINES]
 
 
 def how_it_ended(code: int) -> str:
