@@ -21,6 +21,7 @@ INSIDE = (
     "atomic.py",
     "codeobjects",
     "contracts",
+    "figures.py",
     "runs/__init__.py",
     "runs/events.py",
     "text.py",

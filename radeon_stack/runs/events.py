@@ -21,6 +21,8 @@ from radeon_stack.contracts.capabilities import Answer
 MAX_LINE_BYTES = 1 << 20
 MAX_VALUES = 64
 Phase = Literal["before", "after", "merged"]
+Name = Annotated[str, Field(max_length=64)]
+Whole = Annotated[int, Field(ge=-(1 << 53), le=1 << 53)]
 Measured = Literal["ok", "missing", "crashed", "wrong", "failed"]
 
 
@@ -65,11 +67,11 @@ class Measurement(_Event):
     """
 
     kind: Literal["measurement"] = "measurement"
-    suite: str = Field(max_length=64)
-    case: dict[str, str | int | float | bool] = Field(max_length=MAX_VALUES)
-    implementation: str = Field(max_length=64)
+    suite: Name
+    case: dict[Name, Whole | float | bool | Name] = Field(max_length=MAX_VALUES)
+    implementation: Name
     state: Measured = "ok"
-    values: dict[str, float] = Field(default={}, max_length=MAX_VALUES)
+    values: dict[Name, float] = Field(default={}, max_length=MAX_VALUES)
     note: str = ""
 
 

@@ -9,6 +9,7 @@ from pydantic import JsonValue
 
 from radeon_stack.contracts.capabilities import Answer, counts
 from radeon_stack.runs.events import Answered, Artifact, Event, Fact, Result, Sample, metrics_by_step, read_events
+from radeon_stack.runs.measurements import as_data, counted, measurements_of, quickest
 from radeon_stack.runs.outcome import Outcome
 from radeon_stack.runs.store import Run
 
@@ -34,6 +35,7 @@ def summary(run: Run, outcome: Outcome) -> dict[str, Any]:
         "metrics": [{"step": step, **values} for step, values in metrics_by_step(events).items()],
         "samples": {phase: [_sample(s) for s in samples_of(events, phase)] for phase in PHASES},
         "answers": [answer.model_dump(mode="json", exclude_defaults=True) for answer in answers_of(events)],
+        "measurements": [as_data(one) for one in measurements_of(events)],
         "facts": {event.name: event.value for event in events if isinstance(event, Fact)},
         "artifacts": {name: str(run.path / path) for name, path in artifacts(events).items()},
         "directory": str(run.path),
@@ -58,6 +60,10 @@ def lines(run: Run, outcome: Outcome) -> list[str]:
     asked = answers_of(read_events(run.events))
     if asked:
         rows.append(("answers", ", ".join(f"{count} {verdict}" for verdict, count in counts(asked).items())))
+    measurements = measurements_of(read_events(run.events))
+    rows += [
+        (name, text) for name, text in (("figures", counted(measurements)), ("best", quickest(measurements))) if text
+    ]
     rows += told["artifacts"].items()
     if told["report"]:
         rows.append(("report", told["report"]))

@@ -19,12 +19,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from radeon_stack.figures import figure_line
 from radeon_stack.runs import events as ev
 from radeon_stack.text import one_line, printable
 
 PLAIN_EVERY_SECONDS = 2.0
 ANSWER = 200  # characters of an answer
 COLOURS = {"works": "green", "missing": "dim", "not asked": "dim"}  # of an answer; what is bad is red
+MEASUREMENT_LENGTH = 240
+MEASURED = {"ok": "green", "missing": "dim", "wrong": "red", "crashed": "red", "failed": "red"}
 PHASES = {"before": "before training", "after": "after training", "merged": "merged and reloaded"}
 
 
@@ -54,6 +57,12 @@ def metric_text(values: dict[str, float]) -> str:
 
 def _answer(event: ev.Answered) -> str:
     return printable(event.answer.words())[:ANSWER]
+
+
+def measurement_text(event: ev.Measurement) -> str:
+    """A figure on one line."""
+    line = figure_line(event.case, event.implementation, event.state, event.values, event.note)
+    return one_line(line, MEASUREMENT_LENGTH)
 
 
 class BarView:
@@ -100,6 +109,9 @@ class BarView:
                 self._say(f"[bold]{PHASES[event.phase]}[/]: {escape(one_line(event.prompt))}")
             colour = {True: "green", False: "red", None: "dim"}[event.correct]
             self._say(f"  [{colour}]{mark(event.correct)}[/] {escape(one_line(event.response))}")
+        elif isinstance(event, ev.Measurement):
+            colour = MEASURED[event.state]
+            self._say(f"[{colour}]{mark(event.state == 'ok')}[/] {escape(measurement_text(event))}")
         elif isinstance(event, ev.Attempt) and event.resumed_step is not None:
             self._say(f"resumed from step {event.resumed_step}")
 
@@ -142,6 +154,8 @@ class LineView:
             return f"step {event.step}{total}  {metric_text(event.values)}"
         if isinstance(event, ev.Answered):
             return _answer(event)
+        if isinstance(event, ev.Measurement):
+            return measurement_text(event)
         if isinstance(event, ev.Sample):
             return f"{event.phase:<7} {mark(event.correct)} {one_line(event.response)}"
         if isinstance(event, ev.Attempt) and event.resumed_step is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "radeon_stack"
-SHARED = {"errors", "atomic", "contracts", "text"}
+SHARED = {"errors", "atomic", "contracts", "figures", "text"}
 # room → the rooms it may import; `catalog` is the ground floor, `cli` the roof.
 ARROWS = {
     "catalog": set(),
