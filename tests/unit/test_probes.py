@@ -17,7 +17,7 @@ from radeon_stack.cli.explain import lines
 from radeon_stack.contracts.capabilities import VERDICTS, Answer, Part, Verdict, counts
 from radeon_stack.errors import MachineError
 from radeon_stack.host.choices import ATTENTION, EXPERTS, Choice, choices
-from radeon_stack.host.known_issues import Setup
+from radeon_stack.host.known_issues import Mitigation, Setup
 from radeon_stack.host.probes import MAX_BYTES, Found, Kept, Probe, Subject, key, load, save
 from radeon_stack.launch.planner import plan
 from radeon_stack.launch.probing import decided, keep_answers
@@ -242,6 +242,7 @@ def test_hipblaslt_is_turned_off_where_it_fails_or_is_slow_and_never_on_on_gfx12
     quick = blas_of(GFX1201, fast, plain)
     assert (quick.value, quick.env) == ("default", {}) and "a pass does not clear it" in quick.why
     assert blas_of(GFX1201, fast, answer("lora_blas.r8", verdict="wrong")).env == {}
+    assert blas_of(GFX1100, Answer(question="lora_lt.r8", verdict="missing"), plain).env == {}
 
 
 @st.composite
@@ -300,9 +301,23 @@ def test_explain_has_each_choice_with_its_measurement_and_its_variables(tmp_path
     )
     said = "\n".join(lines(made))
     assert "    attention=sdpa: probe of 2026-11-24: it works\n    blas=rocblas: probe of 2026-11-24" in said
-    assert "TORCH_BLAS_PREFER_HIPBLASLT=0: blas is rocblas: probe of 2026-11-24" in said
+    assert "TORCH_BLAS_PREFER_HIPBLASLT=0: blas=rocblas was chosen" in said
     assert dict(made.env)["DISABLE_ADDMM_HIP_LT"] == "0"  # the recipe's own goes before
     assert "card=AMD Radeon AI PRO R9700" in said
+
+
+def test_a_known_fault_is_not_outvoted_by_a_probe_that_did_not_meet_it(tmp_path: Path) -> None:
+    known = Mitigation("RS-KI-001", {"TORCH_BLAS_PREFER_HIPBLASLT": "0"}, "it reads past small matrices")
+    on = Choice("blas", "hipblaslt", "probe of 2026-11-24: faster", {"TORCH_BLAS_PREFER_HIPBLASLT": "1"})
+    made = plan(
+        resolve(read("train-llama"), "demo"),
+        circumstances(mitigations=(known,), choices=(on,)),
+        run_id="20260101-000000-train-llama-abcd",
+        run_dir=tmp_path / "run",
+        cache=tmp_path / "cache",
+    )
+    assert dict(made.env)["TORCH_BLAS_PREFER_HIPBLASLT"] == "0"
+    assert made.reasons["env.TORCH_BLAS_PREFER_HIPBLASLT"].startswith("RS-KI-001")
 
 
 # How a probe's end is recorded
