@@ -25,7 +25,9 @@ from radeon_stack.runs import events as ev
 from radeon_stack.runs.report import render
 from radeon_stack.runs.store import Run, RunStore, State, Status
 from radeon_stack.runs.view import LineView
-from tests.unit.test_launch import circumstances, demo_plan
+from tests.conftest import Cli
+from tests.stages import STAGES, build
+from tests.unit.test_launch import circumstances, demo_plan, model_in
 
 NOON = 1_795_521_600.0  # 2026-11-24 12:00 UTC
 R9700: Subject = (("gfx", "gfx1201"), ("card", "AMD Radeon AI PRO R9700"), ("image", "sha256:" + "a" * 64))
@@ -318,6 +320,30 @@ def test_a_known_fault_is_not_outvoted_by_a_probe_that_did_not_meet_it(tmp_path:
     )
     assert dict(made.env)["TORCH_BLAS_PREFER_HIPBLASLT"] == "0"
     assert made.reasons["env.TORCH_BLAS_PREFER_HIPBLASLT"].startswith("RS-KI-001")
+
+
+def test_a_run_on_a_radeon_is_explained_by_its_probe_and_not_by_another_images(
+    cli: Cli, home: Path, tmp_path: Path
+) -> None:
+    tree = build(STAGES["r9700"], tmp_path)
+    model = model_in(tmp_path / "m", "config.json", "tokenizer.json", "model.safetensors")
+    words = ("explain", "train-llama", "--model", model, "--engine", "local", "--sysroot", tree)
+    first = cli(*words, "--json")
+    if "lacks" in first.err:
+        pytest.skip("this Python lacks the packages of the extra 'work': make setup")
+    subject = tuple((name, value) for name, value in first.json["fields"]["subject"]["value"])
+    assert subject[0] == ("gfx", "gfx1201")
+    crashed = answer("flash_attn.bf16.d128", verdict="crashed")
+    other = tuple((name, "2.0" if name == "torch" else value) for name, value in subject)
+    save(home / "probes", other, [SDPA, crashed], run="r", asked=NOON)
+    stale = "attention=sdpa: not probed: the probe of 2026-11-24 on this card was with another torch, Triton or ROCm"
+    assert stale in cli(*words).out
+    slow, quick = answer("lora_lt.r8", verdict="crashed"), answer("lora_blas.r8")
+    save(home / "probes", subject, [SDPA, crashed, slow, quick], run="r", asked=NOON)
+    said = cli(*words).out
+    assert "attention=sdpa: probe of 2026-11-24 on this card and these packages: sdpa works, forward 0.81 ms" in said
+    assert "flash_attn.bf16.d128 crashed (backward: SIGSEGV)" in said
+    assert "blas=rocblas: probe of 2026-11-24" in said and "ROCBLAS_USE_HIPBLASLT=0: RS-KI-001" in said
 
 
 # How a probe's end is recorded
