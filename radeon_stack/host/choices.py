@@ -88,6 +88,8 @@ def _blas(found: Found, setup: Setup) -> Choice:
     risky = bool(setup.gfx & set(GFX12))
     why = f"probe of {found.probe.date()} on this card and {_with(found.probe)}: {told}" + f"; {OVER_READS}" * risky
     lt_works, plain_works = not _failures(lt), not _failures(plain)
+    if all(answer.verdict == "missing" for answer in _failures(lt)) and not lt_works:
+        return Choice("blas", "default", why)  # torch has fallen back by itself
     if plain_works and not lt_works:
         return Choice("blas", "rocblas", why, LT_NOWHERE)
     if lt_works and not plain_works:

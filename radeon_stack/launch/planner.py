@@ -139,7 +139,7 @@ class _Environment:
         for choice in here.choices:
             for name, value in choice.env.items():
                 if name not in self.values:
-                    self.add(name, value, f"{choice.name} is {choice.value}: {choice.why}")
+                    self.add(name, value, f"{choice.name}={choice.value} was chosen")
 
     def add(self, name: str, value: str, why: str) -> None:
         self.values[name], self.reasons[name] = value, why
