@@ -320,7 +320,11 @@ def test_the_demo_runs_from_the_command_line_to_its_report(cli: Cli) -> None:
     assert states["reference", False] == states["reference", True] == states["sdpa_math", False] == "ok"
     assert states["flash_attn", False] == "missing"
     assert {"card", "floor", "timing"} <= set(told["facts"])
-    assert told["facts"]["floor"]["bandwidth"] > 0 and told["facts"]["card"]["clocks"] == {"before": {}, "after": {}}
+    assert told["facts"]["floor"]["bandwidth"] > 0 and told["facts"]["card"]["clocks"] == {
+        "before": {},
+        "loaded": {},
+        "after": {},
+    }
     line = r"bf16 b2 s96 h4/2 d32 causal \| reference \| diff fwd \S+ bwd \S+ \| \S+ ms fwd \S+ ms bwd \| (un)?stable"
     assert re.search(line, result.err)
     assert told["result"]["cases"] == 2 and told["result"]["wrong"] == 0

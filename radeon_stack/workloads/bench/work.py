@@ -32,7 +32,8 @@ def card(task: Task, device: torch.device) -> dict[str, Any]:
     """The card's facts, and its floor for the dtypes asked for."""
     before = state(device)
     floor = measure_floor(device, task["dtypes"])
-    return {"card": {**look_at(device).facts(), "clocks": {"before": before}}, "floor": floor.facts()}
+    clocks = {"before": before, "loaded": state(device)}  # right after the floor: while they are still up
+    return {"card": {**look_at(device).facts(), "clocks": clocks}, "floor": floor.facts()}
 
 
 def clocks(_: Task, device: torch.device) -> dict[str, Any]:
