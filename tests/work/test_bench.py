@@ -157,7 +157,7 @@ def raced(*names: str, cases: int = 1, seconds: float = 60) -> dict[str, Figure]
     found = race(
         SUITE,
         SUITE.cases(None)[:cases],
-        chosen(SUITE, names),
+        chosen([SUITE], names)[SUITE.name],
         settings,
         GROUND,
         tell=told.append,
@@ -210,8 +210,9 @@ def test_one_that_hangs_is_told_and_given_up() -> None:
 
 
 def test_an_implementation_that_does_not_exist_is_refused_by_name() -> None:
-    with pytest.raises(UsageError, match="no implementation 'ad'"):
-        chosen(SUITE, ["ad"])
+    assert chosen([SUITE, attention.SUITE], ["add", "reference"]) == {"doubling": ["add"], "attention": ["reference"]}
+    with pytest.raises(UsageError, match="no implementation 'ad' in doubling, attention"):
+        chosen([SUITE, attention.SUITE], ["add", "ad"])
 
 
 def a_case(**more: Any) -> Case:

@@ -27,7 +27,7 @@ def work(job: Job) -> dict[str, Any]:
     suites = [find_suite(SUITES[name]) for name in dict.fromkeys(config.suites)]
     cases = {suite.name: suite.cases(config) for suite in suites}
     wanted = None if config.implementations == "all" else config.implementations
-    names = {suite.name: chosen(suite, wanted) for suite in suites}
+    names = chosen(suites, wanted)
 
     dtypes = list(dict.fromkeys(suite.dtype(case) for suite in suites for case in cases[suite.name]))
     job.progress("floor", 0, 1, note="bandwidth, matrix rates")

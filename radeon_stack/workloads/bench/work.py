@@ -17,6 +17,7 @@ from radeon_stack.workloads.bench.suite import Missing, Suite, Work, find_suite
 from radeon_stack.workloads.bench.timing import Budget, Timing, first_line, measure
 
 ADDRESS = f"{__name__}:do"
+POISON_BYTES = 512 << 20  # larger ones are weights
 # What libraries say when a thing is not there for this device or these sizes; anything else is a failure.
 NOT_THERE = (Missing, ImportError, NotImplementedError)
 NOT_THERE_TEXTS = ("No available kernel", "not compiled for", "only supports", "is not supported", "not implemented")
@@ -146,16 +147,17 @@ def phase_differences(suite: Suite, off_by: Mapping[str, float]) -> dict[str, fl
 
 def results_of(suite: Suite, setting: Any, run: Any, device: torch.device) -> Mapping[str, torch.Tensor]:
     """One run's results, its part that the truth is of, on memory that held NaN before: what is unwritten shows."""
-    poison(setting, device)
+    poison(setting)
     found = suite.part(setting, run())
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return found
 
 
-def poison(setting: Any, device: torch.device) -> None:
-    """Fill free blocks of the allocator with NaN, of the sizes that results have: those of the inputs."""
-    tensors = [one for one in vars(setting).values() if isinstance(one, torch.Tensor) and one.is_floating_point()]
+def poison(setting: Any) -> None:
+    """Fill free blocks of the allocator with NaN, of the sizes that results have: those of the setting's tensors."""
+    found = [one for one in vars(setting).values() if isinstance(one, torch.Tensor) and one.is_floating_point()]
+    tensors = [one for one in found if one.nbytes <= POISON_BYTES]
     held = [torch.full_like(one, float("nan"), requires_grad=False) for one in tensors for _ in range(2)]
     del held
 
