@@ -331,5 +331,8 @@ def test_the_demo_runs_from_the_command_line_to_its_report(cli: Cli) -> None:
     assert told["result"]["cases"] == 2 and told["result"]["wrong"] == 0
     again = cli("runs", "compare", "last", "last")
     assert again.code == Exit.OK and "0 worse, 0 better" in again.out
+    if not torch.cuda.is_available():
+        absent = cli(*arguments, "--set", "device=cuda")
+        assert absent.code == Exit.MACHINE and "torch sees no GPU" in absent.error
     wrong = cli(*arguments, "--set", "implementations=['reference', 'typo']")
     assert wrong.code == Exit.USAGE and "no implementation 'typo'" in wrong.error

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from radeon_stack.errors import UsageError, WorkloadError
+from radeon_stack.errors import MachineError, UsageError, WorkloadError
 from radeon_stack.figures import Case, case_label
 from radeon_stack.workloads.bench import isolate
 from radeon_stack.workloads.bench.suite import Suite
@@ -60,8 +60,10 @@ Progress = Callable[[str, int, int, str], None]
 
 
 def look(settings: Settings, dtypes: Sequence[str]) -> Ground:
-    """The card and its floor. WorkloadError when even that fails."""
+    """The card and its floor. MachineError where a GPU is asked for and torch has none, WorkloadError for more."""
     answer = _one(settings.task("card", dtypes=list(dtypes)), settings)
+    if answer.state == "ok" and not answer.value:
+        raise MachineError("torch sees no GPU", where="config.device", remedy="see: radeon-stack doctor")
     if answer.state != "ok":
         raise WorkloadError(f"the card cannot be looked at: {answer.note}", where=settings.device or "device")
     return Ground(answer.value["card"], answer.value["floor"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,7 +31,9 @@ def do(task: Task) -> dict[str, Any]:
 
 
 def card(task: Task, device: torch.device) -> dict[str, Any]:
-    """The card's facts, and its floor for the dtypes asked for."""
+    """The card's facts, and its floor for the dtypes asked for; {} where there is no such device."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return {}
     before = state(device)
     floor = measure_floor(device, task["dtypes"])
     clocks = {"before": before, "loaded": state(device)}  # right after the floor: while they are still up
@@ -191,7 +194,8 @@ def reason(error: Exception) -> str:
 
 def free(device: torch.device) -> None:
     """Give back what nothing refers to any more; compiled code too, since every case has shapes of its own."""
-    torch.compiler.reset()
+    if "torch._dynamo" in sys.modules:  # seconds to import, and only flex_attention did
+        torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
