@@ -73,7 +73,7 @@ def main() -> None:
 
     begun = time.monotonic()
     settings = Settings(budget={**BUDGET, "seconds": arguments.seconds})
-    names = chosen(SUITE, arguments.implementations)
+    names = chosen([SUITE], arguments.implementations)[SUITE.name]
     ground = look(settings, list(dict.fromkeys(SUITE.dtype(one) for one in cases)))
 
     def tell(figure: Figure) -> None:

@@ -19,12 +19,12 @@ INSIDE = (
     "__init__.py",
     "errors.py",
     "atomic.py",
+    "figures.py",
+    "text.py",
     "codeobjects",
     "contracts",
-    "figures.py",
     "runs/__init__.py",
     "runs/events.py",
-    "text.py",
     "workloads",
 )
 ENVIRONMENT = (("PATH", "/opt/venv/bin:$PATH"), ("VIRTUAL_ENV", "/opt/venv"))

@@ -18,6 +18,7 @@ from radeon_stack.figures import Case, Scalar, case_label, figure_line
 from radeon_stack.runs import events as ev
 from radeon_stack.runs.compare import Side, compare, lines
 from radeon_stack.runs.measurements import counted, measurements_of, quickest
+from radeon_stack.runs.outcome import judge
 from radeon_stack.runs.store import RunStore, State, Status
 from tests.conftest import Cli
 
@@ -187,6 +188,13 @@ def test_the_command_says_by_its_exit_code_whether_a_figure_became_worse(home: P
     listed = json.loads(cli("runs", "show", slow, "--json").out)["measurements"]
     assert listed[0]["values"]["forward_seconds"] == 70.68e-3
     assert "1 of 1 measured" in cli("runs", "list").out
+
+
+def test_a_benchmark_with_wrong_numbers_fails_its_run() -> None:
+    expect = resolve(read("bench-attention")).recipe.expect.model_dump()
+    found = judge(0, [ev.Result(values={"ok": 3, "wrong": 1})], expect)
+    assert found.exit_code == Exit.CHECK and found.what == "wrong is 1, at most 0 was expected"
+    assert judge(0, [ev.Result(values={"ok": 3, "wrong": 0, "crashed": 2})], expect).exit_code == Exit.OK
 
 
 def test_a_comparison_is_asked_for_before_anything_is_run(home: Path, cli: Cli) -> None:

@@ -157,7 +157,7 @@ def raced(*names: str, cases: int = 1, seconds: float = 60) -> dict[str, Figure]
     found = race(
         SUITE,
         SUITE.cases(None)[:cases],
-        chosen(SUITE, names),
+        chosen([SUITE], names)[SUITE.name],
         settings,
         GROUND,
         tell=told.append,
@@ -210,8 +210,9 @@ def test_one_that_hangs_is_told_and_given_up() -> None:
 
 
 def test_an_implementation_that_does_not_exist_is_refused_by_name() -> None:
-    with pytest.raises(UsageError, match="no implementation 'ad'"):
-        chosen(SUITE, ["ad"])
+    assert chosen([SUITE, attention.SUITE], ["add", "reference"]) == {"doubling": ["add"], "attention": ["reference"]}
+    with pytest.raises(UsageError, match="no implementation 'ad' in doubling, attention"):
+        chosen([SUITE, attention.SUITE], ["add", "ad"])
 
 
 def a_case(**more: Any) -> Case:
@@ -320,11 +321,18 @@ def test_the_demo_runs_from_the_command_line_to_its_report(cli: Cli) -> None:
     assert states["reference", False] == states["reference", True] == states["sdpa_math", False] == "ok"
     assert states["flash_attn", False] == "missing"
     assert {"card", "floor", "timing"} <= set(told["facts"])
-    assert told["facts"]["floor"]["bandwidth"] > 0 and told["facts"]["card"]["clocks"] == {"before": {}, "after": {}}
+    assert told["facts"]["floor"]["bandwidth"] > 0 and told["facts"]["card"]["clocks"] == {
+        "before": {},
+        "loaded": {},
+        "after": {},
+    }
     line = r"bf16 b2 s96 h4/2 d32 causal \| reference \| diff fwd \S+ bwd \S+ \| \S+ ms fwd \S+ ms bwd \| (un)?stable"
     assert re.search(line, result.err)
     assert told["result"]["cases"] == 2 and told["result"]["wrong"] == 0
     again = cli("runs", "compare", "last", "last")
     assert again.code == Exit.OK and "0 worse, 0 better" in again.out
+    if not torch.cuda.is_available():
+        absent = cli(*arguments, "--set", "device=cuda")
+        assert absent.code == Exit.MACHINE and "torch sees no GPU" in absent.error
     wrong = cli(*arguments, "--set", "implementations=['reference', 'typo']")
     assert wrong.code == Exit.USAGE and "no implementation 'typo'" in wrong.error

@@ -8,7 +8,6 @@ from collections import Counter
 from typing import Any
 
 from radeon_stack.contracts.bench import BenchConfig
-from radeon_stack.errors import MachineError
 from radeon_stack.figures import case_label, figure_line
 from radeon_stack.runs.events import Attempt, Measurement
 from radeon_stack.workloads.bench.race import Figure, Settings, chosen, look, race, with_clocks_after
@@ -27,12 +26,11 @@ def work(job: Job) -> dict[str, Any]:
     suites = [find_suite(SUITES[name]) for name in dict.fromkeys(config.suites)]
     cases = {suite.name: suite.cases(config) for suite in suites}
     wanted = None if config.implementations == "all" else config.implementations
-    names = {suite.name: chosen(suite, wanted) for suite in suites}
+    names = chosen(suites, wanted)
 
     dtypes = list(dict.fromkeys(suite.dtype(case) for suite in suites for case in cases[suite.name]))
     job.progress("floor", 0, 1, note="bandwidth, matrix rates")
     ground = look(settings, dtypes)
-    require_device(config, ground.card)
     job.progress("floor", 1, 1)
     job.fact("card", dict(ground.card))
     job.fact("floor", dict(ground.floor))
@@ -66,12 +64,6 @@ def settings_of(config: BenchConfig) -> Settings:
         budget=timing,
         seconds=config.timeout,
     )
-
-
-def require_device(config: BenchConfig, card: Any) -> None:
-    """MachineError where a GPU is asked for and torch has none: no figure of a CPU is taken for a card's."""
-    if config.device == "cuda" and not card.get("memory"):
-        raise MachineError("torch sees no GPU", where="config.device", remedy="see: radeon-stack doctor")
 
 
 def measurement(figure: Figure) -> Measurement:

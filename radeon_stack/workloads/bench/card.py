@@ -40,7 +40,7 @@ class Card:
     date: str
     threads: int | None = None
     clocks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """State when it was read, by moment (`before`, `after`): clocks in MHz, temperature in °C, power in W."""
+    """State when it was read, by moment (`before`, `loaded`, `after`): clocks in MHz, temperature in °C, power in W."""
 
     def facts(self) -> dict[str, Any]:
         """As plain data."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from radeon_stack.errors import UsageError, WorkloadError
+from radeon_stack.errors import MachineError, UsageError, WorkloadError
 from radeon_stack.figures import Case, case_label
 from radeon_stack.workloads.bench import isolate
 from radeon_stack.workloads.bench.suite import Suite
@@ -60,8 +60,10 @@ Progress = Callable[[str, int, int, str], None]
 
 
 def look(settings: Settings, dtypes: Sequence[str]) -> Ground:
-    """The card and its floor. WorkloadError when even that fails."""
+    """The card and its floor. MachineError where a GPU is asked for and torch has none, WorkloadError for more."""
     answer = _one(settings.task("card", dtypes=list(dtypes)), settings)
+    if answer.state == "ok" and not answer.value:
+        raise MachineError("torch sees no GPU", where="config.device", remedy="see: radeon-stack doctor")
     if answer.state != "ok":
         raise WorkloadError(f"the card cannot be looked at: {answer.note}", where=settings.device or "device")
     return Ground(answer.value["card"], answer.value["floor"])
@@ -74,15 +76,17 @@ def with_clocks_after(ground: Ground, settings: Settings) -> Ground:
     return replace(ground, card={**ground.card, "clocks": clocks})
 
 
-def chosen(suite: Suite, wanted: Sequence[str] | None) -> list[str]:
-    """Implementations by name, all for None. UsageError for a name that the suite does not have."""
+def chosen(suites: Sequence[Suite], wanted: Sequence[str] | None) -> dict[str, list[str]]:
+    """Each suite's implementations among the wanted names, all for None. UsageError for a name that none has."""
+    known = list(dict.fromkeys(name for suite in suites for name in suite.implementations))
     for name in wanted or ():
-        if name not in suite.implementations:
+        if name not in known:
             raise UsageError(
-                f"{suite.name} has no implementation '{name}'; it has {', '.join(suite.implementations)}",
+                f"no implementation '{name}' in {', '.join(suite.name for suite in suites)}",
                 where="config.implementations",
+                remedy=f"there are {', '.join(known)}",
             )
-    return [name for name in suite.implementations if wanted is None or name in wanted]
+    return {s.name: [name for name in s.implementations if wanted is None or name in wanted] for s in suites}
 
 
 def race(
@@ -97,29 +101,24 @@ def race(
 ) -> list[Figure]:
     """Prove and time; each figure is told as soon as it is known. All figures, in the order of cases and names."""
     found: dict[tuple[int, str], Figure] = {}
-
-    def keep(number: int, figure: Figure) -> None:
-        found[number, figure.implementation] = figure
-        tell(figure)
-
-    total = len(names) * len(cases)
+    prove, total = f"{suite.name}: prove", len(names) * len(cases)
     for at, name in enumerate(names):
+        progress(prove, at * len(cases), total, name)
         for number, figure in enumerate(proofs(suite, cases, name, settings)):
-            progress(f"{suite.name}: prove", at * len(cases) + number, total, f"{name} {case_label(cases[number])}")
             # An implementation that is right is told with its times; the rest is known by now.
             found[number, name] = figure
             if figure.state != "ok":
                 tell(figure)
-    progress(f"{suite.name}: prove", total, total, "")
+            progress(prove, at * len(cases) + number + 1, total, name)
     fit = [[found[n, name] for name in names if found[n, name].state == "ok"] for n in range(len(cases))]
     timed = [number for number, figures in enumerate(fit) if figures]
-    together = (_time_task(suite, fit[number], settings, ground) for number in timed)
-    done = isolate.answers(DO, list(together), seconds=settings.seconds)
-    for at, (number, answer) in enumerate(zip(timed, done, strict=True)):
-        progress(f"{suite.name}: time", at, len(timed), case_label(cases[number]))
+    together = [_time_task(suite, fit[number], settings, ground) for number in timed]
+    for at, answer in enumerate(isolate.answers(DO, together, seconds=settings.seconds)):
+        number = timed[at]
         for figure in _timed(suite, fit[number], answer, settings, ground):
-            keep(number, figure)
-    progress(f"{suite.name}: time", len(timed), len(timed), "")
+            found[number, figure.implementation] = figure
+            tell(figure)
+        progress(f"{suite.name}: time", at + 1, len(timed), case_label(cases[number]))
     return [found[number, name] for number in range(len(cases)) for name in names]
 
 

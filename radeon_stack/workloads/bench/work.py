@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from radeon_stack.workloads.bench.suite import Missing, Suite, Work, find_suite
 from radeon_stack.workloads.bench.timing import Budget, Timing, first_line, measure
 
 ADDRESS = f"{__name__}:do"
+POISON_BYTES = 512 << 20  # larger ones are weights
 # What libraries say when a thing is not there for this device or these sizes; anything else is a failure.
 NOT_THERE = (Missing, ImportError, NotImplementedError)
 NOT_THERE_TEXTS = ("No available kernel", "not compiled for", "only supports", "is not supported", "not implemented")
@@ -29,10 +31,13 @@ def do(task: Task) -> dict[str, Any]:
 
 
 def card(task: Task, device: torch.device) -> dict[str, Any]:
-    """The card's facts, and its floor for the dtypes asked for."""
+    """The card's facts, and its floor for the dtypes asked for; {} where there is no such device."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return {}
     before = state(device)
     floor = measure_floor(device, task["dtypes"])
-    return {"card": {**look_at(device).facts(), "clocks": {"before": before}}, "floor": floor.facts()}
+    clocks = {"before": before, "loaded": state(device)}  # right after the floor: while they are still up
+    return {"card": {**look_at(device).facts(), "clocks": clocks}, "floor": floor.facts()}
 
 
 def clocks(_: Task, device: torch.device) -> dict[str, Any]:
@@ -145,16 +150,17 @@ def phase_differences(suite: Suite, off_by: Mapping[str, float]) -> dict[str, fl
 
 def results_of(suite: Suite, setting: Any, run: Any, device: torch.device) -> Mapping[str, torch.Tensor]:
     """One run's results, its part that the truth is of, on memory that held NaN before: what is unwritten shows."""
-    poison(setting, device)
+    poison(setting)
     found = suite.part(setting, run())
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return found
 
 
-def poison(setting: Any, device: torch.device) -> None:
-    """Fill free blocks of the allocator with NaN, of the sizes that results have: those of the inputs."""
-    tensors = [one for one in vars(setting).values() if isinstance(one, torch.Tensor) and one.is_floating_point()]
+def poison(setting: Any) -> None:
+    """Fill free blocks of the allocator with NaN, of the sizes that results have: those of the setting's tensors."""
+    found = [one for one in vars(setting).values() if isinstance(one, torch.Tensor) and one.is_floating_point()]
+    tensors = [one for one in found if one.nbytes <= POISON_BYTES]
     held = [torch.full_like(one, float("nan"), requires_grad=False) for one in tensors for _ in range(2)]
     del held
 
@@ -188,7 +194,8 @@ def reason(error: Exception) -> str:
 
 def free(device: torch.device) -> None:
     """Give back what nothing refers to any more; compiled code too, since every case has shapes of its own."""
-    torch.compiler.reset()
+    if "torch._dynamo" in sys.modules:  # seconds to import, and only flex_attention did
+        torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
