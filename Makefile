@@ -71,7 +71,7 @@ endif
 lock: setup  ## resolve packages, commits and digests anew
 	@$(BIN)/radeon-stack image lock
 
-docs: setup  ## docs/doctor.md from checks, known issues and error texts
+docs: setup  ## docs/doctor.md and docs/probe.md from the program's own tables
 	@$(BIN)/python tools/docs.py
 
 figures: setup  ## build, rebuild, push and pull, timed: benchmarks/images.json (20 minutes)

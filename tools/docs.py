@@ -1,8 +1,9 @@
-"""Writes docs/doctor.md from the checks, known issues and signatures: what is documented is what the program has."""
+"""Writes docs/doctor.md and docs/probe.md from the program's own tables: what is documented is what it has."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import inspect
 import sys
 from pathlib import Path
@@ -10,22 +11,46 @@ from pathlib import Path
 from radeon_stack.host.checks import CHECKS
 from radeon_stack.host.known_issues import Issue, load_issues
 from radeon_stack.host.signatures import load_signatures
+from radeon_stack.workloads.capabilities.questions import all_questions
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "doctor.md"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only say whether the page is as it should be")
-    text = page()
-    if parser.parse_args().check:
-        return 0 if PAGE.read_text(encoding="utf-8") == text else sys.exit("docs/doctor.md is old: make docs")
-    PAGE.write_text(text, encoding="utf-8")
+    parser.add_argument("--check", action="store_true", help="only say whether the pages are as they should be")
+    check = parser.parse_args().check
+    for name, text in (("doctor.md", doctor()), ("probe.md", probe())):
+        page = ROOT / "docs" / name
+        if not check:
+            page.write_text(text, encoding="utf-8")
+        elif not page.is_file() or page.read_text(encoding="utf-8") != text:
+            sys.exit(f"docs/{name} is old: make docs")
     return 0
 
 
-def page() -> str:
-    """The page as Markdown."""
+def probe() -> str:
+    """The probe's questions as Markdown, each with what the function that asks it says of itself."""
+    lines = ["<!-- written by tools/docs.py; edit the code it reads -->", "# What `radeon-stack run probe` asks", ""]
+    lines += ['Names and patterns go into `--set questions=\'["sdpa*", "all_reduce"]\'`.', ""]
+    groups: dict[str, list[str]] = {}
+    for question in all_questions():
+        groups.setdefault(question.run, []).append(question.name)
+    for run, names in groups.items():
+        lines += [f"- {', '.join(f'`{name}`' for name in names)}", "", f"  {_docstring(run)}", ""]
+    return "\n".join(lines)
+
+
+def _docstring(run: str) -> str:
+    """Of `module:function`, read without importing torch."""
+    module, _, name = run.partition(":")
+    tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    found = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    return " ".join((ast.get_docstring(found) or "").split())
+
+
+def doctor() -> str:
+    """Checks, known issues and error texts as Markdown."""
     lines = ["<!-- written by tools/docs.py; edit the data it reads -->", "# What doctor looks at", ""]
     lines += ["`radeon-stack doctor` prints these codes; `-v` prints those too that are fine. Exit 3 on a failure.", ""]
     for check in CHECKS:

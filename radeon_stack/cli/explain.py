@@ -63,7 +63,9 @@ def _items(plan: LaunchPlan, name: str) -> list[str]:
             f"{m.source} → {m.target}{' (read-only)' * m.read_only}: {plan.reasons[f'mounts.{m.target}']}"
             for m in plan.mounts
         ]
-    return [f"{key}={text}" for key, text in plan.labels] if name == "labels" else []
+    if name == "choices":
+        return [f"{key}={text}: {plan.reasons[f'choices.{key}']}" for key, text in plan.choices]
+    return [f"{key}={text}" for key, text in getattr(plan, name)] if name in ("labels", "subject") else []
 
 
 def _value(plan: LaunchPlan, name: str) -> str:

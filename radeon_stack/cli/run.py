@@ -18,6 +18,9 @@ from radeon_stack.launch.engine import engine_named
 from radeon_stack.launch.launcher import Draft, detach, draft, paste_lines, read_plan, resumable, write_records
 from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.launch.supervise import carry_out
+from radeon_stack.runs.compare import Side, as_data, compare, side
+from radeon_stack.runs.compare import lines as comparison_lines
+from radeon_stack.runs.events import read_events
 from radeon_stack.runs.outcome import Outcome, recorded
 from radeon_stack.runs.store import Run, RunStore, home
 from radeon_stack.runs.summary import lines, summary
@@ -69,8 +72,9 @@ def _with(command: Command, *options: Callable[[Command], Command]) -> Command:
 @resume_options
 @click.option("--dry-run", is_flag=True, help="Print the commands that would be run, and do nothing.")
 @click.option("--detach", "detached", is_flag=True, help="Start it and come back; watch it with: runs attach.")
+@click.option("--compare", "earlier", metavar="RUN", help="Of a benchmark: exit 7 when a figure is worse than there.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout at the end; progress on stderr.")
-def run(dry_run: bool, detached: bool, as_json: bool, **options: Any) -> int:
+def run(dry_run: bool, detached: bool, earlier: str | None, as_json: bool, **options: Any) -> int:
     """Run a recipe and record it.
 
     \b
@@ -78,11 +82,15 @@ def run(dry_run: bool, detached: bool, as_json: bool, **options: Any) -> int:
       radeon-stack run train-llama --model ./Meta-Llama-3.1-8B-Instruct --set train.steps=200 --gpus gfx1201
       radeon-stack run train-llama --preset demo --data chats.jsonl --set data.loss_on=assistant
       radeon-stack run train-llama --preset demo --engine docker --dry-run
+      radeon-stack run bench-attention --compare last
       radeon-stack run --resume last
     """
+    if earlier and detached:
+        raise click.UsageError("--compare waits for the end: leave --detach out, and use: runs compare")
     if not dry_run and not is_here(options["sysroot"]):
         raise UsageError("a run for another machine can only be looked at", where="--sysroot", remedy="add --dry-run")
     store = RunStore(home())
+    old = _side(store.find(earlier)) if earlier else None
     drafted, why = drafted_from(store, **options)
     if dry_run:
         record = {"command": engine_named(drafted.plan.engine).render(drafted.plan), **drafted.plan.as_record()}
@@ -99,7 +107,7 @@ def run(dry_run: bool, detached: bool, as_json: bool, **options: Any) -> int:
         return Exit.OK
     with view_for(sys.stderr if as_json else sys.stdout) as view:
         outcome = carry_out(drafted.run, drafted.plan, view, lambda text: click.echo(text, err=True))
-    return end(drafted.run, outcome, as_json)
+    return end(drafted.run, outcome, as_json, old)
 
 
 def drafted_from(
@@ -157,12 +165,18 @@ def _plan_before(run: Run) -> LaunchPlan | None:
         return None
 
 
-def end(run: Run, outcome: Outcome, as_json: bool) -> int:
-    """Print what a run came to; the exit code is the run's."""
+def _side(run: Run) -> Side:
+    return side(run.id, read_events(run.events))
+
+
+def end(run: Run, outcome: Outcome, as_json: bool, old: Side | None = None) -> int:
+    """Print what a run came to; the exit code is the run's, or 7 where it is worse than the `old` one."""
+    comparison = compare(old, _side(run)) if old and outcome.exit_code == Exit.OK else None
     if as_json:
-        click.echo(json.dumps(summary(run, outcome), indent=2))
+        compared = {"comparison": as_data(comparison)} if comparison else {}
+        click.echo(json.dumps(summary(run, outcome) | compared, indent=2))
     else:
-        for line in lines(run, outcome):
+        for line in [*lines(run, outcome), *(comparison_lines(comparison) if comparison else [])]:
             print_line(line)
     if outcome.diagnosis and not as_json:
         print_line(f"  {outcome.diagnosis.signature}  {outcome.diagnosis.evidence}", sys.stderr)
@@ -171,4 +185,4 @@ def end(run: Run, outcome: Outcome, as_json: bool) -> int:
         place = f"{outcome.where}: " if outcome.where else ""
         remedy = f"; {outcome.remedy}" if outcome.remedy else ""
         print_line(f"radeon-stack: {place}{outcome.what}{remedy}", sys.stderr)
-    return int(outcome.exit_code)
+    return int(Exit.CHECK if comparison and comparison.worse else outcome.exit_code)

@@ -12,7 +12,11 @@ from radeon_stack.cli.run import end
 from radeon_stack.errors import Exit, UsageError
 from radeon_stack.launch.launcher import read_plan
 from radeon_stack.launch.supervise import attach, carry_out, settle, stop
+from radeon_stack.runs.compare import MARGIN, compare, side
+from radeon_stack.runs.compare import as_data as comparison_data
+from radeon_stack.runs.compare import lines as comparison_lines
 from radeon_stack.runs.events import read_events
+from radeon_stack.runs.measurements import counted, measurements_of
 from radeon_stack.runs.report import write as write_report
 from radeon_stack.runs.store import Run, RunStore, State, home
 from radeon_stack.runs.summary import last_result, lines, summary
@@ -131,6 +135,30 @@ def report(run: str, browse: bool) -> None:
         click.launch(path.as_uri())
 
 
+@runs.command("compare")
+@click.argument("old")
+@click.argument("new", default="last")
+@click.option(
+    "--margin", default=MARGIN, show_default=True, type=click.FloatRange(0, 10), help="Share that is nothing."
+)
+@click.option("--common", is_flag=True, help="Be content with the cases that both have.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def compare_runs(old: str, new: str, margin: float, common: bool, as_json: bool) -> int:
+    """The figures of a benchmark run against an OLD one's: exit 7 when one is worse beyond its spread.
+
+    Runs on different cards, of different cases or timed in another way are refused: exit 2.
+    """
+    store = _store()
+    sides = [side(run.id, read_events(run.events)) for run in (store.find(old), store.find(new))]
+    found = compare(*sides, margin=margin, common=common)
+    if as_json:
+        click.echo(json.dumps(comparison_data(found), indent=2))
+    else:
+        for line in comparison_lines(found):
+            print_line(line)
+    return Exit.CHECK if found.worse else Exit.OK
+
+
 @runs.command("rm")
 @click.argument("names", nargs=-1, required=True, metavar="RUN...")
 @click.option("--dry-run", is_flag=True, help="Say what would be deleted.")
@@ -157,8 +185,9 @@ def supervise(run: str) -> int:
 def _row(run: Run) -> dict[str, object]:
     outcome = settle(run)
     status = run.status()
-    result = last_result(read_events(run.events))
-    note = outcome.what
+    events = read_events(run.events)
+    result = last_result(events)
+    note = outcome.what or counted(measurements_of(events))
     if not note and "correct_after" in result:
         note = f"{result.get('correct_before', '?')} → {result['correct_after']} of {result.get('samples')} right"
     return {

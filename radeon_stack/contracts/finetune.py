@@ -4,25 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-PACKAGE_PREFIX = "package:"
-BIRTHDAY = "birthday"
-
-
-class _Section(BaseModel):
-    # allow_inf_nan=False: a learning rate of nan is a typing error nobody wants to find after an hour.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+from radeon_stack.contracts.options import TakesOptions
+from radeon_stack.contracts.sections import Dataset, Section, TakesData, TakesModel
 
 
-class Data(_Section):
+class Data(Dataset):
     """What is learnt."""
 
-    dataset: str = Field(
-        BIRTHDAY,
-        min_length=1,
-        description="'birthday' (copies of one chat), or a .jsonl or .parquet file with 'messages' or 'text'",
-    )
     copies: int = Field(1000, ge=1, le=10_000_000, description="how often 'birthday' repeats its chat")
     max_length: int = Field(1024, ge=8, le=1 << 20, description="tokens; longer rows are cut")
     loss_on: Literal["all", "assistant"] = Field(
@@ -30,14 +20,14 @@ class Data(_Section):
     )
 
 
-class Quantization(_Section):
+class Quantization(Section):
     """How the frozen base is held."""
 
     kind: Literal["nf4", "none"] = Field("nf4", description="'nf4': 4-bit NormalFloat, block 64; 'none': 16 bit")
     double: bool = Field(True, description="quantise the block scales (absmax) too")
 
 
-class Lora(_Section):
+class Lora(Section):
     """The adapter."""
 
     rank: int = Field(64, ge=1, le=4096)
@@ -48,7 +38,7 @@ class Lora(_Section):
     )
 
 
-class Train(_Section):
+class Train(Section):
     """How it is learnt."""
 
     steps: int = Field(100, ge=1, description="optimizer steps")
@@ -67,7 +57,7 @@ class Train(_Section):
     checkpoint_every: int = Field(25, ge=1, description="steps between checkpoints; what --resume goes back to")
 
 
-class Samples(_Section):
+class Samples(Section):
     """The question put to the model before and after."""
 
     count: int = Field(5, ge=0, le=256)
@@ -78,18 +68,15 @@ class Samples(_Section):
     top_p: float = Field(0.9, gt=0.0, le=1.0)
 
 
-class Export(_Section):
+class Export(Section):
     """What is left behind besides the adapter."""
 
     merge: bool = Field(True, description="merge into the 16-bit base, reload it and check it")
 
 
-class FinetuneConfig(_Section):
+class FinetuneConfig(TakesData, TakesModel, TakesOptions):
     """Everything the `finetune` workload can be told; paths are added by the launch plan."""
 
-    model: str = Field(
-        min_length=1, description=f"a model folder, or '{PACKAGE_PREFIX}NAME' for weights inside a Python package"
-    )
     data: Data = Data()
     quantization: Quantization = Quantization()
     lora: Lora = Lora()

@@ -19,6 +19,8 @@ INSIDE = (
     "__init__.py",
     "errors.py",
     "atomic.py",
+    "figures.py",
+    "text.py",
     "codeobjects",
     "contracts",
     "runs/__init__.py",

@@ -8,12 +8,15 @@ from pathlib import Path
 
 from radeon_stack.catalog.load import Effective
 from radeon_stack.errors import ImageError
+from radeon_stack.host.choices import Choice as Taken
 from radeon_stack.host.known_issues import Mitigation, Setup, mitigations
 from radeon_stack.host.machine import Machine, look
+from radeon_stack.host.probes import Found, Subject
 from radeon_stack.host.selection import Selection, select
 from radeon_stack.host.sysroot import Sysroot
 from radeon_stack.launch.choose import Choice, choose
 from radeon_stack.launch.leases import busy, lease_folder
+from radeon_stack.launch.probing import found_for, subject_of
 from radeon_stack.launch.supervise import going_on
 
 
@@ -31,7 +34,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Circumstances:
-    """The machine, the cards chosen on it, the engine and image, the mitigations that they ask for."""
+    """The machine, the cards chosen on it, the engine and image, what is known and was measured of these together."""
 
     machine: Machine
     selection: Selection
@@ -40,6 +43,11 @@ class Circumstances:
     without: tuple[str, ...] = ()
     shared: bool = False
     sysroot: Sysroot = field(default_factory=Sysroot)
+    setup: Setup = field(default_factory=lambda: Setup(frozenset(), 0))
+    subject: Subject = ()
+    probe: Found = field(default_factory=Found)
+    choices: tuple[Taken, ...] = ()
+    """What a draft decided for its recipe."""
 
 
 def find_out(effective: Effective, sysroot: Sysroot, asked: Asked, home: Path) -> Circumstances:
@@ -55,7 +63,9 @@ def find_out(effective: Effective, sysroot: Sysroot, asked: Asked, home: Path) -
     where = setup(machine, selection, choice)
     found = mitigations(where, asked.without)
     left_out = tuple(one.id for one in mitigations(where) if one.id in asked.without)
-    return Circumstances(machine, selection, choice, found, left_out, asked.shared, sysroot)
+    subject = subject_of(selection, choice, where.rocm)
+    probe = found_for(home, subject)
+    return Circumstances(machine, selection, choice, found, left_out, asked.shared, sysroot, where, subject, probe)
 
 
 def setup(machine: Machine, selection: Selection, choice: Choice) -> Setup:

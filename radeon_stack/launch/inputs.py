@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from radeon_stack.contracts.finetune import BIRTHDAY, PACKAGE_PREFIX
+from pydantic import BaseModel
+
+from radeon_stack.contracts.sections import BIRTHDAY, PACKAGE_PREFIX, TakesData, TakesModel
 from radeon_stack.errors import UsageError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -55,13 +57,14 @@ def _require(folder: Path, patterns: tuple[str, ...], what: str, where: str) -> 
         )
 
 
-def absolute_inputs(tree: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's values with model and data as absolute paths: a run is resumed from any folder."""
-    config = dict(tree["config"])
-    folder = model_folder(config["model"], where="config.model")
-    file = data_file(config["data"]["dataset"], where="config.data.dataset")
-    if folder is not None:
-        config["model"] = str(folder)
-    if file is not None:
-        config["data"] = {**config["data"], "dataset": str(file)}
-    return {**tree, "config": config}
+def absolute_inputs(config: BaseModel, tree: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's values with the model and data that its `config` takes as absolute paths.
+
+    So a run is resumed from any folder.
+    """
+    values = dict(tree["config"])
+    if isinstance(config, TakesModel) and (folder := model_folder(config.model, where="config.model")):
+        values["model"] = str(folder)
+    if isinstance(config, TakesData) and (file := data_file(config.data.dataset, where="config.data.dataset")):
+        values["data"] = {**values["data"], "dataset": str(file)}
+    return {**tree, "config": values}

@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from radeon_stack.launch.explaining import require_reboot, with_other_order
 from radeon_stack.launch.inputs import absolute_inputs
 from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.launch.planner import plan
+from radeon_stack.launch.probing import decided
 from radeon_stack.launch.supervise import settle
 from radeon_stack.runs.store import Run, RunStore, State, Status, cannot_write
 
@@ -47,6 +48,8 @@ def draft(
 ) -> Draft:
     """Decide everything; writes nothing. `run`: this one, instead of the store's next."""
     run = run or store.new(effective.name)
+    effective, taken = decided(effective, here.probe, here.setup)
+    here = replace(here, choices=taken)
     launch_plan = plan(
         effective,
         here,
@@ -100,7 +103,7 @@ def write_records(drafted: Draft, store: RunStore) -> None:
 
 def config_record(effective: Effective) -> dict[str, Any]:
     """`config.json`: the recipe as it is run, and where each value came from."""
-    tree = absolute_inputs(effective.tree())
+    tree = absolute_inputs(effective.config, effective.tree())
     return {"name": effective.name, "preset": effective.preset, "origin": dict(effective.origin), "recipe": tree}
 
 

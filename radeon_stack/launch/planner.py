@@ -9,6 +9,7 @@ from typing import Any
 
 from radeon_stack.catalog.load import Effective
 from radeon_stack.catalog.sizes import format_size
+from radeon_stack.contracts.sections import TakesData, TakesModel
 from radeon_stack.errors import MachineError, UsageError
 from radeon_stack.host.engines import require_engine
 from radeon_stack.launch.access import VISIBLE, container_access, local_env
@@ -36,10 +37,12 @@ def plan(
             where="resources.memory",
             remedy="lower it: --set resources.memory=SIZE, or try --preset demo",
         )
-    config: Any = effective.config
+    config = effective.config
     paths = _Paths(inside, run_dir, cache)
-    paths.add_model(config.model, effective.origin.get("config.model", str(effective.path)) + ": config.model")
-    paths.add_data(config.data.dataset, effective.origin.get("config.data.dataset", "") + ": config.data.dataset")
+    if isinstance(config, TakesModel):
+        paths.add_model(config.model, effective.origin.get("config.model", str(effective.path)) + ": config.model")
+    if isinstance(config, TakesData):
+        paths.add_data(config.data.dataset, effective.origin.get("config.data.dataset", "") + ": config.data.dataset")
     python = VENV_PYTHON if inside else sys.executable
     command = (python, "-m", f"radeon_stack.workloads.{effective.recipe.workload}", *paths.arguments)
     values = _common(effective, here, run_id, run_dir)
@@ -57,6 +60,7 @@ def plan(
     values["unset"] = (env.unset, "would change what was decided here" if env.unset else "nothing has to be hidden")
     reasons = {name: reason for name, (_, reason) in values.items()}
     reasons |= {f"env.{name}": why for name, why in env.reasons.items()}
+    reasons |= {f"choices.{choice.name}": choice.why for choice in here.choices}
     reasons |= {f"mounts.{mount.target}": why for mount, why in paths.reasons} if inside else {}
     return LaunchPlan(**{name: value for name, (value, _) in values.items()}, reasons=reasons)
 
@@ -131,6 +135,11 @@ class _Environment:
             for name, value in mitigation.env.items():
                 if name not in recipe.env:
                     self.add(name, value, f"{mitigation.id}: {mitigation.why}")
+        # A known fault is not outvoted by a measurement that did not meet it.
+        for choice in here.choices:
+            for name, value in choice.env.items():
+                if name not in self.values:
+                    self.add(name, value, f"{choice.name}={choice.value} was chosen")
 
     def add(self, name: str, value: str, why: str) -> None:
         self.values[name], self.reasons[name] = value, why
@@ -160,6 +169,11 @@ def _common(effective: Effective, here: Circumstances, run_id: str, run_dir: Pat
         "gpus": (
             tuple(gpu.pci if gpu.partition is None else f"{gpu.pci}/{gpu.partition}" for gpu in gpus),
             f"{cards}; {here.selection.why}" if gpus else here.selection.why,
+        ),
+        "subject": (here.subject, "what a probe's answers hold for"),
+        "choices": (
+            tuple((choice.name, choice.value) for choice in here.choices),
+            "by what was measured" if here.choices else "this recipe leaves nothing to choose",
         ),
         "shared": (here.shared, "asked for" if here.shared else "one run has a card at a time"),
         "without": (

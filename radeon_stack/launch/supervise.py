@@ -21,6 +21,7 @@ from radeon_stack.launch.engine import Engine, Handle, engine_named
 from radeon_stack.launch.explaining import explained, refused
 from radeon_stack.launch.leases import lease_folder, leased
 from radeon_stack.launch.plan import LaunchPlan
+from radeon_stack.launch.probing import keep_answers
 from radeon_stack.runs.events import Event, EventReader, read_events
 from radeon_stack.runs.outcome import Outcome, judge, recorded
 from radeon_stack.runs.report import write as write_report
@@ -184,6 +185,10 @@ def _take_down(run: Run, engine: Engine) -> Outcome:
 
 
 def _record(run: Run, outcome: Outcome) -> Outcome:
+    try:
+        keep_answers(run)
+    except MachineError as error:
+        outcome = Outcome(State.FAILED, error.exit_code, error.what, error.where, error.remedy)
     status = run.status()
     if status is not None:
         end = {

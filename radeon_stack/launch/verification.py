@@ -46,6 +46,8 @@ def verification_plan(image: Any, machine: Machine, sysroot: Sysroot, *, on_gpu:
         "image": (str(image.id), "by id: a tag may move"),
         "gpus": (tuple(gpu.pci for gpu in gpus), "one GPU of the image's gfx"),
         "shared": (True, "it takes seconds"),
+        "subject": ((), "no probe's answers are kept"),
+        "choices": ((), "a verification chooses nothing"),
         "command": ((*command, "--on-gpu") if on_gpu else command, "the image's own verification"),
         "env": (tuple(sorted(env.items())), "no hub without a network; and what known issues ask for, as in a run"),
         "unset": ((), "nothing has to be hidden"),

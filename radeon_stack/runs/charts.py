@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no library, no script, colours from the page's own variables."""
+"""Line and bar charts as inline SVG: no library, no script, colours from the page's own variables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,30 @@ MAX_POINTS = 600
 LARGEST = 1e30  # what lies beyond has diverged and would leave the rest of the curve a flat line
 TICKS = 5
 
+BAR, GAP, HEAD = 16, 6, 22  # pixels: a bar, below it, a group's title
+NAME_WIDTH, TEXT_WIDTH = 132, 150  # left and right of the bars
+NAME_LENGTH = 20
+
 Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A value with its name and what is written beside it; not `sure`: drawn pale."""
+
+    name: str
+    value: float
+    text: str
+    sure: bool = True
+
+
+@dataclass(frozen=True)
+class Group:
+    """Bars under a title; `mark` is a value that a line is drawn at."""
+
+    title: str
+    bars: tuple[Bar, ...]
+    mark: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +76,38 @@ def line_chart(title: str, points: Sequence[Point], *, x_label: str = "step", lo
             *(_dot(x_scale(x), y_scale(y), f"{x_label} {x:g}: {y:.4g}") for x, y in drawn if len(drawn) <= 120),
             "</svg>",
         ]
+    )
+
+
+def bar_chart(title: str, groups: Sequence[Group]) -> str:
+    """An `<svg>` of horizontal bars from zero, all on one scale. Values that are not positive or huge are left out."""
+    shown = [Group(g.title, tuple(b for b in g.bars if 0 < b.value <= LARGEST), g.mark) for g in groups]
+    shown = [group for group in shown if group.bars]
+    if not shown:
+        return f'<p class="none">{escape(title)}: nothing was measured.</p>'
+    scale = Scale(0.0, max(bar.value for group in shown for bar in group.bars), NAME_WIDTH, WIDTH - TEXT_WIDTH)
+    parts, y = [], 0
+    for group in shown:
+        parts.append(f'<text class="axis" x="{NAME_WIDTH}" y="{y + 15}">{escape(group.title)}</text>')
+        top = y = y + HEAD
+        for bar in group.bars:
+            parts.append(_bar(bar, scale, y))
+            y += BAR + GAP
+        if group.mark is not None and 0 <= group.mark <= scale.high:
+            at = f"{scale(group.mark):.1f}"
+            parts.append(f'<line class="mark" x1="{at}" x2="{at}" y1="{top - 3}" y2="{y - GAP + 3}"/>')
+    head = f'<svg viewBox="0 0 {WIDTH} {y}" role="img" aria-label="{escape(title, quote=True)}">'
+    return "".join([head, *parts, "</svg>"])
+
+
+def _bar(bar: Bar, scale: Scale, y: int) -> str:
+    width = max(1.0, scale(bar.value) - NAME_WIDTH)
+    base = y + BAR - 4
+    name = bar.name if len(bar.name) <= NAME_LENGTH else bar.name[: NAME_LENGTH - 1] + "…"
+    return (
+        f'<text class="name" x="{NAME_WIDTH - 8}" y="{base}" text-anchor="end">{escape(name)}</text>'
+        f'<path class="{"bar" if bar.sure else "bar unsure"}" d="M{NAME_WIDTH} {y}h{width:.1f}v{BAR}h-{width:.1f}z"/>'
+        f'<text class="axis" x="{NAME_WIDTH + width + 8:.1f}" y="{base}">{escape(bar.text)}</text>'
     )
 
 

@@ -1,6 +1,6 @@
 """Events: what a workload tells, one JSON object a line, appended to `events.jsonl`.
 
-This is the one contract of the host side that workloads import, so it needs pydantic and nothing else.
+This is the one contract of the host side that workloads import: it needs pydantic and `contracts`, nothing else.
 A reader meets files written by a process that may have been killed in the middle of a line, or by a
 container it does not trust: a line that is torn, too long or not an event is skipped and counted.
 """
@@ -16,8 +16,14 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
+from radeon_stack.contracts.capabilities import Answer
+
 MAX_LINE_BYTES = 1 << 20
+MAX_VALUES = 64
 Phase = Literal["before", "after", "merged"]
+Name = Annotated[str, Field(max_length=64)]
+Whole = Annotated[int, Field(ge=-(1 << 53), le=1 << 53)]
+Measured = Literal["ok", "missing", "crashed", "wrong", "failed"]
 
 
 class _Event(BaseModel):
@@ -50,6 +56,30 @@ class Metric(_Event):
     kind: Literal["metric"] = "metric"
     step: int
     values: dict[str, float]
+
+
+class Measurement(_Event):
+    """What one implementation came to in one case of a benchmark.
+
+    `suite` names the benchmark, `case` what was asked (dtype, sizes …), `values` the figures in SI units; a time comes
+    with its spread (`forward_seconds`, `forward_seconds_p20`, `…_p80`). `state` is `missing` where the implementation
+    is not there or does not take the case, `wrong` where its numbers are off; `note` has the reason.
+    """
+
+    kind: Literal["measurement"] = "measurement"
+    suite: Name
+    case: dict[Name, Whole | float | bool | Name] = Field(max_length=MAX_VALUES)
+    implementation: Name
+    state: Measured = "ok"
+    values: dict[Name, float] = Field(default={}, max_length=MAX_VALUES)
+    note: str = ""
+
+
+class Answered(_Event):
+    """A question about the card was answered."""
+
+    kind: Literal["answer"] = "answer"
+    answer: Answer
 
 
 class Sample(_Event):
@@ -106,7 +136,7 @@ class Stopped(_Event):
     step: int | None = None
 
 
-Event = Attempt | Progress | Metric | Sample | Fact | Artifact | Result | Error | Stopped
+Event = Attempt | Progress | Metric | Measurement | Answered | Sample | Fact | Artifact | Result | Error | Stopped
 _ADAPTER: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
 
 

@@ -12,6 +12,8 @@ from radeon_stack.runs.store import Diagnosis, State, Status
 
 FORCED = (137, -9)  # SIGKILL, as docker and as subprocess tell it
 TERMINATED = (143, -15, 130, -2)  # SIGTERM or SIGINT before the workload could take note of it
+# What to do when an expectation does not hold, where it is not about training.
+REMEDIES = {"wrong": "see the report for which; do not use it on this card"}
 WORKLOAD_CODES = (Exit.USAGE, Exit.MACHINE, Exit.WORKLOAD, Exit.CHECK)
 
 
@@ -99,6 +101,8 @@ def _expected(values: Mapping[str, Any], expect: Mapping[str, Any]) -> Outcome:
                 Exit.CHECK,
                 f"{name} is {found:g}, {least} {bound:g} was expected",
                 f"expect.{key}",
-                "see the report; more steps or another learning rate may be needed (--set train.steps=…)",
+                REMEDIES.get(
+                    name, "see the report; more steps or another learning rate may be needed (--set train.steps=…)"
+                ),
             )
     return Outcome(State.DONE, Exit.OK)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from radeon_stack import __version__, atomic
-from radeon_stack.runs import charts
-from radeon_stack.runs.events import Artifact, Attempt, Event, Fact, Progress, metrics_by_step, read_events
+from radeon_stack.contracts.capabilities import Answer, counts
+from radeon_stack.runs import bench_report, charts
+from radeon_stack.runs.events import Artifact, Attempt, Event, Fact, Measurement, Progress, metrics_by_step, read_events
+from radeon_stack.runs.measurements import counted, measurements_of, quickest
 from radeon_stack.runs.store import Run, Status
-from radeon_stack.runs.summary import PHASES, last_result, samples_of
+from radeon_stack.runs.summary import PHASES, answers_of, last_result, samples_of
 
 CHARTS = (("loss", "Loss"), ("grad_norm", "Gradient norm"), ("learning_rate", "Learning rate"))
-TOLD_APART = ("lora_before", "lora_after", "data", "prompt", "environment", "model", "merge", "reloaded")
+TOLD_APART = ("lora_before", "lora_after", "data", "prompt", "environment", "model", "merge", "reloaded", "card")
 LOG_SPAN = 100.0  # a curve that falls by more than this is shown on a logarithmic axis too
 STATISTICS = ("mean", "std", "min", "q25", "median", "q75", "max")
 
@@ -77,16 +79,21 @@ def contents(run: Run) -> dict[str, Any]:
     result = last_result(events)
     plan = _table(run.read_json(run.plan).get("fields"))
     config = _table(run.read_json(run.config).get("recipe"))
+    measurements = measurements_of(events)
+    card, floor = _table(facts.get("card")), _table(facts.get("floor"))
+    environment = _table(facts.get("environment")) or ({"device": card["name"], **card} if "name" in card else {})
     return {
         "run": run.id,
         "status": status,
         "state": str(status.state) if status else "lost",
-        "verdict": verdict(result, status),
-        "header": header(status, plan, _table(facts.get("environment"))),
+        "verdict": verdict(result, status, measurements, answers_of(events)),
+        "header": header(status, plan, environment),
         "attempts": [event for event in events if isinstance(event, Attempt)],
-        "tiles": tiles(metrics, result, facts),
+        "tiles": [*tiles(metrics, result, facts), *bench_report.tiles(card, floor)],
+        "suites": bench_report.sections(measurements),
         "charts": list(curves(metrics)),
         "columns": columns(events),
+        "answers": answers_of(events),
         "prompt": _table(facts.get("prompt")),
         "data": _table(facts.get("data")),
         "lora": statistics(facts),
@@ -94,7 +101,7 @@ def contents(run: Run) -> dict[str, Any]:
         "merge": _table(facts.get("merge")) | _table(facts.get("reloaded")),
         "artifacts": [event for event in events if isinstance(event, Artifact)],
         "model": _table(facts.get("model")),
-        "environment": _table(facts.get("environment")),
+        "environment": environment,
         "others": {name: value for name, value in facts.items() if name not in TOLD_APART},
         "config": _table(config.get("config")),
         "plan": {name: field for name, field in plan.items() if isinstance(field, dict)},
@@ -106,9 +113,17 @@ def contents(run: Run) -> dict[str, Any]:
     }
 
 
-def verdict(result: Mapping[str, Any], status: Status | None) -> str:
+def verdict(
+    result: Mapping[str, Any],
+    status: Status | None,
+    measurements: Sequence[Measurement] = (),
+    answers: Sequence[Answer] = (),
+) -> str:
     """The run in a sentence."""
-    parts = []
+    parts = [f"{text[0].upper()}{text[1:]}." for text in (counted(measurements), quickest(measurements)) if text]
+    if answers:
+        found = ", ".join(f"{count} {verdict}" for verdict, count in counts(answers).items())
+        parts.append(f"{len(answers)} questions: {found}.")
     words = {"before": "before", "after": "after", "merged": "by the merged model, reloaded"}
     scores = [f"{result[f'correct_{p}']} {words[p]}" for p in PHASES if f"correct_{p}" in result]
     if scores:

@@ -7,7 +7,9 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from radeon_stack.runs.events import Artifact, Event, Fact, Result, Sample, metrics_by_step, read_events
+from radeon_stack.contracts.capabilities import Answer, counts
+from radeon_stack.runs.events import Answered, Artifact, Event, Fact, Result, Sample, metrics_by_step, read_events
+from radeon_stack.runs.measurements import as_data, counted, measurements_of, quickest
 from radeon_stack.runs.outcome import Outcome
 from radeon_stack.runs.store import Run
 
@@ -32,6 +34,8 @@ def summary(run: Run, outcome: Outcome) -> dict[str, Any]:
         "result": result,
         "metrics": [{"step": step, **values} for step, values in metrics_by_step(events).items()],
         "samples": {phase: [_sample(s) for s in samples_of(events, phase)] for phase in PHASES},
+        "answers": [answer.model_dump(mode="json", exclude_defaults=True) for answer in answers_of(events)],
+        "measurements": [as_data(one) for one in measurements_of(events)],
         "facts": {event.name: event.value for event in events if isinstance(event, Fact)},
         "artifacts": {name: str(run.path / path) for name, path in artifacts(events).items()},
         "directory": str(run.path),
@@ -53,6 +57,13 @@ def lines(run: Run, outcome: Outcome) -> list[str]:
         rows.append(("loss", f"{losses[0]:.4g} → {losses[-1]:.4g} in {len(losses)} steps"))
     if isinstance(result.get("train_seconds"), int | float):
         rows.append(("training", f"{result['train_seconds']:.0f} s"))
+    asked = answers_of(read_events(run.events))
+    if asked:
+        rows.append(("answers", ", ".join(f"{count} {verdict}" for verdict, count in counts(asked).items())))
+    measurements = measurements_of(read_events(run.events))
+    rows += [
+        (name, text) for name, text in (("figures", counted(measurements)), ("best", quickest(measurements))) if text
+    ]
     rows += told["artifacts"].items()
     if told["report"]:
         rows.append(("report", told["report"]))
@@ -69,6 +80,11 @@ def samples_of(events: list[Event], phase: str) -> list[Sample]:
     """Samples of a phase, by index; a later attempt's replace an earlier one's."""
     latest = {event.index: event for event in events if isinstance(event, Sample) and event.phase == phase}
     return [latest[index] for index in sorted(latest)]
+
+
+def answers_of(events: list[Event]) -> list[Answer]:
+    """The answers to a probe's questions, in their order."""
+    return list({event.answer.question: event.answer for event in events if isinstance(event, Answered)}.values())
 
 
 def artifacts(events: list[Event]) -> dict[str, str]:

@@ -19,10 +19,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from radeon_stack.figures import figure_line
 from radeon_stack.runs import events as ev
-from radeon_stack.text import one_line
+from radeon_stack.text import one_line, printable
 
 PLAIN_EVERY_SECONDS = 2.0
+ANSWER = 200  # characters of an answer
+COLOURS = {"works": "green", "missing": "dim", "not asked": "dim"}  # of an answer; what is bad is red
+MEASUREMENT_LENGTH = 240
+MEASURED = {"ok": "green", "missing": "dim", "wrong": "red", "crashed": "red", "failed": "red"}
 PHASES = {"before": "before training", "after": "after training", "merged": "merged and reloaded"}
 
 
@@ -48,6 +53,16 @@ def metric_text(values: dict[str, float]) -> str:
         if key in values:
             parts.append(f"{label} {values[key]:.4g}")
     return "  ".join(parts)
+
+
+def _answer(event: ev.Answered) -> str:
+    return printable(event.answer.words())[:ANSWER]
+
+
+def measurement_text(event: ev.Measurement) -> str:
+    """A figure on one line."""
+    line = figure_line(event.case, event.implementation, event.state, event.values, event.note)
+    return one_line(line, MEASUREMENT_LENGTH)
 
 
 class BarView:
@@ -86,12 +101,17 @@ class BarView:
                 self._progress.stop_task(task)
         elif isinstance(event, ev.Metric) and "train" in self._tasks:
             self._progress.update(self._tasks["train"], note=escape(metric_text(event.values)))
+        elif isinstance(event, ev.Answered):
+            self._say(f"[{COLOURS.get(event.answer.verdict, 'red')}]{escape(_answer(event))}[/]")
         elif isinstance(event, ev.Sample):
             if event.phase != self._phase:
                 self._phase = event.phase
                 self._say(f"[bold]{PHASES[event.phase]}[/]: {escape(one_line(event.prompt))}")
             colour = {True: "green", False: "red", None: "dim"}[event.correct]
             self._say(f"  [{colour}]{mark(event.correct)}[/] {escape(one_line(event.response))}")
+        elif isinstance(event, ev.Measurement):
+            colour = MEASURED[event.state]
+            self._say(f"[{colour}]{mark(event.state == 'ok')}[/] {escape(measurement_text(event))}")
         elif isinstance(event, ev.Attempt) and event.resumed_step is not None:
             self._say(f"resumed from step {event.resumed_step}")
 
@@ -132,6 +152,10 @@ class LineView:
         if isinstance(event, ev.Metric):
             total = f"/{self._total_steps:g}" if self._total_steps else ""
             return f"step {event.step}{total}  {metric_text(event.values)}"
+        if isinstance(event, ev.Answered):
+            return _answer(event)
+        if isinstance(event, ev.Measurement):
+            return measurement_text(event)
         if isinstance(event, ev.Sample):
             return f"{event.phase:<7} {mark(event.correct)} {one_line(event.response)}"
         if isinstance(event, ev.Attempt) and event.resumed_step is not None:
@@ -144,6 +168,8 @@ class LineView:
         if event.stage == "train":
             self._total_steps = event.total
             return ""  # the step lines tell it
+        if event.stage == "questions":
+            return ""  # so do the answers
         now = time.monotonic()
         first = event.stage not in self._last
         if first or event.done >= event.total or now - self._last[event.stage] > PLAIN_EVERY_SECONDS:

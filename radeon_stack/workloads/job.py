@@ -31,7 +31,10 @@ class StopRequested(BaseException):
 
 @dataclass(frozen=True)
 class Arguments:
-    """Paths as this process sees them; everything else is in the run's `config.json`."""
+    """Paths as this process sees them; everything else is in the run's `config.json`.
+
+    `model` is "" for a workload that takes none.
+    """
 
     run: Path
     cache: Path
@@ -40,12 +43,21 @@ class Arguments:
     resume: bool
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What decides how much memory a workload takes, for the day there is not enough: its key, and what to do."""
+
+    where: str = "config"
+    remedy: str = "take smaller sizes"
+
+
 @dataclass
 class Job:
     """What each step of a workload is handed: arguments, a way to tell, and a way to be stopped."""
 
     arguments: Arguments
     emit: Callable[[ev.Event], None]
+    sizes: Sizes = Sizes()
     stage: str = "starting"
     stop_asked: bool = field(default=False, init=False)
     _deferred: bool = field(default=False, init=False)
@@ -86,7 +98,7 @@ def read_arguments(argv: list[str]) -> Arguments:
     parser = argparse.ArgumentParser(description="a radeon-stack workload; started by `radeon-stack run`")
     parser.add_argument("--run", type=Path, required=True, help="run directory with config.json")
     parser.add_argument("--cache", type=Path, required=True, help="folder for what can be made again")
-    parser.add_argument("--model", required=True, help="model folder, or package:NAME")
+    parser.add_argument("--model", default="", help="model folder, or package:NAME")
     parser.add_argument("--data", type=Path, help="data file")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     known = parser.parse_args(argv)
@@ -99,10 +111,10 @@ def read_config(run: Path) -> dict[str, Any]:
     return dict(record["recipe"]["config"])
 
 
-def carry_out(argv: list[str], work: Callable[[Job], dict[str, Any]]) -> int:
+def carry_out(argv: list[str], work: Callable[[Job], dict[str, Any]], sizes: Sizes = Sizes()) -> int:
     """Run a workload to its last event; returns the process's exit code."""
     arguments = read_arguments(argv)
-    job = Job(arguments, ev.EventWriter(arguments.run / "events.jsonl"))
+    job = Job(arguments, ev.EventWriter(arguments.run / "events.jsonl"), sizes)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, job.on_signal)
     try:
@@ -134,9 +146,8 @@ def _failure(error: Exception, job: Job) -> ev.Error:
     if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
         return ev.Error(
             what=f"out of memory while {job.stage}: {_first_line(error)}",
-            where="config.train.batch_size",
-            remedy="lower it (--set train.batch_size=1), raise train.gradient_accumulation in its place, "
-            "or set train.gradient_checkpointing=true",
+            where=job.sizes.where,
+            remedy=job.sizes.remedy,
             exit_code=Exit.WORKLOAD,
         )
     return ev.Error(

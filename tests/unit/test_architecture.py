@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from radeon_stack.images.render import INSIDE
+
 PACKAGE = Path(__file__).resolve().parents[2] / "radeon_stack"
-SHARED = {"errors", "atomic", "contracts", "text"}
+SHARED = {"errors", "atomic", "contracts", "figures", "text"}
 # room → the rooms it may import; `catalog` is the ground floor, `cli` the roof.
 ARROWS = {
     "catalog": set(),
@@ -46,6 +48,21 @@ def test_a_room_imports_only_what_its_arrows_allow(room: str) -> None:
             inner = name.removeprefix("radeon_stack.")
             allowed = {room} | SHARED | ARROWS[room] | {"__version__"}
             assert any(inner == a or inner.startswith(f"{a}.") for a in allowed), f"{file} imports {name}"
+
+
+def test_what_runs_inside_an_image_imports_only_what_is_inside() -> None:
+    inside = {
+        str(file.relative_to(PACKAGE).with_suffix("")).replace("/", ".").removesuffix(".__init__")
+        for name in INSIDE
+        for file in ([PACKAGE / name] if name.endswith(".py") else (PACKAGE / name).rglob("*.py"))
+    }
+    assert "workloads.job" in inside and "host.facts" not in inside
+    for module in inside:
+        file = PACKAGE / module.replace(".", "/")
+        for name in imports(file.with_suffix(".py") if file.with_suffix(".py").exists() else file / "__init__.py"):
+            if name.startswith("radeon_stack."):
+                inner = name.removeprefix("radeon_stack.")
+                assert {inner, inner.rpartition(".")[0]} & (inside | {"__version__"}), f"{module} imports {name}"
 
 
 def test_every_room_is_held_by_an_arrow() -> None:

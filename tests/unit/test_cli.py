@@ -96,8 +96,8 @@ def test_a_home_that_cannot_be_written_is_named_with_the_way_out(cli: Cli, tmp_p
 
 
 def test_list_and_show_speak_json(cli: Cli) -> None:
-    recipes = cli("list", "--json").json
-    assert recipes[0]["name"] == "train-llama" and "demo" in recipes[0]["presets"]
+    recipes = {recipe["name"]: recipe for recipe in cli("list", "--json").json}
+    assert "demo" in recipes["train-llama"]["presets"]
     shown = cli("show", "train-llama", "--preset", "demo", "--set", "train.steps=7", "--json").json["values"]
     assert shown["config.train.steps"] == {"value": 7, "from": "--set train.steps"}
     assert shown["config.train.max_grad_norm"]["from"].endswith("train-llama.toml")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radeon_stack.runs import charts
+from radeon_stack.runs import bench_report, charts
 from radeon_stack.runs import events as ev
 from radeon_stack.runs.report import render, stages, write
 from radeon_stack.runs.store import Run, RunStore, State, Status
@@ -106,6 +106,56 @@ def test_a_whole_run_is_told(run: Run) -> None:
         assert text in page, text
 
 
+def measurement(implementation: str, **more: object) -> ev.Measurement:
+    case = {"dtype": "bfloat16", "batch": 4, "seq": 2048, "causal": True}
+    return ev.Measurement.model_validate({"suite": "attention", "case": case, "implementation": implementation} | more)
+
+
+def timed(seconds: float, **more: float) -> dict[str, float]:
+    span = {"forward_seconds_p20": seconds * 0.99, "forward_seconds_p80": seconds * 1.01}
+    floor = {"forward_of_floor": 1.7, "forward_floor_seconds": seconds / 1.7, "forward_memory_bound": 1.0}
+    return {"forward_seconds": seconds, "forward_stable": 1.0, "difference_forward": 1.2e-3} | span | floor | more
+
+
+def test_a_benchmark_is_told_with_its_floor_and_the_reason_of_what_is_not_there(run: Run) -> None:
+    run.write_status(status(State.DONE, recipe="bench-attention", preset=None, ended=64.0, exit_code=0))
+    page = told(
+        run,
+        ev.Fact(name="card", value={"name": "Radeon AI PRO R9700", "arch": "gfx1201", "torch": "2.9.1"}),
+        ev.Fact(name="floor", value={"bandwidth": 580e9, "matrix": {"bfloat16": 115e12}}),
+        measurement("sdpa_flash", values=timed(6.52e-3, forward_operations_per_second=10e12, forward_peak_bytes=2**20)),
+        measurement("flash_attn", values=timed(7.05e-3, forward_stable=0.0), note="flash_attn 2.8.4, CK"),
+        measurement("sdpa_cudnn", state="missing", note="not on HIP"),
+        measurement("sdpa_efficient", state="crashed", note="SIGSEGV: Fatal Python error"),
+        ev.Result(values={"ok": 2}),
+    )
+    for text in (
+        "2 of 4 measured, 1 missing, 1 crashed. Quickest in 1 of 1 cases: sdpa_flash.",
+        "Radeon AI PRO R9700 (gfx1201)",
+        "580 GB/s",
+        "115 TFLOP/s",
+        "bf16 b4 s2048 causal",
+        "6.52 ms ± 1%",
+        "1.7× floor, memory",
+        "10 TFLOP/s",
+        "off by 1.2e-03",
+        "unstable; flash_attn 2.8.4, CK",
+        "not on HIP",
+        "SIGSEGV: Fatal Python error",
+    ):
+        assert text in page, text
+    assert page.count('class="bar"') == 1 and page.count('class="bar unsure"') == 1 and page.count('class="mark"') == 1
+
+
+def test_a_report_of_training_says_nothing_of_benchmarks(run: Run) -> None:
+    assert "What it measured" not in told(run, ev.Metric(step=1, values={"loss": 5.0}))
+
+
+def test_many_cases_are_folded_away(run: Run) -> None:
+    found = [measurement("a", values=timed(1.0), case={"seq": number}) for number in range(11)]
+    assert "3 more cases" in told(run, *found)
+
+
 def test_a_run_that_has_not_said_anything_is_told(run: Run) -> None:
     assert "There is no result yet." in told(run) or "It left no result." in told(run)
     run.write_status(status(State.RUNNING))
@@ -146,6 +196,10 @@ def test_what_a_model_says_cannot_become_markup(run: Run) -> None:
         ev.Fact(name="lora_after", value={evil: {"A": {"mean": evil}}}),
         ev.Metric(step=1, values={evil: 1.0, "loss": 1.0}),
         ev.Artifact(name=evil, path=evil),
+        ev.Fact(name="card", value={"name": evil, "arch": evil}),
+        ev.Fact(name="floor", value={"bandwidth": evil, "matrix": {evil: 1e400, "</b>": 1}}),
+        measurement("</svg><script>", suite="<b>", case={"</svg>": "</h3><script>"}, note=evil, values=timed(1.0)),
+        measurement("<script>", state="failed", note=evil, values={"<script>_seconds": 1.0}),
         ev.Result(values={"correct_before": evil, "samples": evil, "train_seconds": evil}),
     )
     assert "&lt;script&gt;" in page
@@ -176,6 +230,22 @@ def test_any_points_make_a_picture_inside_its_frame(points: list[charts.Point], 
     assert "</svg>" not in svg[:-6]
     for y in re.findall(r'cy="([^"]+)"', svg):
         assert charts.TOP - 1 <= float(y) <= charts.HEIGHT - charts.BOTTOM + 1
+
+
+@given(st.lists(st.floats(), max_size=8), st.none() | st.floats())
+def test_any_values_make_bars_inside_their_frame(values: list[float], mark: float | None) -> None:
+    bars = tuple(charts.Bar("</svg>", value, "</svg>") for value in values)
+    svg = charts.bar_chart("</svg>", [charts.Group("</svg>", bars, mark), charts.Group("empty", ())])
+    assert "</svg>" not in svg[:-6]
+    for width in re.findall(r"h([0-9.e+-]+)v", svg):
+        assert 0 < float(width) <= charts.WIDTH - charts.NAME_WIDTH - charts.TEXT_WIDTH + 0.1
+    for at in re.findall(r'x1="([^"]+)"', svg):
+        assert charts.NAME_WIDTH <= float(at) <= charts.WIDTH - charts.TEXT_WIDTH + 0.1
+
+
+@given(st.dictionaries(st.sampled_from(list(timed(1.0))), st.floats()))
+def test_figures_that_make_no_sense_do_not_stop_the_report(values: dict[str, float]) -> None:
+    list(bench_report.sections([measurement("a", values=values), measurement("b", state="wrong", values=values)]))
 
 
 @given(st.floats(-1e12, 1e12), st.floats(1e-9, 1e12))

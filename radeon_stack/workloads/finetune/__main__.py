@@ -10,7 +10,13 @@ from radeon_stack.contracts.finetune import FinetuneConfig
 from radeon_stack.runs.events import Attempt
 from radeon_stack.workloads.finetune.checkpoints import last_checkpoint
 from radeon_stack.workloads.finetune.data import read_rows
-from radeon_stack.workloads.job import Job, carry_out, read_config
+from radeon_stack.workloads.job import Job, Sizes, carry_out, read_config
+
+SIZES = Sizes(
+    "config.train.batch_size",
+    "lower it (--set train.batch_size=1), raise train.gradient_accumulation in its place, "
+    "or set train.gradient_checkpointing=true",
+)
 
 
 def work(job: Job) -> dict[str, Any]:
@@ -27,4 +33,4 @@ def work(job: Job) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(carry_out(sys.argv[1:], work))
+    sys.exit(carry_out(sys.argv[1:], work, SIZES))

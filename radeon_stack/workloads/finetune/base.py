@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from radeon_stack import atomic
-from radeon_stack.contracts.finetune import PACKAGE_PREFIX, Quantization
+from radeon_stack.contracts.finetune import Quantization
+from radeon_stack.contracts.options import AUTO
+from radeon_stack.contracts.sections import PACKAGE_PREFIX
 from radeon_stack.errors import MachineError, UsageError
 from radeon_stack.workloads.job import Job
 
@@ -60,8 +62,10 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def load_for_training(job: Job, folder: Path, quantization: Quantization, dtype: torch.dtype) -> Any:
-    """The frozen base on the device, its Linear layers in NF4 where asked."""
+def load_for_training(
+    job: Job, folder: Path, quantization: Quantization, dtype: torch.dtype, attention: str = AUTO
+) -> Any:
+    """The frozen base on the device, its Linear layers in NF4 where asked. Attention that nobody chose is sdpa."""
     config = None
     if quantization.kind == "nf4":
         config = BitsAndBytesConfig(
@@ -72,7 +76,11 @@ def load_for_training(job: Job, folder: Path, quantization: Quantization, dtype:
         )
     with _bars(job, "load"):
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, quantization_config=config, device_map={"": device()}, attn_implementation="sdpa"
+            folder,
+            dtype=dtype,
+            quantization_config=config,
+            device_map={"": device()},
+            attn_implementation="sdpa" if attention == AUTO else attention,
         )
     keep_trainable_layout(model)
     return model
@@ -108,6 +116,7 @@ def describe(model: Any, folder: Path, source: str) -> dict[str, Any]:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return {
         "class": type(inner).__name__,
+        "attention": inner.config._attn_implementation,
         "source": source if source.startswith(PACKAGE_PREFIX) else folder.name,
         "parameters": total,
         "trainable": trainable,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from radeon_stack.contracts.finetune import BIRTHDAY, Data
+from radeon_stack.contracts.finetune import Data
+from radeon_stack.contracts.sections import BIRTHDAY
 from radeon_stack.errors import UsageError
 
 _KINDS = {

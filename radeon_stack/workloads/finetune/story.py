@@ -39,7 +39,7 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
         "data",
         {"name": rows.name, "rows": len(encoded), "tokens_mean": tokens / len(encoded), "sample": encoded[0].text},
     )
-    model = base.load_for_training(job, folder, config.quantization, dtype)
+    model = base.load_for_training(job, folder, config.quantization, dtype, config.model_options.attention)
     result: dict[str, Any] = {"steps": config.train.steps, "samples": config.samples.count}
 
     def ask(phase: Phase, of: Any) -> None:

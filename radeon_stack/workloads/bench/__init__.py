@@ -1,0 +1,1 @@
+"""Benchmarks: a suite is one file; timing, floors and isolation are shared."""
