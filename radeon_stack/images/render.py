@@ -23,6 +23,7 @@ INSIDE = (
     "text.py",
     "codeobjects",
     "contracts",
+    "kernels",
     "runs/__init__.py",
     "runs/events.py",
     "workloads",
