@@ -7,6 +7,7 @@ can compile all that will ever run.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -21,20 +22,24 @@ class Tile:
     group: int = 8
 
 
-def grouped_tile(family: str, *, mean_rows: float, nf4: bool, gated: bool) -> Tile:
+Kind = Literal["gated_forward", "forward", "gated_backward", "backward"]
+
+
+def grouped_tile(family: str, kind: Kind, *, mean_rows: float, nf4: bool) -> Tile:
     """For products over experts' rows; mean_rows: slots over experts. family: 'cuda' or 'hip'."""
-    m = 16
-    while m < 128 and m < mean_rows:
-        m *= 2
-    return TILES[(family, nf4, gated)][m]
+    return TILES[family, nf4, kind][row_block(1.5 * mean_rows)]  # routing is uneven: most experts' rows in one tile
+
+
+def row_block(rows: float) -> int:
+    """16, 32, 64 or 128: the least that holds `rows`, if any does."""
+    return next((block for block in (16, 32, 64) if rows <= block), 128)
 
 
 def linear_tile(family: str, rows: int, columns: int, *, nf4: bool) -> Tile:
     """For a dense layer."""
     if not nf4:
         return Tile(128, 256, 64, 8, 3) if family == "cuda" else Tile(128, 64, 64, 8, 1)
-    m = min(128, max(16, 1 << (rows - 1).bit_length()))
-    return LINEAR[family][m]
+    return LINEAR[family][row_block(rows)]
 
 
 def low_rank_split(rows: int) -> int:
@@ -62,39 +67,73 @@ LINEAR = {
         128: Tile(128, 64, 64, 8, 1),
     },
 }
-TILES: dict[tuple[str, bool, bool], dict[int, Tile]] = {
-    ("cuda", False, False): {
-        16: Tile(16, 128, 128, 4, 4),
-        32: Tile(32, 128, 128, 4, 4),
-        64: Tile(64, 128, 64, 4, 4),
-        128: Tile(128, 128, 64, 8, 4),
-    },
-    ("cuda", False, True): {
-        16: Tile(16, 64, 128, 4, 4),
-        32: Tile(32, 64, 128, 4, 4),
+TILES: dict[tuple[str, bool, Kind], dict[int, Tile]] = {
+    ("cuda", False, "gated_forward"): {
+        16: Tile(16, 64, 128, 4, 3),
+        32: Tile(32, 64, 128, 4, 3),
         64: Tile(64, 64, 64, 4, 4),
         128: Tile(128, 64, 64, 8, 4),
     },
-    ("cuda", True, False): {
-        16: Tile(16, 128, 128, 4, 3),
-        32: Tile(32, 128, 128, 4, 3),
-        64: Tile(64, 128, 64, 4, 3),
-        128: Tile(128, 128, 64, 8, 3),
+    ("cuda", False, "forward"): {
+        16: Tile(16, 128, 128, 4, 2),
+        32: Tile(32, 128, 128, 4, 2),
+        64: Tile(64, 128, 64, 4, 4),
+        128: Tile(128, 256, 64, 8, 3),
     },
-    ("cuda", True, True): {
+    ("cuda", False, "gated_backward"): {
+        16: Tile(16, 128, 64, 8, 3),
+        32: Tile(32, 128, 64, 4, 4),
+        64: Tile(64, 128, 64, 4, 4),
+        128: Tile(64, 128, 64, 4, 4),
+    },
+    ("cuda", False, "backward"): {
+        16: Tile(16, 128, 128, 4, 2),
+        32: Tile(32, 128, 64, 4, 3),
+        64: Tile(64, 128, 64, 4, 4),
+        128: Tile(128, 256, 64, 8, 3),
+    },
+    ("cuda", True, "gated_forward"): {
         16: Tile(16, 64, 128, 4, 3),
         32: Tile(32, 64, 128, 4, 3),
         64: Tile(64, 64, 64, 4, 3),
         128: Tile(128, 64, 64, 8, 3),
     },
+    ("cuda", True, "forward"): {
+        16: Tile(16, 128, 64, 4, 3),
+        32: Tile(32, 128, 64, 4, 3),
+        64: Tile(64, 128, 64, 4, 3),
+        128: Tile(128, 128, 64, 8, 3),
+    },
+    ("cuda", True, "gated_backward"): {
+        16: Tile(16, 64, 128, 4, 3),
+        32: Tile(32, 64, 128, 4, 3),
+        64: Tile(64, 64, 128, 4, 2),
+        128: Tile(128, 64, 64, 8, 3),
+    },
+    ("cuda", True, "backward"): {
+        16: Tile(16, 64, 128, 4, 2),
+        32: Tile(32, 64, 128, 4, 2),
+        64: Tile(64, 128, 64, 4, 2),
+        128: Tile(128, 128, 64, 8, 3),
+    },
 }
+# For AMD: chosen by what the compiler makes of them (no spills, 64 KiB of LDS), never timed.
 TILES |= {
-    ("hip", nf4, gated): {
-        16: Tile(16, 64, 64, 4, 1),
-        32: Tile(32, 64, 64, 4, 1),
-        64: Tile(64, 64, 64, 4, 1),
-        128: Tile(128, 64, 64, 8, 1),
+    ("hip", nf4, "gated_forward"): {
+        16: Tile(16, 32, 64, 4, 2),
+        32: Tile(32, 32, 64, 4, 2),
+        64: Tile(64, 32, 64, 8, 2),
+        128: Tile(128, 32, 64, 8, 2),
     }
     for nf4 in (False, True)
-    for gated in (False, True)
+}
+TILES |= {
+    ("hip", nf4, kind): {
+        16: Tile(16, 64, 64, 4, 2),
+        32: Tile(32, 64, 64, 4, 2),
+        64: Tile(64, 64, 64, 8, 2),
+        128: Tile(128, 64, 64, 8, 2),
+    }
+    for nf4 in (False, True)
+    for kind in ("forward", "gated_backward", "backward")
 }

@@ -163,36 +163,32 @@ def gated_forward(
     x_row = tl.load(slots + position).to(tl.int64) // top_k
     column = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = column < n_size
-    gate_row = expert.to(tl.int64) * (2 * n_size) + column
-    up_row = gate_row + n_size
+    # Gate's and up's rows by turns: one product makes both, and a thread holds a gate beside its up.
+    pair = n_tile * (2 * BLOCK_N) + tl.arange(0, 2 * BLOCK_N)
+    pair_ok = pair < 2 * n_size
+    w_row = expert.to(tl.int64) * (2 * n_size) + pair // 2 + (pair % 2) * n_size
     step = tl.arange(0, BLOCK_K)
-    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
     for k in range(0, k_size, BLOCK_K):
         k_ok = k + step < k_size
         rows = tl.load(x + (x_row * k_size)[:, None] + (k + step)[None, :], mask=k_ok[None, :], other=0.0)
         tile = weight_tile(
             w, absmax, code, nested_absmax, nested_code, nested_offset,
-            gate_row, column_ok, k, k_size, NF4, NESTED, BLOCK_K, dtype,
+            w_row, pair_ok, k, k_size, NF4, NESTED, BLOCK_K, dtype,
         )  # fmt: skip
-        gate = tl.dot(rows, tl.trans(tile), gate)
-        tile = weight_tile(
-            w, absmax, code, nested_absmax, nested_code, nested_offset,
-            up_row, column_ok, k, k_size, NF4, NESTED, BLOCK_K, dtype,
-        )  # fmt: skip
-        up = tl.dot(rows, tl.trans(tile), up)
+        acc = tl.dot(rows, tl.trans(tile), acc)
     if RANK > 0:
-        gate += lora_scale * low_rank(u, v, position, gate_row, column_ok, column, n_size, rank, True, RANK)
-        up += lora_scale * low_rank(u, v, position, up_row, column_ok, column, n_size, rank, True, RANK)
+        acc += lora_scale * low_rank(u, v, position, w_row, pair_ok, pair, n_size, rank, True, RANK)
+    gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))
     ok = inside[:, None] & column_ok[None, :]
     place = (position * n_size)[:, None] + column[None, :]
     if SAVE:
         # silu'(gate) is taken from what is stored: round first, so that both directions see the same gate.
         gate = gate.to(dtype).to(tl.float32)
         up = up.to(dtype).to(tl.float32)
-        pair = (position * (2 * n_size))[:, None] + column[None, :]
-        tl.store(gate_up + pair, gate.to(dtype), mask=ok)
-        tl.store(gate_up + pair + n_size, up.to(dtype), mask=ok)
+        both = gate_up + (position * (2 * n_size))[:, None] + column[None, :]
+        tl.store(both, gate.to(dtype), mask=ok)
+        tl.store(both + n_size, up.to(dtype), mask=ok)
     tl.store(hidden + place, (gate * tl.sigmoid(gate) * up).to(dtype), mask=ok)
 
 

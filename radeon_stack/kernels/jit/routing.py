@@ -97,8 +97,8 @@ def combine(
             part = tl.arange(0, PARTS)
             for choice in tl.static_range(TOP_K):
                 slot = token * TOP_K + choice
-                place = (slot * count)[:, None] + part[None, :]
-                share = tl.load(parts + place, mask=here[:, None] & (part < count)[None, :], other=0.0)
+                where = (slot * count)[:, None] + part[None, :]
+                share = tl.load(parts + where, mask=here[:, None] & (part < count)[None, :], other=0.0)
                 tl.store(sums + slot, tl.sum(share, 1).to(sums.dtype.element_ty), mask=here)
 
 

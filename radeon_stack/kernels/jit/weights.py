@@ -101,12 +101,12 @@ def weight_tile(
         ok = row_ok[:, None] & (half < columns // 2)[None, :]
         packed = tl.load(w + (row * (columns // 2))[:, None] + half[None, :], mask=ok, other=0).to(tl.int32)
         values = tl.join(lookup(code, packed >> 4, NF4), lookup(code, packed, NF4))
-        block = column // NF4_BLOCK + tl.arange(0, WIDTH // NF4_BLOCK)
+        span: tl.constexpr = WIDTH if WIDTH < NF4_BLOCK else NF4_BLOCK  # columns of the tile that share a scale
+        block = column // NF4_BLOCK + tl.arange(0, WIDTH // span)
         block_ok = row_ok[:, None] & (block < columns // NF4_BLOCK)[None, :]
         index = (row * (columns // NF4_BLOCK))[:, None] + block[None, :]
         scale = nf4_scales(absmax, nested_absmax, nested_code, nested_offset, index, block_ok, NESTED)
-        shape: tl.constexpr = (row.shape[0], WIDTH // NF4_BLOCK, NF4_BLOCK)
-        values = tl.reshape(values, shape) * scale[:, :, None]
+        values = tl.reshape(values, (row.shape[0], WIDTH // span, span)) * scale[:, :, None]
         return tl.reshape(values, (row.shape[0], WIDTH)).to(dtype)
     else:
         place = column + tl.arange(0, WIDTH)
