@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -33,7 +34,7 @@ class _Child:
 
 def call_apart(
     calls: Sequence[Callable[[], T]], *, at_once: int = 2, seconds: float = 300.0
-) -> Iterator[tuple[int, T | NoResultError]]:
+) -> Generator[tuple[int, T | NoResultError], None, None]:
     """Make each call in a forked process, so many at once; results come with their index as they are ready.
 
     What a call prints is not seen, but the end of it is told when the call fails. A call longer than `seconds` is
@@ -70,6 +71,7 @@ def _start(index: int, call: Callable[[], T], printed: Path, seconds: float) -> 
 
 
 def _child(call: Callable[[], T], sending: Connection, printed: Path) -> None:
+    faulthandler.disable()  # a caller's would tell of a crash in the caller's own output
     output = os.open(printed, os.O_WRONLY | os.O_CREAT, 0o600)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -9,7 +9,8 @@ Sources, in LLVM's AMDGPU backend (llvm/lib/Target/AMDGPU):
 - LDS that a workgroup's waves share: `getLocalMemorySize`. On gfx10 and later a workgroup runs on a WGP of two CUs
   unless compiled for CU mode, so that is twice the 64 KiB which one workgroup can address, and four SIMDs
   (`getEUsPerCU`). CDNA: 64 KiB on gfx942, 160 KiB on gfx950 (`FeatureAddressableLocalMemorySize163840`), four SIMDs.
-- scalar registers: `getOccupancyWithNumSGPRs`: no limit from gfx10 on; on gfx9 more than 100 leave room for 7 waves.
+- scalar registers: from gfx10 on each wave has its own; before, 800 of a SIMD in steps of 16, of which the HSA trap
+  handler takes 16 of each wave (`getMaxNumSGPRs`, and the amdhsa runs of test/CodeGen/AMDGPU/occupancy-levels.ll).
 - workgroups: `getMaxWorkGroupsPerCU`: 16 barriers of a CU, 32 of a WGP; a workgroup of one wave needs none.
 
 LDS is handed out in blocks, which LLVM leaves out of account (`getOccupancyWithWorkGroupSizes`), and so do we.
@@ -20,6 +21,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 KIB = 1024
+SGPR_GRANULE = 16
+TRAP_HANDLER_SGPRS = 16
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ class Chip:
     """Waves of a SIMD at most."""
     barriers: int
     """Workgroups of more than one wave that a unit runs at most."""
-    sgprs: int | None = None
-    """A wave with more scalar registers costs one of the slots."""
+    sgprs: int = 0
+    """Scalar registers of a SIMD; 0 where each wave has its own."""
     simds: int = 4
     """Of a unit."""
 
@@ -49,7 +52,7 @@ def _rdna(arch: str) -> Chip:
 
 
 def _cdna(arch: str, lds: int) -> Chip:
-    return Chip(arch, wave_size=64, vgprs=512, granule=8, lds=lds, slots=8, barriers=16, sgprs=100)
+    return Chip(arch, wave_size=64, vgprs=512, granule=8, lds=lds, slots=8, barriers=16, sgprs=800)
 
 
 CHIPS = {
@@ -65,8 +68,10 @@ CHIPS = {
 def waves_by_registers(chip: Chip, vgprs: int, sgprs: int) -> int:
     """Waves of a SIMD for which its registers suffice; what LLVM writes as "Occupancy" where LDS is not known to it."""
     reserved = -(-max(vgprs, 1) // chip.granule) * chip.granule
-    slots = chip.slots - 1 if chip.sgprs is not None and sgprs > chip.sgprs else chip.slots
-    return min(chip.vgprs // reserved, slots)
+    waves = min(chip.vgprs // reserved, chip.slots)
+    while chip.sgprs and waves > 1 and sgprs > _sgprs_of_a_wave(chip, waves):
+        waves -= 1
+    return waves
 
 
 def waves_per_simd(chip: Chip, *, vgprs: int, sgprs: int, lds: int, waves: int) -> float:
@@ -81,3 +86,7 @@ def waves_per_simd(chip: Chip, *, vgprs: int, sgprs: int, lds: int, waves: int) 
     if waves > 1:
         workgroups = min(workgroups, chip.barriers)
     return workgroups * waves / chip.simds
+
+
+def _sgprs_of_a_wave(chip: Chip, waves: int) -> int:
+    return (chip.sgprs // waves - TRAP_HANDLER_SGPRS) // SGPR_GRANULE * SGPR_GRANULE
