@@ -10,6 +10,10 @@ from dataclasses import dataclass
 MATRIX = re.compile(r"^\s+(v_(?:wmma|swmmac|mfma|smfmac)_\w+)", re.MULTILINE)
 ATOMIC = re.compile(r"^\s+((?:global|buffer|flat)_atomic_\w+)", re.MULTILINE)
 SCRATCH = re.compile(r"^\s+(scratch_(?:load|store)_\w+)", re.MULTILINE)
+INSTRUCTION = re.compile(r"^\s+[a-z]\w+", re.MULTILINE)
+LABEL_OR_BRANCH = re.compile(r"^(?:(\.LBB\w+):|\s+s_c?branch\w*\s+(\.LBB\w+))", re.MULTILINE)
+SCRATCH_BYTES = {"b8": 1, "u8": 1, "i8": 1, "b16": 2, "u16": 2, "i16": 2, "b64": 8, "b96": 12, "b128": 16}
+SCRATCH_BYTES |= {"dwordx2": 8, "dwordx3": 12, "dwordx4": 16}  # gfx9's names; what is left is of four bytes
 METADATA = re.compile(r"^\s*\.amdgpu_metadata$(.*?)^\s*\.end_amdgpu_metadata$", re.MULTILINE | re.DOTALL)
 CODE_BYTES = re.compile(r"^; codeLenInByte = (\d+)$", re.MULTILINE)
 # `%d = tt.dot %a, %b, %c, inputPrecision = tf32 : … -> tensor<64x64xf32, #mma>`
@@ -79,6 +83,53 @@ def dot_layouts(ttgir: str) -> tuple[str, ...]:
     """
     layouts = dict(LAYOUT.findall(ttgir))
     return tuple(layouts.get(name, name) for name in DOT.findall(ttgir))
+
+
+@dataclass(frozen=True)
+class Loop:
+    """An innermost loop, as it stands in the code: what one pass of one wave executes if no branch skips any of it."""
+
+    matrix: int
+    """Matrix instructions."""
+    scratch: int
+    """Loads and stores of private memory."""
+    scratch_bytes: int
+    """… and the bytes that they move for each work-item."""
+    instructions: int
+
+
+def inner_loops(text: str) -> tuple[Loop, ...]:
+    """The innermost loops that hold matrix instructions, in the order of the code.
+
+    A loop is what stands between a label and the last branch back to it.
+    """
+    starts: dict[str, int] = {}
+    ends: dict[str, int] = {}
+    for found in LABEL_OR_BRANCH.finditer(text):
+        label, target = found.groups()
+        if label:
+            starts[label] = found.end()
+        elif target in starts:
+            ends[target] = found.start()
+    spans: list[tuple[int, int]] = []
+    for start, end in sorted((starts[label], end) for label, end in ends.items()):
+        if spans and start < spans[-1][1] < end:  # entered in the middle: two that overlap are one
+            spans[-1] = (spans[-1][0], end)
+        else:
+            spans.append((start, end))
+    inner = [one for one in spans if not any(one[0] < start and end <= one[1] for start, end in spans)]
+    loops = [_loop(text[start:end]) for start, end in inner]
+    return tuple(loop for loop in loops if loop.matrix)
+
+
+def _loop(body: str) -> Loop:
+    scratch = SCRATCH.findall(body)
+    return Loop(
+        matrix=len(MATRIX.findall(body)),
+        scratch=len(scratch),
+        scratch_bytes=sum(SCRATCH_BYTES.get(name.rpartition("_")[2], 4) for name in scratch),
+        instructions=len(INSTRUCTION.findall(body)),
+    )
 
 
 def _number(metadata: str, key: str, absent: int | None = None) -> int:

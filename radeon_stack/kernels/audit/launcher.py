@@ -36,14 +36,24 @@ def compile_variant(variant: Variant, arch: str) -> Compiled:
     It leaves Triton believing that this GPU is there: meant for a process of its own. ValueError when the launcher
     does not see the arguments as the variant's signature tells them; errors of the compiler pass through.
     """
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
-    driver.set_active(_Driver(GPUTarget("hip", arch, CHIPS[arch].wave_size)))
+    pretend(arch)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": variant.fp_fusion}
     arguments = [_argument(variant, name) for name in variant.kernel.arg_names]
     made = variant.kernel.run(*arguments, grid=(1,), warmup=True, **options, **variant.options)
     _agree(variant.signature, made.src.signature)
+    return read_compiled(made)
+
+
+def pretend(arch: str) -> None:
+    """Have Triton believe that the GPU of this process is an AMD one of `arch`."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    driver.set_active(_Driver(GPUTarget("hip", arch, CHIPS[arch].wave_size)))
+
+
+def read_compiled(made: Any) -> Compiled:
+    """What a triton.compiler.CompiledKernel holds."""
     return Compiled(made.asm["amdgcn"], made.asm["ttgir"], made.metadata.shared, made.hash)
 
 
