@@ -37,16 +37,17 @@ BATCH, TOKENS, HEADS, DIM = 4, 2048, 32, 128
 PACKAGE = "flash_attn_triton_amd"
 FORWARD, SPLIT = "forward", "backward, split"
 AUTOTUNE = {"FLASH_ATTENTION_TRITON_AMD_AUTOTUNE": "1"}
-# What is called, in which environment, and what of it is changed: the last two are not flash-attn's own choice.
-CASES: tuple[tuple[str, Mapping[str, str], Mapping[str, Any]], ...] = (
-    (FORWARD, {}, {}),
-    ("forward, autotuned", AUTOTUNE, {}),
-    (SPLIT, {}, {}),
-    ("backward, fused", {}, {}),
-    ("backward, one kernel", {}, {}),
-    ("backward, older", {}, {}),
-    (SPLIT, {}, {"num_warps": 8}),
-    (SPLIT, {}, {"num_warps": 16}),
+# What is called, for which GPU, in which environment, and what is changed of flash-attn's own choice.
+CASES: tuple[tuple[str, str, Mapping[str, str], Mapping[str, Any]], ...] = (
+    (FORWARD, ARCH, {}, {}),
+    ("forward, autotuned", ARCH, AUTOTUNE, {}),
+    (SPLIT, ARCH, {}, {}),
+    ("backward, fused", ARCH, {}, {}),
+    ("backward, one kernel", ARCH, {}, {}),
+    ("backward, older", ARCH, {}, {}),
+    (SPLIT, ARCH, {}, {"num_warps": 8}),
+    (SPLIT, ARCH, {}, {"num_warps": 16}),
+    (SPLIT, "gfx942", {}, {}),
 )
 
 
@@ -61,7 +62,7 @@ def main() -> int:
     if arguments.inside:
         print(json.dumps(list(rows(arguments.sdist))))
         return 0
-    from tools.tritons import TRITONS, python_with_triton, surroundings
+    from tritons import TRITONS, python_with_triton, surroundings
 
     site = Path(importlib.import_module("torch").__file__ or "").parent.parent
     found = {}
@@ -78,7 +79,6 @@ def main() -> int:
     record = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "flash_attn": _version(arguments.sdist),
-        "gfx": ARCH,
         "shape": {"batch": BATCH, "tokens": TOKENS, "heads": HEADS, "head_dim": DIM, "dtype": "bf16"},
         "triton": found,
     }
@@ -92,10 +92,9 @@ def rows(sdist: Path) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as cache:
         calls = [partial(_case, sdist, cache, *case) for case in cases]
         results = dict(call_apart(calls, at_once=2, seconds=600))
-    for index, (name, _, change, causal) in enumerate(cases):
-        told = {"case": name, "causal": causal, "changed": dict(change)}
+    for index, (name, arch, _, change, causal) in enumerate(cases):
+        told = {"case": name, "gfx": arch, "causal": causal, "changed": dict(change)}
         result = results[index]
-        print(f"{name} causal={causal} {dict(change)}", file=sys.stderr)
         if isinstance(result, NoResultError):
             yield told | {"error": str(result)[:600]}
         else:
@@ -103,18 +102,24 @@ def rows(sdist: Path) -> Iterator[dict[str, Any]]:
 
 
 def _case(
-    sdist: Path, cache: str, name: str, environment: Mapping[str, str], change: Mapping[str, Any], causal: bool
+    sdist: Path,
+    cache: str,
+    name: str,
+    arch: str,
+    environment: Mapping[str, str],
+    change: Mapping[str, Any],
+    causal: bool,
 ) -> list[dict[str, Any]]:
     os.environ.update(environment, TRITON_CACHE_DIR=cache)  # of this process, which does nothing else
     sys.path.insert(0, str(sdist / "flash_attn"))
-    with recorded(ARCH, change) as launches:
+    with recorded(arch, change) as launches:
         _calls()[name](causal)
-    return [_row(launch) for launch in launches]
+    return [_row(launch, arch) for launch in launches]
 
 
-def _row(launch: Launch) -> dict[str, Any]:
+def _row(launch: Launch, arch: str) -> dict[str, Any]:
     dot = "tt.dot" in launch.compiled.ttgir
-    row = judge(Variant(launch.kernel, None, {}, {}, 0, 0, dot=dot, default=True), ARCH, launch.compiled).as_json()
+    row = judge(Variant(launch.kernel, None, {}, {}, 0, 0, dot=dot, default=True), arch, launch.compiled).as_json()
     kept = ("matrix", "vgprs", "sgprs", "vgpr_spills", "sgpr_spills", "scratch", "lds", "waves_per_simd", "dots")
     return {
         "kernel": launch.kernel,
