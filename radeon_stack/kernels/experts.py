@@ -1,0 +1,221 @@
+"""Mixture-of-experts layers with their gradients, over 16-bit or NF4 experts, with or without adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from radeon_stack.kernels import grouped
+from radeon_stack.kernels.grouped import LowRank, Weight
+from radeon_stack.kernels.nf4 import NF4, decode_reference
+from radeon_stack.kernels.routing import Routing, combine, route
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter an expert: weight + scale · b·a. a: [experts, rank, columns]; b: [experts, rows, rank]."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def gated_experts_reference(
+    x: Tensor,
+    index: Tensor,
+    slot_weight: Tensor,
+    gate_up: Weight,
+    down: Weight,
+    gate_up_adapter: Adapter | None = None,
+    down_adapter: Adapter | None = None,
+) -> Tensor:
+    """The definition, token by token: Σ over a token's experts of weight · down(silu(gate(x)) · up(x)).
+
+    x: [tokens, width]; index, slot_weight: [tokens, top_k]; gate_up: [experts, 2·inner, width], gate's rows first;
+    down: [experts, width, inner]. Differentiable, and in whatever precision x has.
+    """
+
+    def matrices(weight: Weight, adapter: Adapter | None) -> Tensor:
+        full = (decode_reference(weight) if isinstance(weight, NF4) else weight).to(x.dtype)
+        return full if adapter is None else full + adapter.scale * (adapter.b.to(x.dtype) @ adapter.a.to(x.dtype))
+
+    up_matrices, down_matrices = matrices(gate_up, gate_up_adapter), matrices(down, down_adapter)
+    out = torch.zeros_like(x)
+    for expert in range(up_matrices.shape[0]):
+        token, choice = torch.where(index == expert)
+        gate, up = (x[token] @ up_matrices[expert].T).chunk(2, -1)
+        y = (torch.nn.functional.silu(gate) * up) @ down_matrices[expert].T
+        out = out.index_add(0, token, y * slot_weight[token, choice, None].to(x.dtype))
+    return out
+
+
+def gated_experts(
+    x: Tensor,
+    index: Tensor,
+    slot_weight: Tensor,
+    gate_up: Weight,
+    down: Weight,
+    gate_up_adapter: Adapter | None = None,
+    down_adapter: Adapter | None = None,
+    *,
+    partial: bool = False,
+) -> Tensor:
+    """The same by grouped products: two forward, two back for x, and two more for each weight that is trained.
+
+    Nothing is read back by the host, sums have a fixed order, and NF4 experts are never whole in 16 bit.
+    `partial`: index may hold numbers of no expert here; those slots count as zero.
+    """
+    routing = route(index, gate_up.shape[0], partial=partial)
+    adapters = (gate_up_adapter, down_adapter)
+    factors = [factor for one in adapters for factor in ((one.a, one.b) if one else (None, None))]
+    scales = tuple(one.scale if one else 0.0 for one in adapters)
+    plain = tuple(None if isinstance(weight, NF4) else weight for weight in (gate_up, down))
+    out: Tensor = _GatedExperts.apply(x, slot_weight, *plain, *factors, _Frozen(routing, gate_up, down, scales))
+    return out
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    """What has no gradient of its own."""
+
+    routing: Routing
+    gate_up: Weight
+    down: Weight
+    scales: tuple[float, ...]
+
+
+class _GatedExperts(torch.autograd.Function):
+    """x, slot_weight, and where they are 16 bit or there are adapters: weights and factors."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any, x: Tensor, slot_weight: Tensor, _gate_up, _down, up_a, up_b, down_a, down_b, frozen: _Frozen
+    ) -> Tensor:
+        routing = frozen.routing
+        x, slot_weight = x.contiguous(), slot_weight.contiguous()
+        training = any(ctx.needs_input_grad)
+        up_u = None if up_a is None else grouped.matmul(x, up_a, routing, gather=routing.top_k)
+        gate_up, hidden = grouped.gated_forward(
+            x, frozen.gate_up, routing, save=training, low_rank=_low_rank(up_u, up_b, frozen.scales[0])
+        )
+        down_u = None if down_a is None else grouped.matmul(hidden, down_a, routing)
+        y = grouped.matmul(
+            hidden,
+            frozen.down,
+            routing,
+            scatter=True,
+            slot_weight=slot_weight,
+            low_rank=_low_rank(down_u, down_b, frozen.scales[1]),
+        )
+        if training:
+            ctx.save_for_backward(x, slot_weight, gate_up, up_a, up_b, down_a, down_b, up_u, down_u)
+            ctx.frozen = frozen
+        return combine(y, routing.top_k)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, slot_weight, gate_up, up_a, up_b, down_a, down_b, up_u, down_u = ctx.saved_tensors
+        frozen: _Frozen = ctx.frozen
+        routing, top_k = frozen.routing, frozen.routing.top_k
+        up_scale, down_scale = frozen.scales
+        needs = ctx.needs_input_grad
+        d_out = d_out.contiguous()
+        down_g = None
+        if down_b is not None:
+            down_g = grouped.matmul(d_out, down_b, routing, over_columns=False, gather=top_k)
+        d_gate_up, d_slot_weight, weighted = grouped.gated_backward(
+            d_out, frozen.down, routing, slot_weight, gate_up,
+            save=needs[3] or down_a is not None, low_rank=_low_rank(down_g, down_a, down_scale),
+        )  # fmt: skip
+        up_g = None if up_b is None else grouped.matmul(d_gate_up, up_b, routing, over_columns=False)
+        d_x = None
+        if needs[0]:
+            d_rows = grouped.matmul(
+                d_gate_up, frozen.gate_up, routing,
+                over_columns=False, scatter=True, low_rank=_low_rank(up_g, up_a, up_scale),
+            )  # fmt: skip
+            d_x = combine(d_rows, top_k)
+        d_up = d_down = d_up_a = d_up_b = d_down_a = d_down_b = None
+        if needs[2]:
+            d_up = grouped.outer(d_gate_up, x, routing, b_gather=top_k)
+        if needs[3]:
+            d_down = grouped.outer(d_out, weighted, routing, a_gather=top_k)
+        if up_g is not None:
+            d_up_a = grouped.outer(up_g, x, routing, b_gather=top_k, scale=up_scale, dtype=up_a.dtype)
+            d_up_b = grouped.outer(d_gate_up, up_u, routing, scale=up_scale, dtype=up_b.dtype)
+        if down_g is not None:
+            share = slot_weight.flatten()[routing.slots.long()].unsqueeze(1).to(down_u.dtype)
+            d_down_a = grouped.outer(down_g, weighted, routing, scale=down_scale, dtype=down_a.dtype)
+            d_down_b = grouped.outer(
+                d_out, down_u * share, routing, a_gather=top_k, scale=down_scale, dtype=down_b.dtype
+            )
+        d_slot_weight = d_slot_weight.view_as(slot_weight).to(slot_weight.dtype)
+        return d_x, d_slot_weight, d_up, d_down, d_up_a, d_up_b, d_down_a, d_down_b, None
+
+
+def grouped_linear(
+    x: Tensor,
+    weight: Weight,
+    routing: Routing,
+    *,
+    bias: Tensor | None = None,
+    transposed: bool = False,
+    by_token: bool = False,
+) -> Tensor:
+    """A linear layer an expert, on sorted rows: [slots, N]. The parts of layers whose gate is their own.
+
+    weight: [experts, N, K], or [experts, K, N] when `transposed`. x: [slots, K] sorted, or [tokens, K] with `by_token`.
+    bias: [experts, N].
+    """
+    plain = None if isinstance(weight, NF4) else weight
+    out: Tensor = _GroupedLinear.apply(x, plain, bias, _Layer(routing, weight, transposed, by_token))
+    return out
+
+
+@dataclass(frozen=True)
+class _Layer:
+    routing: Routing
+    weight: Weight
+    transposed: bool
+    by_token: bool
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, _weight: Tensor | None, bias: Tensor | None, layer: _Layer) -> Tensor:
+        x = x.contiguous()
+        gather = layer.routing.top_k if layer.by_token else 0
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
+        ctx.layer, ctx.dtype, ctx.bias_dtype = layer, x.dtype, None if bias is None else bias.dtype
+        return grouped.matmul(
+            x, layer.weight, layer.routing, over_columns=not layer.transposed, gather=gather, bias=bias
+        )
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        layer: _Layer = ctx.layer
+        routing, d_out = layer.routing, d_out.contiguous()
+        gather = routing.top_k if layer.by_token else 0
+        d_x = d_weight = d_bias = None
+        if ctx.needs_input_grad[0]:
+            d_x = grouped.matmul(
+                d_out, layer.weight, routing, over_columns=layer.transposed, scatter=layer.by_token
+            )
+            d_x = combine(d_x, routing.top_k) if layer.by_token else d_x
+        if ctx.needs_input_grad[1]:
+            if layer.transposed:
+                d_weight = grouped.outer(x, d_out, routing, a_gather=gather)
+            else:
+                d_weight = grouped.outer(d_out, x, routing, b_gather=gather)
+        if ctx.needs_input_grad[2]:
+            ones = d_out.new_ones((routing.size, 1))
+            d_bias = grouped.outer(d_out, ones, routing, dtype=ctx.bias_dtype).squeeze(2)
+        return d_x, d_weight, d_bias, None
+
+
+def _low_rank(u: Tensor | None, v: Tensor | None, scale: float) -> LowRank | None:
+    return None if u is None or v is None else LowRank(u, v, scale)

@@ -1,0 +1,25 @@
+"""NF4 to 16 bit, once."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from radeon_stack.kernels.jit.weights import NF4_BLOCK, nf4_scales
+
+
+@triton.jit
+def decode_blocks(
+    packed, absmax, code, nested_absmax, nested_code, nested_offset, out, size, NESTED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out[i] = code[nibble i] · absmax[i / 64]; `size` values, a multiple of 64."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    half = first // 2 + tl.arange(0, BLOCK // 2)
+    byte = tl.load(packed + half, mask=half < size // 2, other=0).to(tl.int32)
+    values = tl.join(tl.load(code + (byte >> 4)), tl.load(code + (byte & 15)))
+    block = first // NF4_BLOCK + tl.arange(0, BLOCK // NF4_BLOCK)
+    ok = block < size // NF4_BLOCK
+    scale = nf4_scales(absmax, nested_absmax, nested_code, nested_offset, block, ok, NESTED)
+    values = tl.reshape(tl.reshape(values, (BLOCK // NF4_BLOCK, NF4_BLOCK)) * scale[:, None], (BLOCK,))
+    place = first + tl.arange(0, BLOCK)
+    tl.store(out + place, values.to(out.dtype.element_ty), mask=place < size)

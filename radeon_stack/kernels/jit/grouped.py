@@ -1,0 +1,324 @@
+"""Matrix products over expert-sorted rows."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from radeon_stack.kernels.jit.tiles import find_tile, swizzle
+from radeon_stack.kernels.jit.weights import weight_tile
+
+
+@triton.jit
+def low_rank(u, v, position, row, row_ok, column, columns, rank, OVER_COLUMNS: tl.constexpr, RANK: tl.constexpr):
+    """u·vᵀ (or u·v): [rows, columns] in float32.
+
+    u: [positions, rank]. v: OVER_COLUMNS [columns, rank], whose rows are `row`; else [rank, columns], where `row`
+    are the rank's own rows and `column` the columns.
+    """
+    part = tl.arange(0, RANK)
+    ok = part < rank
+    left = tl.load(u + (position * rank)[:, None] + part[None, :], mask=ok[None, :], other=0.0)
+    if OVER_COLUMNS:
+        right = tl.load(v + (row * rank)[:, None] + part[None, :], mask=row_ok[:, None] & ok[None, :], other=0.0)
+        return tl.dot(left, tl.trans(right.to(left.dtype)))
+    here = (column < columns)[None, :] & ok[:, None]
+    right = tl.load(v + (row * columns)[:, None] + column[None, :], mask=here, other=0.0)
+    return tl.dot(left, right.to(left.dtype))
+
+
+@triton.jit
+def grouped_matmul(
+    x,
+    slots,
+    offsets,
+    w,
+    absmax,
+    code,
+    nested_absmax,
+    nested_code,
+    nested_offset,
+    bias,
+    slot_weight,
+    u,
+    v,
+    out,
+    n_size,
+    k_size,
+    top_k,
+    rank,
+    lora_scale,
+    m_tiles,
+    EXPERTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    GATHER: tl.constexpr,
+    SCATTER: tl.constexpr,
+    OVER_COLUMNS: tl.constexpr,
+    NF4: tl.constexpr,
+    NESTED: tl.constexpr,
+    BIAS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """out = x · wᵀ (OVER_COLUMNS; w: [E, N, K]) or x · w (w: [E, K, N]), + bias + lora_scale · u·v, times slot_weight.
+
+    x rows: sorted positions, or with GATHER slots[position] // top_k. out rows: positions, or slots with SCATTER.
+    """
+    m_tile, n_tile = swizzle(tl.program_id(0), m_tiles, tl.cdiv(n_size, BLOCK_N), GROUP)
+    expert, first, last = find_tile(offsets, m_tile, EXPERTS, PADDED, BLOCK_M)
+    if expert >= EXPERTS:
+        return
+    dtype = x.dtype.element_ty
+    position = first + tl.arange(0, BLOCK_M)
+    inside = position < last
+    # Rows past the end repeat the last one: loads need no mask, and their results are not stored.
+    position = tl.minimum(position, last - 1).to(tl.int64)
+    slot = position
+    if GATHER or SCATTER or WEIGHTED:
+        slot = tl.load(slots + position).to(tl.int64)
+    x_row = slot // top_k if GATHER else position
+    column = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_ok = column < n_size
+    matrix = expert.to(tl.int64)
+    step = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, k_size, BLOCK_K):
+        k_ok = k + step < k_size
+        rows = tl.load(x + (x_row * k_size)[:, None] + (k + step)[None, :], mask=k_ok[None, :], other=0.0)
+        if OVER_COLUMNS:
+            w_row = matrix * n_size + column
+            tile = weight_tile(
+                w, absmax, code, nested_absmax, nested_code, nested_offset,
+                w_row, column_ok, k, k_size, NF4, NESTED, BLOCK_K, dtype,
+            )  # fmt: skip
+            acc = tl.dot(rows, tl.trans(tile), acc)
+        else:
+            w_row = matrix * k_size + k + step
+            tile = weight_tile(
+                w, absmax, code, nested_absmax, nested_code, nested_offset,
+                w_row, k_ok, n_tile * BLOCK_N, n_size, NF4, NESTED, BLOCK_N, dtype,
+            )  # fmt: skip
+            acc = tl.dot(rows, tile, acc)
+    if RANK > 0:
+        v_row = matrix * n_size + column if OVER_COLUMNS else matrix * rank + tl.arange(0, RANK)
+        acc += lora_scale * low_rank(u, v, position, v_row, column_ok, column, n_size, rank, OVER_COLUMNS, RANK)
+    if BIAS:
+        acc += tl.load(bias + matrix * n_size + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]
+    if WEIGHTED:
+        acc *= tl.load(slot_weight + slot).to(tl.float32)[:, None]
+    out_row = slot if SCATTER else position
+    place = out + (out_row * n_size)[:, None] + column[None, :]
+    tl.store(place, acc.to(out.dtype.element_ty), mask=inside[:, None] & column_ok[None, :])
+
+
+@triton.jit
+def gated_forward(
+    x,
+    slots,
+    offsets,
+    w,
+    absmax,
+    code,
+    nested_absmax,
+    nested_code,
+    nested_offset,
+    u,
+    v,
+    gate_up,
+    hidden,
+    n_size,
+    k_size,
+    top_k,
+    rank,
+    lora_scale,
+    m_tiles,
+    EXPERTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    NF4: tl.constexpr,
+    NESTED: tl.constexpr,
+    RANK: tl.constexpr,
+    SAVE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """hidden = silu(gate) · up, where [gate up] = x[slots // top_k] · wᵀ; w: [E, 2N, K], gate's rows first.
+
+    hidden: [positions, N]; gate_up: [positions, 2N], written with SAVE for the way back.
+    """
+    m_tile, n_tile = swizzle(tl.program_id(0), m_tiles, tl.cdiv(n_size, BLOCK_N), GROUP)
+    expert, first, last = find_tile(offsets, m_tile, EXPERTS, PADDED, BLOCK_M)
+    if expert >= EXPERTS:
+        return
+    dtype = x.dtype.element_ty
+    position = first + tl.arange(0, BLOCK_M)
+    inside = position < last
+    position = tl.minimum(position, last - 1).to(tl.int64)
+    x_row = tl.load(slots + position).to(tl.int64) // top_k
+    column = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_ok = column < n_size
+    gate_row = expert.to(tl.int64) * (2 * n_size) + column
+    up_row = gate_row + n_size
+    step = tl.arange(0, BLOCK_K)
+    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, k_size, BLOCK_K):
+        k_ok = k + step < k_size
+        rows = tl.load(x + (x_row * k_size)[:, None] + (k + step)[None, :], mask=k_ok[None, :], other=0.0)
+        tile = weight_tile(
+            w, absmax, code, nested_absmax, nested_code, nested_offset,
+            gate_row, column_ok, k, k_size, NF4, NESTED, BLOCK_K, dtype,
+        )  # fmt: skip
+        gate = tl.dot(rows, tl.trans(tile), gate)
+        tile = weight_tile(
+            w, absmax, code, nested_absmax, nested_code, nested_offset,
+            up_row, column_ok, k, k_size, NF4, NESTED, BLOCK_K, dtype,
+        )  # fmt: skip
+        up = tl.dot(rows, tl.trans(tile), up)
+    if RANK > 0:
+        gate += lora_scale * low_rank(u, v, position, gate_row, column_ok, column, n_size, rank, True, RANK)
+        up += lora_scale * low_rank(u, v, position, up_row, column_ok, column, n_size, rank, True, RANK)
+    ok = inside[:, None] & column_ok[None, :]
+    place = (position * n_size)[:, None] + column[None, :]
+    if SAVE:
+        # silu'(gate) is taken from what is stored: round first, so that both directions see the same gate.
+        gate = gate.to(dtype).to(tl.float32)
+        up = up.to(dtype).to(tl.float32)
+        pair = (position * (2 * n_size))[:, None] + column[None, :]
+        tl.store(gate_up + pair, gate.to(dtype), mask=ok)
+        tl.store(gate_up + pair + n_size, up.to(dtype), mask=ok)
+    tl.store(hidden + place, (gate * tl.sigmoid(gate) * up).to(dtype), mask=ok)
+
+
+@triton.jit
+def gated_backward(
+    d_out,
+    slots,
+    offsets,
+    w,
+    absmax,
+    code,
+    nested_absmax,
+    nested_code,
+    nested_offset,
+    slot_weight,
+    u,
+    v,
+    gate_up,
+    d_gate_up,
+    d_weight,
+    weighted,
+    n_size,
+    k_size,
+    top_k,
+    rank,
+    lora_scale,
+    m_tiles,
+    EXPERTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    NF4: tl.constexpr,
+    NESTED: tl.constexpr,
+    RANK: tl.constexpr,
+    SAVE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Back through the down projection and the gate in one go.
+
+    d_hidden = d_out[slots // top_k] · w (w: [E, K, N], K the model's width), then, with hidden = silu(gate) · up:
+    d_gate_up [positions, 2N] = slot_weight · d_hidden · (up · silu'(gate), silu(gate)), and
+    d_weight [slots, n_tiles] float32: this tile's share of Σ hidden · d_hidden, the routing weight's gradient.
+    With SAVE, weighted [positions, N] = slot_weight · hidden: what the down projection's own gradients are made of.
+    """
+    n_tiles = tl.cdiv(n_size, BLOCK_N)
+    m_tile, n_tile = swizzle(tl.program_id(0), m_tiles, n_tiles, GROUP)
+    expert, first, last = find_tile(offsets, m_tile, EXPERTS, PADDED, BLOCK_M)
+    if expert >= EXPERTS:
+        return
+    dtype = d_out.dtype.element_ty
+    position = first + tl.arange(0, BLOCK_M)
+    inside = position < last
+    position = tl.minimum(position, last - 1).to(tl.int64)
+    slot = tl.load(slots + position).to(tl.int64)
+    d_row = slot // top_k
+    column = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_ok = column < n_size
+    matrix = expert.to(tl.int64)
+    step = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, k_size, BLOCK_K):
+        k_ok = k + step < k_size
+        rows = tl.load(d_out + (d_row * k_size)[:, None] + (k + step)[None, :], mask=k_ok[None, :], other=0.0)
+        tile = weight_tile(
+            w, absmax, code, nested_absmax, nested_code, nested_offset,
+            matrix * k_size + k + step, k_ok, n_tile * BLOCK_N, n_size, NF4, NESTED, BLOCK_N, dtype,
+        )  # fmt: skip
+        acc = tl.dot(rows, tile, acc)
+    if RANK > 0:
+        v_row = matrix * rank + tl.arange(0, RANK)
+        acc += lora_scale * low_rank(u, v, position, v_row, column_ok, column, n_size, rank, False, RANK)
+    ok = inside[:, None] & column_ok[None, :]
+    pair = (position * (2 * n_size))[:, None] + column[None, :]
+    gate = tl.load(gate_up + pair, mask=ok, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + pair + n_size, mask=ok, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    share = tl.sum(tl.where(ok, acc * silu * up, 0.0), 1)
+    tl.store(d_weight + slot * n_tiles + n_tile, share, mask=inside)
+    routing_weight = tl.load(slot_weight + slot).to(tl.float32)[:, None]
+    if SAVE:
+        place = (position * n_size)[:, None] + column[None, :]
+        tl.store(weighted + place, (routing_weight * silu * up).to(dtype), mask=ok)
+    d_hidden = acc * routing_weight
+    d_gate = d_hidden * up * (sigmoid + silu * (1.0 - sigmoid))
+    tl.store(d_gate_up + pair, d_gate.to(dtype), mask=ok)
+    tl.store(d_gate_up + pair + n_size, (d_hidden * silu).to(dtype), mask=ok)
+
+
+@triton.jit
+def grouped_outer(
+    a,
+    b,
+    slots,
+    offsets,
+    out,
+    n_size,
+    k_size,
+    a_top_k,
+    b_top_k,
+    scale,
+    A_GATHER: tl.constexpr,
+    B_GATHER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out[e] = scale · aᵀ·b over the expert's rows: a weight's gradient, [E, N, K]. An expert without rows gets zeros."""
+    n_tile, k_tile, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    begin = tl.load(offsets + expert)
+    end = tl.load(offsets + expert + 1)
+    n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    n_ok, k_ok = n < n_size, k < k_size
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for first in range(begin, end, BLOCK_M):
+        position = first + tl.arange(0, BLOCK_M)
+        ok = position < end
+        a_row = position.to(tl.int64)
+        b_row = a_row
+        if A_GATHER:
+            a_row = tl.load(slots + position, mask=ok, other=0).to(tl.int64) // a_top_k
+        if B_GATHER:
+            b_row = tl.load(slots + position, mask=ok, other=0).to(tl.int64) // b_top_k
+        left = tl.load(a + (a_row * n_size)[:, None] + n[None, :], mask=ok[:, None] & n_ok[None, :], other=0.0)
+        right = tl.load(b + (b_row * k_size)[:, None] + k[None, :], mask=ok[:, None] & k_ok[None, :], other=0.0)
+        acc = tl.dot(tl.trans(left), right, acc)
+    place = out + expert.to(tl.int64) * n_size * k_size + (n * k_size)[:, None] + k[None, :]
+    tl.store(place, (scale * acc).to(out.dtype.element_ty), mask=n_ok[:, None] & k_ok[None, :])

@@ -1,0 +1,170 @@
+"""From router logits to sorted rows, and back to tokens."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def count_experts(expert_of, counts, size, PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """counts[block, expert]: how many of the block's slots chose the expert. int32 [blocks, PADDED]."""
+    block = tl.program_id(0)
+    number = tl.arange(0, PADDED)
+    total = tl.zeros((PADDED,), tl.int32)
+    for chunk in range(0, BLOCK, CHUNK):
+        slot = block * BLOCK + chunk + tl.arange(0, CHUNK)
+        expert = tl.load(expert_of + slot, mask=slot < size, other=PADDED).to(tl.int32)
+        total += tl.sum((expert[:, None] == number[None, :]).to(tl.int32), 0)
+    tl.store(counts + block * PADDED + number, total)
+
+
+@triton.jit
+def place_slots(
+    expert_of,
+    counts,
+    slots,
+    offsets,
+    size,
+    blocks,
+    EXPERTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """A stable counting sort: slots[position] = slot, ordered by expert, then by slot. offsets: int32 [EXPERTS + 1].
+
+    Slots of no expert (their number is not in 0 … EXPERTS - 1) are left out.
+    """
+    block = tl.program_id(0)
+    number = tl.arange(0, PADDED)
+    total = tl.zeros((PADDED,), tl.int32)
+    before = tl.zeros((PADDED,), tl.int32)
+    for first in range(0, blocks, BLOCKS):
+        other = first + tl.arange(0, BLOCKS)
+        seen = tl.load(
+            counts + (other * PADDED)[:, None] + number[None, :],
+            mask=(other < blocks)[:, None] & (number < EXPERTS)[None, :],
+            other=0,
+        )
+        total += tl.sum(seen, 0)
+        before += tl.sum(tl.where((other < block)[:, None], seen, 0), 0)
+    begin = tl.cumsum(total, 0) - total
+    if block == 0:
+        tl.store(offsets + number, begin, mask=number < EXPERTS)
+        tl.store(offsets + EXPERTS, tl.sum(total, 0))
+    following = begin + before
+    for chunk in range(0, BLOCK, CHUNK):
+        slot = block * BLOCK + chunk + tl.arange(0, CHUNK)
+        expert = tl.load(expert_of + slot, mask=slot < size, other=PADDED).to(tl.int32)
+        mine = (expert[:, None] == number[None, :]) & (number < EXPERTS)[None, :]
+        one = mine.to(tl.int32)
+        position = tl.sum(tl.where(mine, following[None, :] + tl.cumsum(one, 0) - 1, 0), 1)
+        tl.store(slots + position, slot, mask=tl.sum(one, 1) > 0)
+        following += tl.sum(one, 0)
+
+
+@triton.jit
+def combine(y, out, tokens, width, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
+    """out[token] = Σ of its TOP_K slots' rows of y [tokens · TOP_K, width], in slot order, in float32."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    ok = (token < tokens)[:, None] & (column < width)[None, :]
+    total = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
+    for choice in tl.static_range(TOP_K):
+        place = ((token * TOP_K + choice) * width)[:, None] + column[None, :]
+        total += tl.load(y + place, mask=ok, other=0.0).to(tl.float32)
+    tl.store(out + (token * width)[:, None] + column[None, :], total.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def router_forward(
+    logits,
+    weight,
+    index,
+    tokens,
+    EXPERTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_PADDED: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """softmax over the experts, the TOP_K largest, their weights divided by their sum with NORMALISE.
+
+    logits: [tokens, EXPERTS]; weight: [tokens, TOP_K]; index: int64 [tokens, TOP_K]. Of equal ones the first is taken;
+    NaN counts as the largest, as torch.topk has it.
+    """
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    here = token < tokens
+    number = tl.arange(0, PADDED)
+    real = (number < EXPERTS)[None, :]
+    place = (token.to(tl.int64) * EXPERTS)[:, None] + number[None, :]
+    score = tl.load(logits + place, mask=here[:, None] & real, other=-float("inf")).to(tl.float32)
+    power = tl.exp(score - tl.max(score, 1)[:, None])
+    share = power / tl.sum(power, 1)[:, None]
+    # What is left to choose from: below 0 is taken already, above 1 is NaN.
+    left = tl.where(real, tl.where(share == share, share, 2.0), -1.0)
+    choice = tl.arange(0, TOP_PADDED)
+    chosen = tl.zeros((BLOCK_T, TOP_PADDED), tl.float32)
+    which = tl.zeros((BLOCK_T, TOP_PADDED), tl.int32)
+    for k in tl.static_range(TOP_K):
+        best = tl.argmax(left, 1, tie_break_left=True)
+        mine = number[None, :] == best[:, None]
+        value = tl.sum(tl.where(mine, share, 0.0), 1)
+        chosen = tl.where((choice == k)[None, :], value[:, None], chosen)
+        which = tl.where((choice == k)[None, :], best[:, None], which)
+        left = tl.where(mine, -1.0, left)
+    if NORMALISE:
+        chosen = chosen / tl.sum(chosen, 1)[:, None]
+    out = (token.to(tl.int64) * TOP_K)[:, None] + choice[None, :]
+    ok = here[:, None] & (choice < TOP_K)[None, :]
+    tl.store(weight + out, chosen.to(weight.dtype.element_ty), mask=ok)
+    tl.store(index + out, which.to(tl.int64), mask=ok)
+
+
+@triton.jit
+def router_backward(
+    logits,
+    index,
+    d_weight,
+    d_logits,
+    tokens,
+    EXPERTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """d_logits of router_forward; the softmax is computed again.
+
+    With S the chosen experts' sum and p a share: weight_i = p_i / S gives
+    d_p_i = (d_weight_i - Σ_j d_weight_j · weight_j) / S for the chosen, 0 for the rest; then the softmax's own
+    d_logit = p · (d_p - Σ p · d_p).
+    """
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    here = token < tokens
+    number = tl.arange(0, PADDED)
+    real = (number < EXPERTS)[None, :]
+    place = (token.to(tl.int64) * EXPERTS)[:, None] + number[None, :]
+    ok = here[:, None] & real
+    score = tl.load(logits + place, mask=ok, other=-float("inf")).to(tl.float32)
+    power = tl.exp(score - tl.max(score, 1)[:, None])
+    share = power / tl.sum(power, 1)[:, None]
+    d_share = tl.zeros((BLOCK_T, PADDED), tl.float32)
+    chosen = tl.zeros((BLOCK_T, PADDED), tl.float32)
+    for k in tl.static_range(TOP_K):
+        at = token.to(tl.int64) * TOP_K + k
+        expert = tl.load(index + at, mask=here, other=-1).to(tl.int32)
+        gradient = tl.load(d_weight + at, mask=here, other=0.0).to(tl.float32)
+        mine = number[None, :] == expert[:, None]
+        d_share = tl.where(mine, gradient[:, None], d_share)
+        chosen = tl.where(mine, share, chosen)
+    if NORMALISE:
+        total = tl.sum(chosen, 1)
+        mean = tl.sum(d_share * chosen, 1) / total
+        taken = chosen > 0
+        d_share = tl.where(taken, (d_share - mean[:, None]) / total[:, None], 0.0)
+    inner = tl.sum(share * d_share, 1)
+    tl.store(d_logits + place, (share * (d_share - inner[:, None])).to(d_logits.dtype.element_ty), mask=ok)

@@ -1,0 +1,115 @@
+"""Matrices in bitsandbytes' NF4, as the kernels take them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from radeon_stack.errors import UsageError
+
+BLOCK = 64
+NESTED_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class NF4:
+    """[…, rows, columns] in 4 bits: bitsandbytes' packed bytes and its scales, not copied.
+
+    packed: uint8, two values a byte, the first in the high half. absmax: float32, one for 64 values; doubly quantised,
+    uint8 with nested_absmax (float32, one for 256 of them), nested_code (float32 [256]) and nested_offset (float32 []).
+    code: float32 [16]. `dtype` is what bitsandbytes decodes to.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    code: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    nested_absmax: Tensor | None = None
+    nested_code: Tensor | None = None
+    nested_offset: Tensor | None = None
+
+    @property
+    def nested(self) -> bool:
+        return self.nested_absmax is not None
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory, scales and tables included."""
+        parts = (self.packed, self.absmax, self.code, self.nested_absmax, self.nested_code, self.nested_offset)
+        return sum(part.nbytes for part in parts if part is not None)
+
+
+def from_bitsandbytes(packed: Tensor, state: Any) -> NF4:
+    """What `bitsandbytes.functional.quantize_4bit` returned. UsageError for other types and block sizes."""
+    if state.quant_type != "nf4" or state.blocksize != BLOCK:
+        raise UsageError(f"{state.quant_type} in blocks of {state.blocksize}: the kernels take nf4 in blocks of {BLOCK}")
+    if state.shape[-1] % BLOCK:
+        raise UsageError(f"rows of {state.shape[-1]} values: blocks of {BLOCK} would run over their ends")
+    if not state.nested:
+        return NF4(packed, state.absmax, state.code, torch.Size(state.shape), state.dtype)
+    if state.state2.blocksize != NESTED_BLOCK:
+        raise UsageError(f"absmax in blocks of {state.state2.blocksize}: the kernels take {NESTED_BLOCK}")
+    return NF4(
+        packed,
+        state.absmax,
+        state.code,
+        torch.Size(state.shape),
+        state.dtype,
+        state.state2.absmax,
+        state.state2.code,
+        state.offset,
+    )
+
+
+def quantize(matrix: Tensor, *, double: bool = True) -> NF4:
+    """A 16- or 32-bit matrix in NF4, by bitsandbytes. The values are its; so are the rounding and the layout."""
+    from bitsandbytes.functional import quantize_4bit
+
+    return from_bitsandbytes(*quantize_4bit(matrix, blocksize=BLOCK, quant_type="nf4", compress_statistics=double))
+
+
+def scales(matrix: NF4) -> Tensor:
+    """absmax in float32, [values / 64]."""
+    if matrix.nested_absmax is None or matrix.nested_code is None or matrix.nested_offset is None:
+        return matrix.absmax
+    outer = matrix.nested_absmax.repeat_interleave(NESTED_BLOCK)[: matrix.absmax.numel()]
+    return matrix.nested_code[matrix.absmax.flatten().long()] * outer + matrix.nested_offset
+
+
+def decode_reference(matrix: NF4, dtype: torch.dtype | None = None) -> Tensor:
+    """The definition: value = code[nibble] · absmax of its block, in float32, then rounded to `dtype`."""
+    packed = matrix.packed.flatten().int()
+    nibbles = torch.stack((packed >> 4, packed & 15), -1).flatten().long()
+    blocks = matrix.code[nibbles].view(-1, BLOCK)
+    return (blocks * scales(matrix).view(-1, 1)).view(matrix.shape).to(dtype or matrix.dtype)
+
+
+def decode(matrix: NF4, dtype: torch.dtype | None = None) -> Tensor:
+    """All of it in 16 bit, by the kernel: where many rows use it, once is cheaper than in every tile."""
+    import triton
+
+    from radeon_stack.kernels.jit.decode import decode_blocks
+
+    out = torch.empty(matrix.shape, dtype=dtype or matrix.dtype, device=matrix.device)
+    values = out.numel()
+    block = 4096
+    decode_blocks[(triton.cdiv(values, block),)](
+        *pointers(matrix), out, values, NESTED=matrix.nested, BLOCK=block, num_warps=4, enable_fp_fusion=False
+    )
+    return out
+
+
+def pointers(matrix: NF4) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What every kernel that reads NF4 takes, in its order; what is not there is stood in for and never read."""
+    spare = matrix.code
+    nested = (matrix.nested_absmax, matrix.nested_code, matrix.nested_offset)
+    first, second, third = (spare if part is None else part for part in nested)
+    return matrix.packed, matrix.absmax, matrix.code, first, second, third

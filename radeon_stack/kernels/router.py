@@ -1,0 +1,72 @@
+"""The router: softmax, the top_k experts of a token, their weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def router_reference(logits: Tensor, top_k: int, *, normalise: bool = True) -> tuple[Tensor, Tensor]:
+    """(weights in the logits' dtype, expert numbers int64), both [tokens, top_k], from logits [tokens, experts].
+
+    The definition, as Qwen3-MoE and Mixtral have it: softmax over all experts, then the largest, then divided by
+    their sum. (gpt-oss takes the softmax of the largest: the same thing.)
+    """
+    shares = torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    weight, index = torch.topk(shares, top_k, -1)
+    if normalise:
+        weight = weight / weight.sum(-1, keepdim=True)
+    return weight.to(logits.dtype), index
+
+
+def router(logits: Tensor, top_k: int, *, normalise: bool = True) -> tuple[Tensor, Tensor]:
+    """The same in one launch, and one back. Of equal experts the first is taken."""
+    weight, index = _Router.apply(logits, top_k, normalise)
+    return weight, index
+
+
+class _Router(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
+        import triton
+
+        from radeon_stack.kernels.jit.routing import router_forward
+
+        logits = logits.contiguous()
+        tokens, experts = logits.shape
+        weight = torch.empty((tokens, top_k), dtype=logits.dtype, device=logits.device)
+        index = torch.empty((tokens, top_k), dtype=torch.int64, device=logits.device)
+        block = rows(tokens)
+        router_forward[(triton.cdiv(tokens, block),)](
+            logits, weight, index, tokens,
+            EXPERTS=experts, PADDED=triton.next_power_of_2(experts), TOP_K=top_k,
+            TOP_PADDED=triton.next_power_of_2(top_k), NORMALISE=normalise, BLOCK_T=block, num_warps=4,
+        )  # fmt: skip
+        ctx.save_for_backward(logits, index)
+        ctx.normalise = normalise
+        ctx.mark_non_differentiable(index)
+        return weight, index
+
+    @staticmethod
+    def backward(ctx: Any, d_weight: Tensor, _: Any) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        import triton
+
+        from radeon_stack.kernels.jit.routing import router_backward
+
+        logits, index = ctx.saved_tensors
+        tokens, experts = logits.shape
+        d_logits = torch.empty_like(logits)
+        block = rows(tokens)
+        router_backward[(triton.cdiv(tokens, block),)](
+            logits, index, d_weight.contiguous(), d_logits, tokens,
+            EXPERTS=experts, PADDED=triton.next_power_of_2(experts), TOP_K=index.shape[1],
+            NORMALISE=ctx.normalise, BLOCK_T=block, num_warps=4,
+        )  # fmt: skip
+        return d_logits, None, None
+
+
+def rows(tokens: int) -> int:
+    """Tokens a program: few while there are few, so that all compute units have some."""
+    return 4 if tokens <= 2048 else 16

@@ -1,0 +1,81 @@
+"""Which slot goes to which expert: a slot is one of a token's top_k choices, numbered token · top_k + choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Slots sorted by expert, stable.
+
+    slots: int32 [slots], the slot at each sorted position; after offsets[-1] it holds 0.
+    offsets: int32 [experts + 1], each expert's first position.
+    partial: some slots may be of no expert (expert parallelism masks those of other ranks).
+    """
+
+    slots: Tensor
+    offsets: Tensor
+    tokens: int
+    top_k: int
+    experts: int
+    partial: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.tokens * self.top_k
+
+
+def route_reference(index: Tensor, experts: int) -> Routing:
+    """The definition. index: integers [tokens, top_k]; numbers that are no expert's are left out."""
+    flat = index.flatten()
+    real = (flat >= 0) & (flat < experts)
+    order = torch.argsort(torch.where(real, flat, experts), stable=True).int()
+    counts = torch.bincount(flat[real], minlength=experts)
+    offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0))).int()
+    return Routing(order, offsets, index.shape[0], index.shape[1], experts)
+
+
+def route(index: Tensor, experts: int, *, partial: bool = False) -> Routing:
+    """The same on the device, in two launches and without asking the host."""
+    import triton
+
+    from radeon_stack.kernels.jit.routing import count_experts, place_slots
+
+    index = index.contiguous()
+    size, padded = index.numel(), triton.next_power_of_2(experts)
+    block = 512 if size > 8192 else 128
+    chunk = max(16, min(128, 16384 // padded))
+    blocks = triton.cdiv(size, block)
+    counts = torch.empty((blocks, padded), dtype=torch.int32, device=index.device)
+    slots = (torch.zeros if partial else torch.empty)(size, dtype=torch.int32, device=index.device)
+    offsets = torch.empty(experts + 1, dtype=torch.int32, device=index.device)
+    count_experts[(blocks,)](index, counts, size, PADDED=padded, BLOCK=block, CHUNK=chunk, num_warps=8)
+    place_slots[(blocks,)](
+        index, counts, slots, offsets, size, blocks,
+        EXPERTS=experts, PADDED=padded, BLOCK=block, CHUNK=chunk, BLOCKS=chunk, num_warps=8,
+    )  # fmt: skip
+    return Routing(slots, offsets, *index.shape, experts, partial)
+
+
+def combine_reference(y: Tensor, top_k: int) -> Tensor:
+    """[slots, width] → [tokens, width]: the sum of a token's slots."""
+    return y.view(-1, top_k, y.shape[-1]).float().sum(1).to(y.dtype)
+
+
+def combine(y: Tensor, top_k: int) -> Tensor:
+    """The same in one pass, always in the same order."""
+    import triton
+
+    from radeon_stack.kernels.jit.routing import combine as kernel
+
+    tokens, width = y.shape[0] // top_k, y.shape[1]
+    out = torch.empty((tokens, width), dtype=y.dtype, device=y.device)
+    rows, columns = 4, 512
+    kernel[(triton.cdiv(tokens, rows), triton.cdiv(width, columns))](
+        y, out, tokens, width, TOP_K=top_k, BLOCK_T=rows, BLOCK_H=columns, num_warps=4
+    )
+    return out
