@@ -24,8 +24,10 @@ from radeon_stack.kernels.audit.chips import CHIPS
 
 RECORD = ROOT / "benchmarks/kernels_audit.json"
 # Of a row, when it is not 0 and not empty: what a later audit can be held against.
-RECORDED = ("name", "arch", "default", "matrix", "dots", "vgprs", "agprs", "sgprs", "vgpr_spills", "sgpr_spills")
-RECORDED += ("scratch", "lds", "waves_per_simd", "code", "findings", "remarks")
+RECORDED = (
+    *("name", "arch", "default", "matrix", "dots", "vgprs", "agprs", "sgprs", "vgpr_spills", "sgpr_spills"),
+    *("scratch", "lds", "waves_per_simd", "code", "findings", "remarks"),
+)
 
 
 def main() -> int:
@@ -35,10 +37,12 @@ def main() -> int:
     parser.add_argument("--target", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--only", default="*", metavar="PATTERN", help="kernels whose name contains or matches it")
     parser.add_argument("--from", dest="module", metavar="MODULE", help="another module of variants(arch)")
-    parser.add_argument("--record", action="store_true", help=f"write {RECORD.relative_to(ROOT)}; of all, or not at all")
+    parser.add_argument(
+        "--record", action="store_true", help=f"write {RECORD.relative_to(ROOT)}; of all, or not at all"
+    )
     arguments = parser.parse_args()
-    partly = arguments.only != "*" or arguments.module or len(arguments.target) + len(arguments.triton) < 8
-    if arguments.record and partly:
+    chosen = (arguments.only, arguments.module, {*arguments.target}, {*arguments.triton})
+    if arguments.record and chosen != ("*", None, {*CHIPS}, {*TRITONS}):
         parser.error("--record is for every kernel, triton and target")
     try:
         with tempfile.TemporaryDirectory() as temporary:

@@ -23,7 +23,7 @@ ARROWS = {
     "cli": {"catalog", "codeobjects", "host", "images", "launch", "runs"},
     "contracts": set(),
     "workloads": {"runs.events", "codeobjects"},
-    "kernels": set(),
+    "kernels": {"runs.events"},
 }
 HEAVY = ("torch", "transformers", "trl", "peft", "triton", "bitsandbytes", "datasets")
 

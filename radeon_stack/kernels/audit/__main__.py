@@ -25,6 +25,7 @@ from typing import Any
 
 from radeon_stack import atomic
 from radeon_stack.errors import Exit
+from radeon_stack.kernels.audit.auditing import Variants, audit_variants
 from radeon_stack.kernels.audit.chips import CHIPS
 from radeon_stack.kernels.audit.findings import Row
 from radeon_stack.kernels.audit.table import text_table
@@ -43,13 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         import triton
     except ModuleNotFoundError:
         return _fail(Exit.MACHINE, "triton is not installed; pip install triton, no GPU is needed")
+    try:
+        variants: Variants = importlib.import_module(arguments.module).variants
+    except ImportError as error:
+        return _fail(Exit.USAGE, f"{arguments.module} cannot be imported: {error}; kernels may import triton alone")
     begun = time.monotonic()
     if arguments.warm:
         arguments.warm.mkdir(parents=True, exist_ok=True)
-        rows = _run(arguments, targets, arguments.warm)
+        rows = _run(arguments, variants, targets, arguments.warm)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            rows = _run(arguments, targets, arguments.cache or Path(folder))
+            rows = _run(arguments, variants, targets, arguments.cache or Path(folder))
     if not rows:
         return _fail(Exit.USAGE, f"no kernel's name contains or matches {arguments.only!r}")
     record = {
@@ -62,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     if arguments.json:
         atomic.write_text(arguments.json, json.dumps(record, indent=2) + "\n")
-    return _tell(record)
+    print(json.dumps(record, indent=2) if arguments.print_json else _table(record))
+    return _verdict(record["rows"])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--all-targets", action="store_true", help=" ".join(CHIPS))
     parser.add_argument("--only", default="*", metavar="PATTERN", help="kernels whose name contains or matches it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write versions, date and rows there")
+    parser.add_argument("--print-json", action="store_true", help="… or print them, instead of a table")
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="Triton's cache; else a temporary one")
     parser.add_argument("--warm", type=Path, metavar="FOLDER", help="compile the defaults alone, into this cache")
     parser.add_argument(
@@ -84,12 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: argparse.Namespace, targets: list[str], cache: Path) -> list[Row]:
-    from radeon_stack.kernels.audit.auditing import audit_variants
-
+def _run(arguments: argparse.Namespace, variants: Variants, targets: list[str], cache: Path) -> list[Row]:
     rows = []
     for row in audit_variants(
-        importlib.import_module(arguments.module).variants,
+        variants,
         targets,
         cache,
         only=arguments.only,
@@ -103,16 +108,18 @@ def _run(arguments: argparse.Namespace, targets: list[str], cache: Path) -> list
     return sorted(rows, key=lambda row: (row.name, order[row.arch]))
 
 
-def _tell(record: dict[str, Any]) -> int:
+def _table(record: dict[str, Any]) -> str:
     rows = record["rows"]
+    told = f"triton {record['triton']}: {len(rows)} in {record['seconds']} s, compiled, not run"
+    return f"{text_table(rows)}\n\n{told}"
+
+
+def _verdict(rows: list[dict[str, Any]]) -> int:
     failed = [row for row in rows if row["findings"]]
-    print(text_table(rows))
-    print(f"\ntriton {record['triton']}: {len(rows)} in {record['seconds']} s, compiled, not run")
-    if failed:
-        first = failed[0]
-        what = f"{first['arch']} {first['name']}: {first['findings'][0]}"
-        return _fail(Exit.CHECK, f"{len(failed)} of {len(rows)} do not hold; {what}")
-    return Exit.OK
+    if not failed:
+        return Exit.OK
+    first = f"{failed[0]['arch']} {failed[0]['name']}: {failed[0]['findings'][0]}"
+    return _fail(Exit.CHECK, f"{len(failed)} of {len(rows)} do not hold; {first}")
 
 
 def _fail(code: Exit, what: str) -> int:

@@ -29,8 +29,9 @@ class Launch:
 def recorded(arch: str, change: Mapping[str, Any] | None = None) -> Iterator[list[Launch]]:
     """Compile each launch of a Triton kernel within, with its own arguments and options, and launch none.
 
-    `change` replaces parameters and options by name, where a launch has them. Of an autotuned kernel every configuration is compiled. Tensors may be on any device, `meta` too: of them the
-    launcher asks the type, the address and the size. Patches Triton, so for a process of its own.
+    `change` replaces parameters and options by name, where a launch has them. Of an autotuned kernel every
+    configuration is compiled. Tensors may be on any device, `meta` too: of them the launcher asks the type, the
+    address and the size. Patches Triton, so for a process of its own.
     """
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
