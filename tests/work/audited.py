@@ -73,24 +73,18 @@ def matmul_variant(name: str, tile: tuple[int, int, int], kind: str = "bf16", **
     )
 
 
+ADD = {"a": "*fp16", "b": "*fp16", "n": "i32", "block": "constexpr"}
+
+
 def variants(arch: str) -> tuple[Variant, ...]:
     return (
         matmul_variant("good", (128, 128, 32)),
-        Variant(
-            "no dot",
-            add,
-            {"a": "*fp16", "b": "*fp16", "n": "i32", "block": "constexpr"},
-            {"block": 1024},
-            4,
-            1,
-            False,
-            True,
-        ),
-        matmul_variant("spills", (256, 256, 32), num_warps=4),
-        matmul_variant("spills, not a default", (256, 256, 32), num_warps=4, default=False),
+        Variant("no dot", add, ADD, {"block": 1024}, 4, 1, False, True),
+        matmul_variant("spills", (128, 256, 32), num_warps=4),
+        matmul_variant("spills, not a default", (128, 256, 32), num_warps=4, default=False),
         matmul_variant("fp32", (64, 64, 32), kind="fp32", num_warps=4),
-        matmul_variant("too much LDS", (128, 128, 128), num_stages=4, default=False),
+        matmul_variant("too much LDS", (64, 64, 128), num_warps=4, num_stages=5, default=False),
         Variant("does not compile", aborting, {"a": "*fp32", "block": "constexpr"}, {"block": 64}, 4, 1, False, True),
         Variant("compiler dies", Aborting(), {}, {}, 4, 1, False, True),
-        matmul_variant("told wrongly", (64, 64, 32), options={"waves_per_eu": 2}),
+        Variant("told wrongly", add, dict(ADD, n="constexpr"), {"n": 7, "block": 64}, 4, 1, False, True),
     )
