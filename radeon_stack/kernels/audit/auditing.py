@@ -6,6 +6,7 @@ import importlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -58,6 +59,11 @@ def _audit_one(variant: Variant, arch: str, cache: Path) -> Row:
 
 
 def _load_compiler() -> None:
-    """Load what each child would load anew, and hash Triton's own files once: two seconds of every compile."""
+    """Load what each child would load anew, and hash Triton's own files once: two seconds of every compile.
+
+    Triton itself looks whether torch is there, to know a tensor when it is given one. The audit does not need it.
+    """
+    with suppress(ImportError):
+        importlib.import_module("torch")
     importlib.import_module("triton.compiler.code_generator")
     importlib.import_module("triton.runtime.cache").triton_key()
