@@ -1,4 +1,4 @@
-"""Writes docs/doctor.md from the checks, known issues and signatures: what is documented is what the program has."""
+"""Writes docs/doctor.md from checks, known issues and signatures, and docs/kernels.md from what was audited."""
 
 from __future__ import annotations
 
@@ -7,25 +7,30 @@ import inspect
 import sys
 from pathlib import Path
 
+import kernels_page
+
 from radeon_stack.host.checks import CHECKS
 from radeon_stack.host.known_issues import Issue, load_issues
 from radeon_stack.host.signatures import load_signatures
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "doctor.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only say whether the page is as it should be")
-    text = page()
-    if parser.parse_args().check:
-        return 0 if PAGE.read_text(encoding="utf-8") == text else sys.exit("docs/doctor.md is old: make docs")
-    PAGE.write_text(text, encoding="utf-8")
+    parser.add_argument("--check", action="store_true", help="only say whether the pages are as they should be")
+    checking = parser.parse_args().check
+    for name, text in {"doctor.md": page(), "kernels.md": kernels_page.page()}.items():
+        path = DOCS / name
+        if not checking:
+            path.write_text(text, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            sys.exit(f"docs/{name} is old: make docs")
     return 0
 
 
 def page() -> str:
-    """The page as Markdown."""
+    """docs/doctor.md as Markdown."""
     lines = ["<!-- written by tools/docs.py; edit the data it reads -->", "# What doctor looks at", ""]
     lines += ["`radeon-stack doctor` prints these codes; `-v` prints those too that are fine. Exit 3 on a failure.", ""]
     for check in CHECKS:

@@ -23,8 +23,9 @@ def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Numbers to the right."""
-    edges = [":--" if column in LEFT else "--:" for column in columns]
+    """Columns that hold nothing but numbers to the right."""
+    numbers = [all(row[place].replace(".", "").isdigit() for row in rows) for place in range(len(columns))]
+    edges = ["--:" if number else ":--" for number in numbers]
     return "\n".join(f"| {' | '.join(line)} |" for line in [columns, edges, *rows])
 
 
@@ -34,11 +35,15 @@ def row_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     name = row["name"] + ("" if row["default"] else " °")
     if "vgprs" not in row:
         return (name, row["arch"], *[""] * 8, told)
-    spills = f"{row['vgpr_spills']}" + (f"+{row['sgpr_spills']}s" if row["sgpr_spills"] else "")
-    figures = (row["vgprs"], row["agprs"], row["sgprs"], spills, row["scratch"], row["lds"])
+    figures = (row["vgprs"], row["agprs"], row["sgprs"], spills_cell(row), row["scratch"], row["lds"])
     return (name, row["arch"], matrix_cell(row["matrix"]), *map(str, figures), f"{row['waves_per_simd']:g}", told)
 
 
 def matrix_cell(matrix: Mapping[str, int]) -> str:
     """ "32 wmma_f32_16x16x16_bf16", with every name that occurs."""
     return ", ".join(f"{count} {name.removeprefix('v_')}" for name, count in matrix.items()) or "-"
+
+
+def spills_cell(row: Mapping[str, Any]) -> str:
+    """Vector registers that are spilled, and after a plus scalar ones, if any."""
+    return f"{row['vgpr_spills']}" + (f"+{row['sgpr_spills']}s" if row["sgpr_spills"] else "")
