@@ -18,6 +18,7 @@ Row = Mapping[str, Any]
 SIZES = "https://rocm.docs.amd.com/en/latest/reference/gpu-arch-specs.html"
 WGPS, L2, L3, BANDWIDTH = 32, 8 << 20, 64 << 20, 640e9
 MEASURED = "https://github.com/unslothai/unsloth/pull/3740"
+MAIN_PERF = "https://github.com/ROCm/flash-attention/blob/0038a5c5/flash_attn/flash_attn_triton_amd/bwd.py"
 FORWARD_MS, BACKWARD_MS = 7.05, 70.68
 BASE = "3.5.1"  # the triton of the ROCm 7.1.1 base, with which it was measured
 
@@ -30,7 +31,10 @@ the binary tells what it needs. It does not tell how fast it is.
     radeon-stack image audit --kernels --arch gfx1201                     # by this Python's triton
     radeon-stack image audit --kernels radeon-stack/train:rocm7.1.1-…     # by an image's own
     make kernels                                                          # two tritons, six GPUs, as CI does
-    python -m radeon_stack.kernels.audit --target gfx1201 --warm FOLDER   # and TRITON_CACHE_DIR=FOLDER finds them
+    python -m radeon_stack.kernels.audit --target gfx1201 --warm FOLDER   # the defaults, as a cache
+
+With TRITON_CACHE_DIR=FOLDER a run by the same triton finds the last ones and does not compile: the launcher itself made
+the keys. The folder has to be writable, for what is not in it.
 
 Exit 7: a dot without matrix instructions, a spill in a default configuration, more than 64 KiB of LDS, or no binary.
 
@@ -52,8 +56,8 @@ flash-attn {{version}} is audited ({{date}}, `tools/flash_attn_audit.py`): its o
 and what it would have launched was compiled with the blocks and options it chose. Not causal, unless said:
 
 **Spills.** With triton {{base}} the two kernels of its default backward (`split`) spill {{spills}} vector registers of
-a lane, with {{newest}} {{newest_spills}}; the forward {{forward_spills}}. They spill inside the loop: loads and stores of
-spilled registers {{dkdv_loop}} WMMA in each pass of dK and dV's, {{dq_loop}} in dQ's.
+a lane, with {{newest}} {{newest_spills}}; the forward {{forward_spills}}. They spill inside the loop: loads and stores
+of spilled registers {{dkdv_loop}} WMMA in each pass of dK and dV's, {{dq_loop}} in dQ's.
 
 **Why.** Blocks and warps are fixed in its code, at what suits CDNA: {{warps}} warps are {{cdna_lanes}} work-items where
 a wave has 64, and {{lanes}} here, where it has 32. The two accumulators of dK and dV, {{tile}} in float32, alone need
@@ -75,8 +79,9 @@ GFLOP: {{backward_rate}} TFLOP/s over the measured time, where the forward reach
 {{widest_spills}}, and dQ's loop then has {{widest_dq_loop}} loads and stores of spilled registers. Until somebody has
 measured it: `attn_implementation="sdpa"`.
 
-**What it does not show.** How long anything takes; whether main_perf's kernels are the release's; what AMD's own build
-of Triton, which the base has, makes of them; how much of the spills L2 and L3 absorb; what else is slow beside them.
+**What it does not show.** How long anything takes; what AMD's own build of Triton, which the base has, makes of the
+kernels; how much of the spills L2 and L3 absorb; what else is slow beside them. main_perf was not compiled here; a
+later state of it [fixes]({MAIN_PERF}) 128 columns and 4 warps too, for every GPU but gfx942.
 """
 
 
@@ -105,7 +110,7 @@ def _ours(record: Mapping[str, Any]) -> list[str]:
         others = [row for row in rows if not row.get("default")]
         spilling = sum(1 for row in others if row.get("vgpr_spills") or row.get("sgpr_spills"))
         if others:
-            parts += [f"Besides the defaults, {len(others)} binaries for tuning, {spilling} of which spill.", ""]
+            parts += [f"Besides the defaults, for tuning: {len(others)}, of which {spilling} spill.", ""]
         parts += [f"- {row['arch']} {row['name']}: {'; '.join(row['findings'])}" for row in failed]
     return [*parts, ""]
 
@@ -119,7 +124,7 @@ def _cell(row: Row | None) -> str:
 
 
 def _theirs(record: Mapping[str, Any]) -> list[str]:
-    parts = ["\n\n".join(_filled(text) for text in FLASH.format(**_figures(record)).split("\n\n"))]
+    parts = ["\n\n".join(_filled(text) for text in FLASH.format(**_figures(record)).split("\n\n")), ""]
     for version, rows in record["triton"].items():
         parts += [f"### flash-attn {record['flash_attn']}, triton {version}", "", _flash_table(rows), ""]
         parts += [f"{row['case']}{_causal(row)}: {row['error']}\n" for row in rows if "error" in row]

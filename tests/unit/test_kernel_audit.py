@@ -9,6 +9,8 @@ import os
 import signal
 import time
 from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,7 @@ from radeon_stack.kernels.audit.findings import judge
 from radeon_stack.kernels.audit.launcher import Compiled
 from radeon_stack.kernels.audit.table import text_table
 from radeon_stack.kernels.variant import Variant
+from tests.conftest import ROOT
 
 ASSEMBLY = """\
 \t.amdgcn_target "amdgcn-amd-amdhsa--gfx942"
@@ -184,13 +187,32 @@ def test_a_row_is_json_and_a_line_of_the_table() -> None:
     assert lines[0].index("LDS") + 3 == lines[1].index("17408") + 5, "numbers stand under the end of their title"
 
 
+def test_the_page_is_made_from_what_was_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    kernels, kernels_page = import_module("kernels"), import_module("kernels_page")
+    monkeypatch.setattr(kernels, "RECORD", tmp_path / "kernels_audit.json")
+    monkeypatch.setattr(kernels_page, "BENCHMARKS", tmp_path)
+    assert "radeon-stack's kernels" not in kernels_page.page()
+    tuning = replace(SPILLING, name="tuned", default=False)
+    rows = [judge(SPILLING, "gfx942", SOUND), judge(SPILLING, "gfx950", COMPILED), judge(tuning, "gfx942", COMPILED)]
+    kernels.write([{"triton": "3.5.1", "seconds": 1.0, "rows": [row.as_json() for row in rows]}])
+    page = kernels_page.page()
+    assert "compiled, not run" in page and "3 binaries, 1 that do not hold" in page
+    (line,) = [line for line in page.splitlines() if line.startswith("| matmul |")]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == ["matmul", *["–"] * 4, "3 · 112 · 3", "3 · 112 · 4 (148 spilt)"]
+    assert "for tuning: 1, of which 1 spill" in page
+    assert "- gfx950 matmul: spills 110 VGPRs and 38 SGPRs" in page
+
+
 def test_each_call_ends_alone_and_tells_how() -> None:
     def abort() -> int:
         os.write(2, b"LLVM ERROR: Cannot select\nstack dump\n")
         os.abort()
 
     def fail() -> int:
-        raise RuntimeError("PassManager::run failed")
+        quoted = "at 7:4:\n  x = tl.dot(a, b)\n      ^\n64 and 16 do not fit"
+        raise RuntimeError("a line of the kernel that called it") from ValueError(quoted)
 
     def hang() -> int:
         time.sleep(60)
@@ -200,7 +222,7 @@ def test_each_call_ends_alone_and_tells_how() -> None:
     results = dict(call_apart(calls, at_once=2, seconds=2.0))
     assert (results[0], results[5]) == (1, 2)
     assert str(results[1]) == f"crashed: {signal.SIGABRT.name} (LLVM ERROR: Cannot select)"
-    assert str(results[2]) == "RuntimeError: PassManager::run failed"
+    assert str(results[2]) == "ValueError: at 7:4: … 64 and 16 do not fit"
     assert str(results[3]) == "did not end within 2 s"
     assert str(results[4]) == "ended with 3"
     assert all(isinstance(results[index], NoResultError) for index in (1, 2, 3, 4))

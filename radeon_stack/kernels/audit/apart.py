@@ -78,9 +78,18 @@ def _child(call: Callable[[], T], sending: Connection, printed: Path) -> None:
     try:
         result: T | NoResultError = call()
     except Exception as error:  # whatever a compiler may raise
-        result = NoResultError(f"{type(error).__name__}: {error}"[:TAIL])
+        result = NoResultError(_told(error))
     sending.send(result)
     sending.close()
+
+
+def _told(error: BaseException) -> str:
+    """What went wrong first, without the source that compilers quote between place and reason."""
+    while error.__cause__:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
+    text = " … ".join(lines) if len(lines) < 3 else f"{lines[0]} … {lines[-1]}"
+    return f"{type(error).__name__}: {text[:TAIL]}"
 
 
 def _end(child: _Child, seconds: float) -> Any:
