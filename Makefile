@@ -21,7 +21,7 @@ comma      := ,
 export UV_FIND_LINKS := $(subst $(eval) ,$(comma),$(strip $(FIND_LINKS)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint image wheels lock docs figures clean
+.PHONY: help setup demo test lint image wheels lock kernels docs figures clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,7 +71,10 @@ endif
 lock: setup  ## resolve packages, commits and digests anew
 	@$(BIN)/radeon-stack image lock
 
-docs: setup  ## docs/doctor.md and docs/probe.md from the program's own tables
+kernels: setup  ## our Triton kernels compiled for six AMD GPUs by two tritons, without a GPU; RECORD=1 keeps figures
+	@$(BIN)/python tools/kernels.py --folder $(VENV)/tritons $(if $(RECORD),--record)
+
+docs: setup  ## docs/*.md from checks, known issues, error texts and audits
 	@$(BIN)/python tools/docs.py
 
 figures: setup  ## build, rebuild, push and pull, timed: benchmarks/images.json (20 minutes)

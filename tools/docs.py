@@ -1,4 +1,4 @@
-"""Writes docs/doctor.md and docs/probe.md from the program's own tables: what is documented is what it has."""
+"""Writes docs/*.md from the program's own tables and from what was audited: what is documented is what it has."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import ast
 import inspect
 import sys
 from pathlib import Path
+
+import kernels_page
 
 from radeon_stack.host.checks import CHECKS
 from radeon_stack.host.known_issues import Issue, load_issues
@@ -20,7 +22,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether the pages are as they should be")
     check = parser.parse_args().check
-    for name, text in (("doctor.md", doctor()), ("probe.md", probe())):
+    for name, text in (("doctor.md", doctor()), ("probe.md", probe()), ("kernels.md", kernels_page.page())):
         page = ROOT / "docs" / name
         if not check:
             page.write_text(text, encoding="utf-8")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,14 @@ from radeon_stack.host.machine import look
 from radeon_stack.images.contents import Contents, exported, image_contents, layers, read_contents
 from radeon_stack.images.labels import GFX
 from radeon_stack.images.resolve import local_image
-from radeon_stack.launch.verification import require_ok, run_verification, verification_plan
+from radeon_stack.launch.verification import (
+    AUDIT,
+    kernel_audit_plan,
+    require_ok,
+    run_to_the_end,
+    run_verification,
+    verification_plan,
+)
 from radeon_stack.text import one_line, print_line
 
 MARKS = {"yes": "✓", "no": "✗", "other": "·", "-": ""}
@@ -30,20 +39,31 @@ TARGETS_SHOWN = 6
 
 
 @click.command("audit")
-@click.argument("thing")
+@click.argument("thing", required=False)
 @click.option("--arch", metavar="GFX", help="Exit 7 when it has no code for this; an image's own by default.")
+@click.option("--kernels", is_flag=True, help="Compile radeon-stack's Triton kernels for it, and read their binaries.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def audit_files(thing: str, arch: str | None, as_json: bool) -> None:
+def audit_files(thing: str | None, arch: str | None, kernels: bool, as_json: bool) -> None:
     """Which gfx targets does a library, wheel, folder or image really contain?
 
     It reads the code objects out of each ELF file and offload bundle, compressed ones too, and what kernel files tell
     by their names. Code for a generic target counts for each gfx it runs on; code for a likely one does not.
 
+    With --kernels it asks another question: what does Triton, in this Python or in an image, make of our kernels for
+    a gfx? Exit 7 for a dot without matrix instructions, a spill in a default configuration, or too much LDS. Nothing
+    is run, and no GPU is needed.
+
     \b
       radeon-stack image audit libbitsandbytes_rocm71.so
       radeon-stack image audit bitsandbytes-0.50.2-py3-none-manylinux_2_24_x86_64.whl --arch gfx1201
       radeon-stack image audit radeon-stack/train:rocm7.1.1-gfx1201
+      radeon-stack image audit --kernels --arch gfx1201
     """
+    if kernels:
+        _audit_kernels(thing, arch, as_json)
+        return
+    if thing is None:
+        raise click.UsageError("name a file, a folder or an image; or --kernels")
     path = Path(thing)
     if path.exists():
         found = audit(entries(path), arch)
@@ -130,6 +150,25 @@ def verify(image: str, on_gpu: bool, sysroot: str, dry_run: bool, as_json: bool)
         mark = {"ok": "✓", "failed": "✗"}.get(check["state"], "·")
         print_line(f"{mark} {check['name']:<14} {one_line(check['detail'], 160)}")
     require_ok(found, image)
+
+
+def _audit_kernels(thing: str | None, arch: str | None, as_json: bool) -> None:
+    """In a process of this Python, or in a container of an image: triton is no part of the host side."""
+    form = ("--print-json",) if as_json else ()
+    if thing is None:
+        target = ("--target", arch) if arch else ("--all-targets",)
+        command = [sys.executable, "-m", AUDIT, *target, *form]
+        sys.exit(subprocess.run(command, check=False).returncode)
+    require_engine()
+    image = local_image(thing)
+    arch = arch or image.labels.get(GFX)
+    if not arch or arch == "cpu":
+        raise UsageError("the image is for no gfx", where=thing, remedy="add --arch gfx1201")
+    with opened("/") as place:
+        ended = run_to_the_end(kernel_audit_plan(image, look(place), place, ("--target", arch, *form)))
+    print_line(ended.err.rstrip(), sys.stderr)
+    print_line(ended.out.rstrip())
+    sys.exit(ended.code)
 
 
 def _show_audit(found: Audit) -> None:

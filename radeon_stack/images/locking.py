@@ -22,6 +22,7 @@ from radeon_stack.errors import ImageError, MachineError, UsageError
 from radeon_stack.images.keys import key_of
 
 NOT_OURS = ("torch", "triton")  # the base's, in every image
+TRITONS = ("3.5.1", "3.9.0")  # that kernels must compile with: the ROCm 7.1.1 base's, and the newest
 # What torch asks of others without the libraries of a CUDA build; requires-dist of its CPU wheels.
 TORCH_NEEDS = ("filelock", "typing-extensions>=4.10.0", "sympy>=1.13.3", "networkx>=2.5.1", "jinja2", "fsspec>=0.8.5")
 LOWEST_PYTHON = "3.11"  # a lock is for this Python and every later one: a base may have another than was told
@@ -41,18 +42,19 @@ class Lock:
     without: tuple[str, ...] = ()
     """Requirements that are not followed: of packages taken for what is in them alone."""
     from_source: bool = False
+    brings: tuple[str, ...] = ()
+    """Of `NOT_OURS`, what is in it all the same: it is for no image."""
 
     @property
     def inputs(self) -> str:
-        return key_of(
-            {
-                "python": self.python,
-                "requirements": sorted(self.requirements),
-                "torch": self.torch,
-                "without": sorted(self.without),
-                "from_source": self.from_source,
-            }
-        )
+        told = {
+            "python": self.python,
+            "requirements": sorted(self.requirements),
+            "torch": self.torch,
+            "without": sorted(self.without),
+            "from_source": self.from_source,
+        }
+        return key_of(told | ({"brings": sorted(self.brings)} if self.brings else {}))
 
     @property
     def header(self) -> str:
@@ -69,7 +71,10 @@ def all_locks(docker: Path) -> list[Lock]:
     platforms, kinds, wheels = load_platforms(docker), load_kinds(docker), load_wheels(docker)
     releases: dict[str, Platform] = {platform.release: platform for platform in platforms.values()}
     cpu = platforms["cpu"]
-    found = [Lock("dev", LOWEST_PYTHON, tuple(optional["dev"] + optional["publish"]), cpu.torch)]
+    found = [Lock("dev", LOWEST_PYTHON, (*optional["dev"], *optional["publish"]), cpu.torch, brings=("triton",))]
+    for version in TRITONS:
+        pinned = (f"triton=={version}",)
+        found.append(Lock(f"triton-{version}", LOWEST_PYTHON, pinned, cpu.torch, brings=("triton",)))
     for kind_name, kind in kinds.items():
         for release, platform in releases.items():
             addition = kind.addition(platform.backend)
@@ -85,8 +90,8 @@ def all_locks(docker: Path) -> list[Lock]:
             base = f"wheel-{name}-{variant_name}"
             found.append(Lock(f"{base}.tools", LOWEST_PYTHON, variant.tools, cpu.torch))
             if variant.index:
-                pinned = (f"{variant.index}=={wheel.version}",)
-                found.append(Lock(f"{base}.source", LOWEST_PYTHON, pinned, cpu.torch, from_source=True))
+                source = (f"{variant.index}=={wheel.version}",)
+                found.append(Lock(f"{base}.source", LOWEST_PYTHON, source, cpu.torch, from_source=True))
     return sorted(found, key=lambda lock: lock.name)
 
 
@@ -185,7 +190,7 @@ def _compile(lock: Lock, folder: Path, before: str) -> str:
     command = [*_uv(), "pip", "compile", str(source), "--config-file", str(config), "--output-file", str(output)]
     command += ["--override", str(folder / "overrides.txt"), "--python-version", lock.python]
     command += ["--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links", "--quiet"]
-    for name in (*NOT_OURS, *lock.without):
+    for name in (*(name for name in NOT_OURS if name not in lock.brings), *lock.without):
         command += ["--no-emit-package", name]
     if lock.from_source:
         command += ["--no-binary", ":all:", "--no-deps"]

@@ -22,6 +22,7 @@ INSIDE = (
     "figures.py",
     "text.py",
     "codeobjects",
+    "text.py",
     "contracts",
     "kernels",
     "runs/__init__.py",

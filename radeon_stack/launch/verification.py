@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from radeon_stack.errors import CheckError, MachineError, WorkloadError
@@ -21,6 +22,7 @@ from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.launch.planner import VENV_PYTHON
 
 FOLDER = "/etc/radeon-stack"
+AUDIT = "radeon_stack.kernels.audit"
 MEMORY = 8 << 30
 SHM = 1 << 30
 SECONDS = 900
@@ -75,22 +77,44 @@ def _asked_for(labels: Mapping[str, str], machine: Machine, gpus: tuple[Gpu, ...
     return {name: value for mitigation in asked for name, value in mitigation.env.items()}
 
 
-def run_verification(plan: LaunchPlan) -> dict[str, Any]:
-    """What the image found of itself: `checks`, each with `name`, `state`, `detail`. WorkloadError when nothing."""
+def kernel_audit_plan(image: Any, machine: Machine, sysroot: Sysroot, arguments: tuple[str, ...]) -> LaunchPlan:
+    """The plan of an audit of the kernels in an image, by its own triton; as confined as a verification."""
+    plan = verification_plan(image, machine, sysroot, on_gpu=False)
+    return replace(plan, command=(VENV_PYTHON, "-m", AUDIT, *arguments))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a container printed before it ended with `code`."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_to_the_end(plan: LaunchPlan) -> Ended:
+    """Run a container of a plan, wait for it, and leave none."""
     container = create(client(timeout=SECONDS), plan)
     try:
         container.start()
         code = int(container.wait(timeout=SECONDS)["StatusCode"])
-        lines = container.logs(stdout=True, stderr=False).decode(errors="replace").strip().splitlines()
-        errors = container.logs(stdout=False, stderr=True).decode(errors="replace").strip().splitlines()
+        out = container.logs(stdout=True, stderr=False).decode(errors="replace")
+        err = container.logs(stdout=False, stderr=True).decode(errors="replace")
     finally:
         container.remove(force=True)
+    return Ended(code, out, err)
+
+
+def run_verification(plan: LaunchPlan) -> dict[str, Any]:
+    """What the image found of itself: `checks`, each with `name`, `state`, `detail`. WorkloadError when nothing."""
+    ended = run_to_the_end(plan)
+    lines, errors = ended.out.strip().splitlines(), ended.err.strip().splitlines()
     try:
         found = json.loads(lines[-1])
         checks = [(str(check["name"]), str(check["state"]), str(check["detail"])) for check in found["checks"]]
     except (IndexError, ValueError, KeyError, TypeError) as error:
         why = errors[-1] if errors else "it said nothing"
-        raise WorkloadError(f"the verification ended with {code}: {why}", where=str(plan.image)) from error
+        raise WorkloadError(f"the verification ended with {ended.code}: {why}", where=str(plan.image)) from error
     return {"checks": [{"name": name, "state": state, "detail": detail} for name, state, detail in checks]}
 
 

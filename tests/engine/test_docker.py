@@ -24,9 +24,9 @@ from radeon_stack.host.sysroot import Sysroot
 from radeon_stack.launch.circumstances import Asked, find_out
 from radeon_stack.launch.docker import create, run_arguments
 from radeon_stack.launch.launcher import draft, write_records
-from radeon_stack.launch.planner import plan
+from radeon_stack.launch.planner import VENV_PYTHON, plan
 from radeon_stack.launch.supervise import carry_out
-from radeon_stack.launch.verification import verification_plan
+from radeon_stack.launch.verification import kernel_audit_plan, verification_plan
 from radeon_stack.runs import events as ev
 from radeon_stack.runs.store import Run, RunStore, State
 from tests.conftest import ROOT, Cli, wait_for
@@ -150,6 +150,17 @@ def test_a_verification_on_a_gpu_runs_with_what_known_issues_ask_for(tmp_path: P
     assert made.devices == ("/dev/kfd", "/dev/dri/renderD129")
     assert ("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL", "1") in made.env
     assert "TORCH_ROCM" not in str(verification_plan(image, probe(tree), tree, on_gpu=False).env)
+
+
+def test_an_images_kernels_are_audited_by_its_own_python_as_confined_as_its_verification(tmp_path: Path) -> None:
+    tree = Sysroot(build(STAGES["rx9070-and-rx9060xt"], tmp_path))
+    image = SimpleNamespace(id="sha256:" + "a" * 64, labels={"radeon-stack.gfx": "gfx1201"})
+    made = kernel_audit_plan(image, probe(tree), tree, ("--target", "gfx1201"))
+    assert made.command == (VENV_PYTHON, "-m", "radeon_stack.kernels.audit", "--target", "gfx1201")
+    assert made.devices == () and made.mounts == () and made.network == "none"
+    assert made == replace(
+        verification_plan(image, probe(tree), tree, on_gpu=False), command=made.command, run_id=made.run_id
+    )
 
 
 def test_sdk_and_printed_command_make_the_same_container(tmp_path: Path) -> None:

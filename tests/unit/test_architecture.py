@@ -77,6 +77,12 @@ def test_no_file_of_the_host_side_names_a_training_library(room: str) -> None:
         assert not [name for name in imports(file) if name.split(".")[0] in HEAVY], file
 
 
+def test_the_audit_of_kernels_needs_triton_alone() -> None:
+    for file in [*(PACKAGE / "kernels/audit").rglob("*.py"), PACKAGE / "kernels/variant.py"]:
+        outside = {name.split(".")[0] for name in imports(file)} - set(sys.stdlib_module_names)
+        assert outside <= {"triton", "radeon_stack"}, file
+
+
 def test_nothing_on_the_host_side_pulls_in_torch_when_it_is_imported() -> None:
     modules = [
         str(file.relative_to(PACKAGE.parent).with_suffix("")).replace("/", ".")

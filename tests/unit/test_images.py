@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from radeon_stack.catalog.folders import data_folder
+from radeon_stack.catalog.locks import locks_folder
 from radeon_stack.catalog.platforms import load_platforms
 from radeon_stack.errors import BuildError, MachineError, UsageError
 from radeon_stack.host.clients import baking_client, building_client
@@ -26,6 +28,7 @@ from radeon_stack.images.builder import (
     default_ca,
 )
 from radeon_stack.images.builds import write_context
+from radeon_stack.images.locking import all_locks
 from radeon_stack.images.progress import Step, Steps
 from radeon_stack.images.render import bake_file, context, dockerfile, labels
 from radeon_stack.images.spec import ImageSpec, image_spec
@@ -113,6 +116,14 @@ def test_no_lock_brings_torch_or_triton_or_anything_of_nvidias(kind: str, name: 
     assert "transformers" in packages and "pydantic" in packages
     assert not [p for p in packages if p in ("torch", "triton") or p.startswith(("nvidia", "pytorch-triton"))]
     assert lock.count("--hash=sha256:") >= len(packages)
+
+
+@pytest.mark.parametrize("name", ["dev", "triton-3.5.1", "triton-3.9.0"])
+def test_only_a_lock_that_is_for_no_image_brings_triton(name: str) -> None:
+    docker = data_folder("docker")
+    lock = next(lock for lock in all_locks(docker) if lock.name == name)
+    assert lock.brings == ("triton",)
+    assert re.search(r"^triton==\S+.*\\$", (locks_folder(docker) / f"{name}.txt").read_text(), re.MULTILINE)
 
 
 def test_a_base_is_named_by_its_digest_once_one_is_known() -> None:

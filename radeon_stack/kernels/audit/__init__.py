@@ -1,0 +1,1 @@
+"""What a kernel's binary for an AMD GPU holds, read on a machine that has none. Needs triton, not torch."""
