@@ -35,10 +35,10 @@ def row_block(rows: float) -> int:
     return next((block for block in (16, 32, 64) if rows <= block), 128)
 
 
-def linear_tile(family: str, rows: int, columns: int, *, nf4: bool) -> Tile:
+def linear_tile(family: str, rows: int, *, nf4: bool) -> Tile:
     """For a dense layer."""
     if not nf4:
-        return Tile(128, 256, 64, 8, 3) if family == "cuda" else Tile(128, 64, 64, 8, 1)
+        return Tile(128, 256, 64, 8, 3) if family == "cuda" else Tile(128, 64, 64, 8, 2)
     return LINEAR[family][row_block(rows)]
 
 
@@ -52,6 +52,7 @@ def decode_once(family: str, rows: int) -> bool:
     return rows > DECODE_ONCE_ROWS[family]
 
 
+ADAPTER_STAGES = 2  # of the adapters' own small products
 DECODE_ONCE_ROWS = {"cuda": 512, "hip": 512}
 LINEAR = {
     "cuda": {
@@ -61,10 +62,10 @@ LINEAR = {
         128: Tile(128, 64, 64, 8, 3),
     },
     "hip": {
-        16: Tile(16, 64, 64, 4, 1),
-        32: Tile(32, 64, 64, 4, 1),
-        64: Tile(64, 64, 64, 4, 1),
-        128: Tile(128, 64, 64, 8, 1),
+        16: Tile(16, 64, 64, 4, 2),
+        32: Tile(32, 64, 64, 4, 2),
+        64: Tile(64, 64, 64, 8, 2),
+        128: Tile(128, 64, 64, 8, 2),
     },
 }
 TILES: dict[tuple[str, bool, Kind], dict[int, Tile]] = {

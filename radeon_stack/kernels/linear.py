@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from radeon_stack.kernels.configs import decode_once, linear_tile, low_rank_split
+from radeon_stack.kernels.configs import ADAPTER_STAGES, decode_once, linear_tile, low_rank_split
 from radeon_stack.kernels.grouped import Weight, family, weight_arguments
 from radeon_stack.kernels.launch import launch
 from radeon_stack.kernels.nf4 import NF4, decode, decode_reference, lookup_of
@@ -105,7 +105,7 @@ def _product(
     if decode_once(family(x.device), rows):
         matrix = decode(weight, x.dtype)
     nf4 = isinstance(matrix, NF4)
-    tile = linear_tile(family(x.device), rows, n, nf4=nf4)
+    tile = linear_tile(family(x.device), rows, nf4=nf4)
     arguments = (
         x,
         *weight_arguments(matrix),
@@ -145,7 +145,13 @@ def _low_rank_partials(x: Tensor, factor: Tensor, rank: int, split: int, *, over
     partials = torch.empty((split, rows, padded), dtype=torch.float32, device=x.device)
     block = min(64, max(16, next_power(rows)))
     constants = {"OVER_COLUMNS": over_columns, "RANK": padded, "SPLIT": split, "BLOCK_M": block, "BLOCK_K": 64}
-    launch(low_rank_partials, (cdiv(rows, block), split, 1), (x, factor, partials, rows, k, rank), constants, stages=3)
+    launch(
+        low_rank_partials,
+        (cdiv(rows, block), split, 1),
+        (x, factor, partials, rows, k, rank),
+        constants,
+        stages=ADAPTER_STAGES,
+    )
     return partials
 
 
@@ -161,5 +167,5 @@ def adapter_gradients(
     block = 64
     constants = {"RANK": padded_rank(rank), "BLOCK_M": min(64, max(16, next_power(rows))), "BLOCK_C": block}
     arguments = (x, d_out, u, g, d_a, d_b, rows, n, k, rank, float(scale))
-    launch(kernel, (cdiv(k, block) + cdiv(n, block), 1, 1), arguments, constants, stages=3)
+    launch(kernel, (cdiv(k, block) + cdiv(n, block), 1, 1), arguments, constants, stages=ADAPTER_STAGES)
     return d_a, d_b

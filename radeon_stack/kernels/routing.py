@@ -49,7 +49,7 @@ def route(index: Tensor, experts: int, *, partial: bool = False) -> Routing:
     index = index.contiguous()
     size, padded = index.numel(), next_power(experts)
     block = 512 if size > 8192 else 128
-    chunk = max(16, min(128, 16384 // padded))
+    chunk = max(16, min(128, 4096 // padded))  # so many slots' choices at a time fit in registers
     blocks = cdiv(size, block)
     counts = torch.empty((blocks, padded), dtype=torch.int32, device=index.device)
     slots = (torch.zeros if partial else torch.empty)(size, dtype=torch.int32, device=index.device)

@@ -113,7 +113,7 @@ def linear(
         number = tl.arange(0, RANK)
         number_ok = number < rank
         low = tl.zeros((BLOCK_M, RANK), tl.float32)
-        for part in tl.static_range(SPLIT):
+        for part in tl.range(0, SPLIT, num_stages=1):  # unrolled, all parts would be in registers at once
             low += tl.load(partials + ((part * rows + row) * RANK)[:, None] + number[None, :])
         rounded = low.to(dtype)
         if n_tile == 0:
