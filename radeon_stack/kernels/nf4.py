@@ -12,25 +12,6 @@ from radeon_stack.errors import UsageError
 
 BLOCK = 64
 NESTED_BLOCK = 256
-# bitsandbytes' table (create_normal_map in its functional.py; QLoRA, appendix E), as float32.
-CODE = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
 
 
 @dataclass(frozen=True)
@@ -72,8 +53,6 @@ def from_bitsandbytes(packed: Tensor, state: Any) -> NF4:
         raise UsageError(
             f"{state.quant_type} in blocks of {state.blocksize}: the kernels take nf4 in blocks of {BLOCK}"
         )
-    if not torch.equal(state.code.cpu(), torch.tensor(CODE)):
-        raise UsageError("a table of its own: the kernels have NF4's built in")
     if state.shape[-1] % BLOCK:
         raise UsageError(f"rows of {state.shape[-1]} values: blocks of {BLOCK} would run over their ends")
     if not state.nested:

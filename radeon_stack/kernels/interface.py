@@ -1,0 +1,180 @@
+"""Our kernels in transformers: `experts_implementation="radeon_grouped"` and `"radeon_nf4"`.
+
+They are registered in transformers' own ExpertsInterface, so they serve every model that uses it (Qwen3-MoE, Mixtral,
+gpt-oss …) and touch no model's code. 4-bit experts are bitsandbytes' parametrised parameters: saved and loaded as it
+does, but read packed, where its own forward would decode all experts at every access.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from radeon_stack.errors import UsageError
+from radeon_stack.kernels.experts import Adapter, gated_experts, grouped_linear
+from radeon_stack.kernels.grouped import Weight
+from radeon_stack.kernels.nf4 import BLOCK, NF4, from_bitsandbytes
+from radeon_stack.kernels.routing import Routing, route
+
+GROUPED, PACKED = "radeon_grouped", "radeon_nf4"
+LORA = "radeon_lora"  # the submodule that holds a layer's adapters
+
+
+def register() -> None:
+    """Make both known to transformers; then pass either as `experts_implementation`."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(GROUPED, radeon_grouped)
+    ALL_EXPERTS_FUNCTIONS.register(PACKED, radeon_nf4)
+
+
+def pack_experts(model: nn.Module, *, double: bool = False) -> int:
+    """Quantise the experts' matrices of all layers to NF4, in place; returns how many values are in 4 bits now.
+
+    `double` quantises the scales too (0.516 bytes a value instead of 0.5625); the kernels are quicker without.
+    UsageError when a matrix's rows are no whole blocks of 64.
+    """
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    values = 0
+    for module in list(model.modules()):
+        for name in _matrices(module):
+            matrix = getattr(module, name)
+            if matrix.shape[-1] % BLOCK:
+                raise UsageError(
+                    f"{type(module).__name__}.{name}: rows of {matrix.shape[-1]} values are no whole blocks of {BLOCK}",
+                    remedy="keep these experts in 16 bit",
+                )
+            values += matrix.numel()
+            replace_parameter_4bit(module, name, compress_statistics=double, quant_type="nf4", blocksize=BLOCK)
+    return values
+
+
+class ExpertsLora(nn.Module):
+    """Adapters an expert for a layer's matrices: weight + alpha / rank · b·a. b starts at zero, as LoRA's does.
+
+    a: [experts, rank, columns], b: [experts, rows, rank], float32, for each of the layer's two matrices.
+    """
+
+    def __init__(self, experts: nn.Module, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.scale = alpha / rank
+        for name in _names(experts):
+            count, rows, columns = _weight(experts, name).shape
+            device = _weight(experts, name).device
+            a = torch.empty(count, rank, columns, device=device)
+            nn.init.kaiming_uniform_(a, a=5**0.5)
+            self.register_parameter(f"{name}_a", nn.Parameter(a))
+            self.register_parameter(f"{name}_b", nn.Parameter(torch.zeros(count, rows, rank, device=device)))
+
+    def adapter(self, name: str) -> Adapter:
+        return Adapter(getattr(self, f"{name}_a"), getattr(self, f"{name}_b"), self.scale)
+
+
+def add_experts_lora(model: nn.Module, rank: int, alpha: float) -> list[ExpertsLora]:
+    """Adapters for all experts' layers of a model, trained through the same grouped products.
+
+    UsageError for layers whose gate is their own: the products there take no adapters.
+    """
+    added = []
+    for module in list(model.modules()):
+        if not _is_experts(module):
+            continue
+        if not is_fused(module):
+            raise UsageError(
+                f"{type(module).__name__}: adapters for its experts are not there yet",
+                remedy="adapt its attention alone",
+            )
+        lora = ExpertsLora(module, rank, alpha)
+        module.add_module(LORA, lora)
+        added.append(lora)
+    return added
+
+
+def radeon_grouped(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """An experts' forward over 16-bit matrices: hidden_states [tokens, width] → the same."""
+    return _forward(self, hidden_states, top_k_index, top_k_weights)
+
+
+def radeon_nf4(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The same over packed matrices; UsageError when they are not packed, since that is what was asked for."""
+    for name in _names(self):
+        if not isinstance(_weight(self, name), NF4):
+            raise UsageError(
+                f"{type(self).__name__}.{name} is in {_weight(self, name).dtype}, not in NF4",
+                where=f'experts_implementation="{PACKED}"',
+                remedy="pack_experts(model), or radeon_grouped",
+            )
+    return _forward(self, hidden_states, top_k_index, top_k_weights)
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether a layer is silu(gate)·up without biases, gate's rows first: what the fused kernels are made for."""
+    from transformers.integrations.moe import _default_apply_gate
+
+    act = getattr(module, "act_fn", None)
+    return (
+        bool(getattr(module, "has_gate", False))
+        and not any(getattr(module, name) for name in ("has_bias", "is_transposed", "has_post_expert_norm"))
+        and bool(getattr(module, "is_concatenated", False))
+        and getattr(type(module), "_apply_gate", None) is _default_apply_gate
+        and (isinstance(act, nn.SiLU) or type(act).__name__ == "SiLUActivation")
+    )
+
+
+def _forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    up_name, down_name = _names(module)
+    up, down = _weight(module, up_name), _weight(module, down_name)
+    x = hidden.to(up.dtype)  # under autocast a norm hands on float32
+    partial = bool(module._is_expert_parallel)
+    lora = getattr(module, LORA, None)
+    if is_fused(module):
+        adapters = (lora.adapter(up_name), lora.adapter(down_name)) if lora is not None else (None, None)
+        return gated_experts(x, index, weights, up, down, *adapters, partial=partial).to(hidden.dtype)
+    routing = route(index, up.shape[0], partial=partial)
+    bias = (getattr(module, f"{name}_bias") if module.has_bias else None for name in (up_name, down_name))
+    transposed = bool(module.is_transposed)
+    y = grouped_linear(x, up, routing, bias=next(bias), transposed=transposed, by_token=True)
+    y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+    y = grouped_linear(y, down, routing, bias=next(bias), transposed=transposed)
+    y = module.post_expert_norm(y) if module.has_post_expert_norm else y
+    return _weighted_sum(y, weights, routing).to(hidden.dtype)
+
+
+def _weighted_sum(y: Tensor, weights: Tensor, routing: Routing) -> Tensor:
+    """Sorted rows [slots, width] back to tokens, each slot with its weight, in float32 and in slot order."""
+    position = torch.arange(routing.size, device=y.device)
+    placed = position < routing.offsets[-1]
+    slots = routing.slots.long()
+    share = torch.where(placed, weights.flatten()[slots], 0).unsqueeze(1)
+    rows = torch.where(placed.unsqueeze(1), y, 0).float() * share  # what nobody wrote may be NaN
+    # Rows of no expert go to a row of their own, which is dropped.
+    target = torch.where(placed, slots, routing.size)
+    by_slot = rows.new_zeros(routing.size + 1, y.shape[1]).index_copy(0, target, rows)
+    return by_slot[: routing.size].view(routing.tokens, routing.top_k, -1).sum(1)
+
+
+def _is_experts(module: nn.Module) -> bool:
+    return hasattr(module, "_is_expert_parallel") and hasattr(module, "has_gate")
+
+
+def _names(module: Any) -> tuple[str, str]:
+    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+
+
+def _matrices(module: nn.Module) -> list[str]:
+    """Names of a layer's matrices that are still in 16 bit."""
+    names = _names(module) if _is_experts(module) else ()
+    return [name for name in names if isinstance(getattr(module, name), nn.Parameter)]
+
+
+def _weight(module: Any, name: str) -> Weight:
+    """[experts, rows, columns], packed where bitsandbytes has parametrised it."""
+    parametrised = getattr(module, "parametrizations", {})
+    if name not in parametrised:
+        matrix: Tensor = getattr(module, name)
+        return matrix
+    found = parametrised[name]
+    return from_bitsandbytes(found.original, found[0].quant_state)
