@@ -38,7 +38,7 @@ def row_block(rows: float) -> int:
 def linear_tile(family: str, rows: int, *, nf4: bool) -> Tile:
     """For a dense layer."""
     if not nf4:
-        return Tile(128, 256, 64, 8, 3) if family == "cuda" else Tile(128, 64, 64, 8, 2)
+        return Tile(128, 256, 64, 8, 3) if family == "cuda" else Tile(128, 64, 32, 8, 2)
     return LINEAR[family][row_block(rows)]
 
 
@@ -53,6 +53,7 @@ def decode_once(family: str, rows: int) -> bool:
 
 
 ADAPTER_STAGES = 2  # of the adapters' own small products
+LOW_RANK_WARPS = 8
 DECODE_ONCE_ROWS = {"cuda": 512, "hip": 512}
 LINEAR = {
     "cuda": {
@@ -63,9 +64,9 @@ LINEAR = {
     },
     "hip": {
         16: Tile(16, 64, 64, 4, 2),
-        32: Tile(32, 64, 64, 4, 2),
+        32: Tile(32, 64, 64, 8, 2),
         64: Tile(64, 64, 64, 8, 2),
-        128: Tile(128, 64, 64, 8, 2),
+        128: Tile(64, 64, 64, 8, 2),
     },
 }
 TILES: dict[tuple[str, bool, Kind], dict[int, Tile]] = {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from radeon_stack.kernels.configs import ADAPTER_STAGES, decode_once, linear_tile, low_rank_split
+from radeon_stack.kernels.configs import ADAPTER_STAGES, LOW_RANK_WARPS, decode_once, linear_tile, low_rank_split
 from radeon_stack.kernels.grouped import Weight, family, weight_arguments
 from radeon_stack.kernels.launch import launch
 from radeon_stack.kernels.nf4 import NF4, decode, decode_reference, lookup_of
@@ -150,6 +150,7 @@ def _low_rank_partials(x: Tensor, factor: Tensor, rank: int, split: int, *, over
         (cdiv(rows, block), split, 1),
         (x, factor, partials, rows, k, rank),
         constants,
+        warps=LOW_RANK_WARPS,
         stages=ADAPTER_STAGES,
     )
     return partials

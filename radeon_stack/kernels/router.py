@@ -76,4 +76,4 @@ class _Router(torch.autograd.Function):
 
 def rows(tokens: int) -> int:
     """Tokens a program: few while there are few, so that all compute units have some."""
-    return 4 if tokens <= 2048 else 16
+    return 4 if tokens <= 2048 else 8

@@ -84,8 +84,9 @@ def _dense() -> Iterator[Variant]:
         constants |= {"BLOCK_M": 64, "BLOCK_K": 64}
         types = {"factor": "*fp32", "partials": "*fp32"}
         yield _variant(
-            f"dense {way} low rank", linear.low_rank_partials, constants, types, stages=configs.ADAPTER_STAGES
-        )
+            f"dense {way} low rank", linear.low_rank_partials, constants, types,
+            warps=configs.LOW_RANK_WARPS, stages=configs.ADAPTER_STAGES,
+        )  # fmt: skip
     for stored in ("nf4", "nf4 double"):
         nf4, pointers = STORED[stored]
         types = {"packed": "*u8", **_pointers(pointers), "size": "i32"}
@@ -106,7 +107,7 @@ def _routing() -> Iterator[Variant]:
         types = {"parts": "*fp32" if parts else "*bf16"}
         yield _variant(f"combine parts {parts}", routing.combine, constants, types, dot=False)
     router = {**EXPERTS, "TOP_K": 8}
-    for tokens in (4, 16):
+    for tokens in (4, 8):
         after = {"NORMALISE": True, "BLOCK_T": tokens}
         constants = {**router, "TOP_PADDED": 8, **after}
         yield _variant(f"router {tokens}", routing.router_forward, constants, {"index": "*i64"}, dot=False)

@@ -51,9 +51,12 @@ def judge(variant: Variant, arch: str, compiled: Compiled, seconds: float = 0.0)
         findings.append("a dot without matrix instructions")
     elif slow:
         findings.append(f"{len(slow)} of {len(layouts)} dots without matrix instructions")
-    if binary.vgpr_spills or binary.sgpr_spills:
-        spills = f"spills {binary.vgpr_spills} VGPRs and {binary.sgpr_spills} SGPRs"
+    if binary.vgpr_spills or binary.scratch:
+        spills = f"spills {binary.vgpr_spills} VGPRs, {binary.scratch} bytes of scratch memory"
         (findings if variant.default else remarks).append(spills)
+    if binary.sgpr_spills:
+        # Into lanes of a VGPR: an instruction each way, and no memory.
+        remarks.append(f"keeps {binary.sgpr_spills} SGPRs in lanes of VGPRs")
     waves = waves_per_simd(CHIPS[arch], vgprs=binary.vgprs, sgprs=binary.sgprs, lds=lds, waves=binary.waves)
     if lds > LDS_LIMIT:
         findings.append(f"{lds} bytes of LDS, more than {LDS_LIMIT}")

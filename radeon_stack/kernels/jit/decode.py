@@ -28,8 +28,8 @@ def decode_blocks(
     byte = tl.load(packed + half, mask=half < size // 2, other=0).to(tl.int32)
     values = tl.join(lookup(code, byte >> 4, NF4), lookup(code, byte, NF4))
     block = first // NF4_BLOCK + tl.arange(0, BLOCK // NF4_BLOCK)
-    ok = block < size // NF4_BLOCK
-    scale = nf4_scales(absmax, nested_absmax, nested_code, nested_offset, block, ok, NESTED)
+    block = tl.minimum(block, size // NF4_BLOCK - 1)
+    scale = nf4_scales(absmax, nested_absmax, nested_code, nested_offset, block, NESTED)
     values = tl.reshape(tl.reshape(values, (BLOCK // NF4_BLOCK, NF4_BLOCK)) * scale[:, None], (BLOCK,))
     place = first + tl.arange(0, BLOCK)
     tl.store(out + place, values.to(out.dtype.element_ty), mask=place < size)

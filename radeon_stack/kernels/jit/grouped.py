@@ -91,17 +91,17 @@ def grouped_matmul(
         k_ok = k + step < k_size
         rows = tl.load(x + (x_row * k_size)[:, None] + (k + step)[None, :], mask=k_ok[None, :], other=0.0)
         if OVER_COLUMNS:
-            w_row = matrix * n_size + column
+            w_row = matrix * n_size + tl.minimum(column, n_size - 1)
             tile = weight_tile(
                 w, absmax, code, nested_absmax, nested_code, nested_offset,
-                w_row, column_ok, k, k_size, NF4, NESTED, BLOCK_K, dtype,
+                w_row, k, k_size, NF4, NESTED, BLOCK_K, dtype,
             )  # fmt: skip
             acc = tl.dot(rows, tl.trans(tile), acc)
         else:
-            w_row = matrix * k_size + k + step
+            w_row = matrix * k_size + tl.minimum(k + step, k_size - 1)
             tile = weight_tile(
                 w, absmax, code, nested_absmax, nested_code, nested_offset,
-                w_row, k_ok, n_tile * BLOCK_N, n_size, NF4, NESTED, BLOCK_N, dtype,
+                w_row, n_tile * BLOCK_N, n_size, NF4, NESTED, BLOCK_N, dtype,
             )  # fmt: skip
             acc = tl.dot(rows, tile, acc)
     if RANK > 0:
@@ -166,7 +166,8 @@ def gated_forward(
     # Gate's and up's rows by turns: one product makes both, and a thread holds a gate beside its up.
     pair = n_tile * (2 * BLOCK_N) + tl.arange(0, 2 * BLOCK_N)
     pair_ok = pair < 2 * n_size
-    w_row = expert.to(tl.int64) * (2 * n_size) + pair // 2 + (pair % 2) * n_size
+    real = tl.minimum(pair, 2 * n_size - 1)
+    w_row = expert.to(tl.int64) * (2 * n_size) + real // 2 + (real % 2) * n_size
     step = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
     for k in range(0, k_size, BLOCK_K):
@@ -174,7 +175,7 @@ def gated_forward(
         rows = tl.load(x + (x_row * k_size)[:, None] + (k + step)[None, :], mask=k_ok[None, :], other=0.0)
         tile = weight_tile(
             w, absmax, code, nested_absmax, nested_code, nested_offset,
-            w_row, pair_ok, k, k_size, NF4, NESTED, BLOCK_K, dtype,
+            w_row, k, k_size, NF4, NESTED, BLOCK_K, dtype,
         )  # fmt: skip
         acc = tl.dot(rows, tl.trans(tile), acc)
     if RANK > 0:
@@ -255,7 +256,7 @@ def gated_backward(
         rows = tl.load(d_out + (d_row * k_size)[:, None] + (k + step)[None, :], mask=k_ok[None, :], other=0.0)
         tile = weight_tile(
             w, absmax, code, nested_absmax, nested_code, nested_offset,
-            matrix * k_size + k + step, k_ok, n_tile * BLOCK_N, n_size, NF4, NESTED, BLOCK_N, dtype,
+            matrix * k_size + tl.minimum(k + step, k_size - 1), n_tile * BLOCK_N, n_size, NF4, NESTED, BLOCK_N, dtype,
         )  # fmt: skip
         acc = tl.dot(rows, tile, acc)
     if RANK > 0:

@@ -100,13 +100,13 @@ def linear(
         if OVER_COLUMNS:
             tile = weight_tile(
                 w, absmax, code, nested_absmax, nested_code, nested_offset,
-                column.to(tl.int64), column_ok, k, k_size, NF4, NESTED, BLOCK_K, dtype,
+                tl.minimum(column, n_size - 1).to(tl.int64), k, k_size, NF4, NESTED, BLOCK_K, dtype,
             )  # fmt: skip
             acc = tl.dot(values, tl.trans(tile), acc)
         else:
             tile = weight_tile(
                 w, absmax, code, nested_absmax, nested_code, nested_offset,
-                (k + step).to(tl.int64), k_ok, n_tile * BLOCK_N, n_size, NF4, NESTED, BLOCK_N, dtype,
+                tl.minimum(k + step, k_size - 1).to(tl.int64), n_tile * BLOCK_N, n_size, NF4, NESTED, BLOCK_N, dtype,
             )  # fmt: skip
             acc = tl.dot(values, tile, acc)
     if RANK > 0:

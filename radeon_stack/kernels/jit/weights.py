@@ -14,18 +14,18 @@ NESTED_BLOCK = tl.constexpr(256)  # absmax values that share one of their own: i
 
 
 @triton.jit
-def nf4_scales(absmax, nested_absmax, nested_code, nested_offset, index, mask, NESTED: tl.constexpr):
+def nf4_scales(absmax, nested_absmax, nested_code, nested_offset, index, NESTED: tl.constexpr):
     """absmax of the blocks `index`, float32.
 
     Doubly quantised they are bytes: nested_code[byte] · nested_absmax[index / 256] + offset, rounded after each of the
     two operations as bitsandbytes rounds (the launch turns fused multiply-add off).
     """
     if NESTED:
-        byte = tl.load(absmax + index, mask=mask, other=0).to(tl.int32)
-        scale = tl.load(nested_code + byte) * tl.load(nested_absmax + index // NESTED_BLOCK, mask=mask, other=0.0)
+        byte = tl.load(absmax + index).to(tl.int32)
+        scale = tl.load(nested_code + byte) * tl.load(nested_absmax + index // NESTED_BLOCK)
         return scale + tl.load(nested_offset)
     else:  # a constant condition: Triton compiles one branch alone only where there are two
-        return tl.load(absmax + index, mask=mask, other=0.0)
+        return tl.load(absmax + index)
 
 
 @triton.jit
@@ -83,7 +83,6 @@ def weight_tile(
     nested_code,
     nested_offset,
     row,
-    row_ok,
     column,
     columns,
     NF4: tl.constexpr,
@@ -93,22 +92,25 @@ def weight_tile(
 ):
     """[rows, WIDTH] of a row-major matrix of `columns` columns, from column `column` on, in `dtype`.
 
-    row: int64 [R], rows counted over all experts; row_ok: bool [R]. What lies outside is 0.
-    NF4: two values a byte, the first in its high half; `columns` and `column` are multiples of 64.
+    row: int64 [R], rows counted over all experts, all of them real. Columns past the end hold nothing of use (0 in
+    16 bit). NF4: two values a byte, the first in its high half; columns come in whole blocks of 64.
     """
     if NF4 != DENSE:
-        half = column // 2 + tl.arange(0, WIDTH // 2)
-        ok = row_ok[:, None] & (half < columns // 2)[None, :]
-        packed = tl.load(w + (row * (columns // 2))[:, None] + half[None, :], mask=ok, other=0).to(tl.int32)
-        values = tl.join(lookup(code, packed >> 4, NF4), lookup(code, packed, NF4))
         span: tl.constexpr = WIDTH if WIDTH < NF4_BLOCK else NF4_BLOCK  # columns of the tile that share a scale
+        half = column // 2 + tl.arange(0, WIDTH // 2)
         block = column // NF4_BLOCK + tl.arange(0, WIDTH // span)
-        block_ok = row_ok[:, None] & (block < columns // NF4_BLOCK)[None, :]
         index = (row * (columns // NF4_BLOCK))[:, None] + block[None, :]
-        scale = nf4_scales(absmax, nested_absmax, nested_code, nested_offset, index, block_ok, NESTED)
+        place = (row * (columns // 2))[:, None] + half[None, :]
+        if WIDTH > NF4_BLOCK:  # narrower tiles never reach past the end: columns come in whole blocks
+            packed = tl.load(w + place, mask=(half < columns // 2)[None, :], other=0).to(tl.int32)
+            index = tl.where((block < columns // NF4_BLOCK)[None, :], index, 0)
+        else:
+            packed = tl.load(w + place).to(tl.int32)
+        values = tl.join(lookup(code, packed >> 4, NF4), lookup(code, packed, NF4))
+        scale = nf4_scales(absmax, nested_absmax, nested_code, nested_offset, index, NESTED)
         values = tl.reshape(values, (row.shape[0], WIDTH // span, span)) * scale[:, :, None]
         return tl.reshape(values, (row.shape[0], WIDTH)).to(dtype)
     else:
         place = column + tl.arange(0, WIDTH)
-        ok = row_ok[:, None] & (place < columns)[None, :]
+        ok = (place < columns)[None, :]
         return tl.load(w + (row * columns)[:, None] + place[None, :], mask=ok, other=0.0).to(dtype)

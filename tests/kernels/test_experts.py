@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from radeon_stack.kernels import grouped
+from radeon_stack.kernels.experts import Adapter, gated_experts, gated_experts_reference
+from radeon_stack.kernels.nf4 import NF4, quantize
+from radeon_stack.kernels.routing import route
+from tests.kernels.conftest import GPU
+from tests.kernels.helpers import HALVES, distance
+
+DEVICE = "cuda" if GPU else "cpu"
+LIMIT = {torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2, torch.float32: 1e-5}
+
+
+class Layer:
+    """A layer of random experts, its input and the tensors that have gradients."""
+
+    def __init__(
+        self, dtype: torch.dtype, *, nf4: str = "", rank: int = 0, tokens: int = 11, top_k: int = 2, experts: int = 4,
+        width: int = 64, inner: int = 64, spread: int | None = None,
+    ) -> None:  # fmt: skip
+        def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+            return (torch.randn(*shape, device=DEVICE) * scale).to(dtype)
+
+        self.x = random(tokens, width).requires_grad_()
+        choices = torch.stack([torch.randperm(spread or experts)[:top_k] for _ in range(tokens)])
+        self.index = choices.to(DEVICE)
+        self.weight = torch.rand(tokens, top_k, device=DEVICE).to(dtype).requires_grad_()
+        up, down = (
+            random(experts, 2 * inner, width, scale=width**-0.5),
+            random(experts, width, inner, scale=inner**-0.5),
+        )
+        self.trained: list[torch.Tensor] = [self.x, self.weight]
+        self.matrices: list[Any] = [up.requires_grad_(), down.requires_grad_()]
+        if nf4:
+            self.matrices = [quantize(matrix.detach(), double=nf4 == "double") for matrix in (up, down)]
+        else:
+            self.trained += [up, down]
+        self.adapters: list[Adapter] = []
+        if rank:
+            for rows, columns in ((2 * inner, width), (width, inner)):
+                a = (torch.randn(experts, rank, columns, device=DEVICE) * columns**-0.5).requires_grad_()
+                b = (torch.randn(experts, rows, rank, device=DEVICE) * rank**-0.5).requires_grad_()
+                self.adapters.append(Adapter(a, b, 0.5))
+                self.trained += [a, b]
+
+    def run(self) -> list[torch.Tensor]:
+        """[output, gradients …]"""
+        out = gated_experts(self.x, self.index, self.weight, *self.matrices, *self.adapters)
+        self.d_out = torch.randn_like(out)
+        return [out, *torch.autograd.grad(out, self.trained, self.d_out)]
+
+    def torchs(self) -> list[torch.Tensor]:
+        """The same by the definition in the layer's own precision: what torch's rounding costs."""
+        out = gated_experts_reference(self.x, self.index, self.weight, *self.matrices, *self.adapters)
+        return [out, *torch.autograd.grad(out, self.trained, self.d_out, materialize_grads=True)]
+
+    def truth(self) -> list[torch.Tensor]:
+        """The same in float64, by the definition."""
+        exact = {id(tensor): tensor.detach().double().requires_grad_() for tensor in self.trained}
+        matrices = [m if isinstance(m, NF4) else exact[id(m)] for m in self.matrices]
+        adapters = [Adapter(exact[id(one.a)], exact[id(one.b)], one.scale) for one in self.adapters]
+        x, weight = exact[id(self.x)], exact[id(self.weight)]
+        out = gated_experts_reference(x, self.index, weight, *matrices, *adapters)
+        return [out, *torch.autograd.grad(out, list(exact.values()), self.d_out.double(), materialize_grads=True)]
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("nf4", ["", "flat", "double"])
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+def test_output_and_every_gradient_are_the_definitions(dtype: torch.dtype, nf4: str, rank: int) -> None:
+    layer = Layer(dtype, nf4=nf4, rank=rank)
+    for found, wanted in zip(layer.run(), layer.truth(), strict=True):
+        assert distance(found, wanted) < LIMIT[dtype]
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+def test_any_shape_and_any_routing_is_right(data: st.DataObject) -> None:
+    experts = data.draw(st.integers(1, 9))
+    top_k = data.draw(st.integers(1, min(3, experts)))
+    spread = data.draw(st.integers(top_k, experts))  # experts without a token; one with all of them
+    layer = Layer(
+        torch.float16,
+        nf4=data.draw(st.sampled_from(["", "flat", "double"])),
+        rank=data.draw(st.sampled_from([0, 4, 16])),
+        tokens=data.draw(st.integers(1, 70)),
+        top_k=top_k,
+        experts=experts,
+        width=64 * data.draw(st.integers(1, 3)),
+        inner=64 * data.draw(st.integers(1, 2)),
+        spread=spread,
+    )
+    # A single gradient may be a difference of large numbers: torch's own error tells how much of it is rounding.
+    for found, torchs, wanted in zip(layer.run(), layer.torchs(), layer.truth(), strict=True):
+        assert distance(found, wanted) < max(LIMIT[torch.float16], 2 * distance(torchs, wanted))
+
+
+def test_sixteen_bit_widths_need_not_be_multiples_of_anything() -> None:
+    layer = Layer(torch.float16, width=40, inner=24, tokens=9)
+    for found, wanted in zip(layer.run(), layer.truth(), strict=True):
+        assert distance(found, wanted) < LIMIT[torch.float16]
+
+
+def test_twice_is_the_same_to_the_bit() -> None:
+    layer = Layer(torch.float16, nf4="flat", rank=8, tokens=40)
+    first = gated_experts(layer.x, layer.index, layer.weight, *layer.matrices, *layer.adapters)
+    d_out = torch.randn_like(first)
+    gradients = torch.autograd.grad(first, layer.trained, d_out)
+    second = gated_experts(layer.x, layer.index, layer.weight, *layer.matrices, *layer.adapters)
+    assert torch.equal(first, second)
+    for one, other in zip(gradients, torch.autograd.grad(second, layer.trained, d_out), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_token_that_is_not_finite_stays_so_and_spoils_no_other(bad: float) -> None:
+    layer = Layer(torch.float16, nf4="flat")
+    x = layer.x.detach().clone()
+    clean = gated_experts(x, layer.index, layer.weight.detach(), *layer.matrices)
+    x[3, 5] = bad
+    spoilt = gated_experts(x, layer.index, layer.weight.detach(), *layer.matrices)
+    assert not spoilt[3].isfinite().any()
+    others = [row for row in range(11) if row != 3]
+    assert torch.equal(spoilt[others], clean[others])
+
+
+def test_gradcheck_by_differences() -> None:
+    layer = Layer(torch.float32, tokens=3, experts=2, width=16, inner=16, rank=2)
+
+    def layer_of(*trained: torch.Tensor) -> torch.Tensor:
+        x, weight, up, down, up_a, up_b, down_a, down_b = trained
+        adapters = Adapter(up_a, up_b, 0.5), Adapter(down_a, down_b, 0.5)
+        return gated_experts(x, layer.index, weight, up, down, *adapters)
+
+    # float32: differences are good to three digits. fast_mode: along random directions, not by single elements.
+    assert torch.autograd.gradcheck(layer_of, layer.trained, eps=1e-2, atol=1e-2, rtol=1e-2, fast_mode=True)
+
+
+def test_slots_of_another_ranks_experts_count_as_nothing() -> None:
+    layer = Layer(torch.float16)
+    index = layer.index.clone()
+    index[2, 1] = index[4, 0] = index[5] = 4
+    out = gated_experts(layer.x, index, layer.weight, *layer.matrices, partial=True)
+    found = torch.autograd.grad(out, [layer.x, layer.weight], torch.ones_like(out))
+    weight = layer.weight.detach().clone().double()
+    weight[index == 4] = 0
+    weight.requires_grad_()
+    x, matrices = layer.x.detach().double().requires_grad_(), [m.detach().double() for m in layer.matrices]
+    wanted = gated_experts_reference(x, index, weight, *matrices)
+    assert distance(out, wanted) < LIMIT[torch.float16]
+    gradients = torch.autograd.grad(wanted, [x, weight], torch.ones_like(wanted))
+    for one, other in zip(found, gradients, strict=True):
+        assert distance(one, other) < LIMIT[torch.float16]
+
+
+def test_an_error_no_larger_than_torchs_own() -> None:
+    layer = Layer(torch.float16, tokens=60, width=128, inner=128)
+    for ours, theirs, exact in zip(layer.run(), layer.torchs(), layer.truth(), strict=True):
+        assert distance(ours, exact) <= 1.05 * distance(theirs, exact)
+
+
+@pytest.mark.parametrize("over_columns", [True, False])
+def test_a_tall_group_and_an_empty_one_through_every_tile(over_columns: bool) -> None:
+    index = torch.cat((torch.zeros(150, 1), torch.full((3, 1), 2))).long().to(DEVICE)
+    routing = route(index, 3)
+    x, matrix = torch.randn(153, 64, device=DEVICE).half(), torch.randn(3, 64, 64, device=DEVICE).half() / 8
+    exact = matrix.double()[index[:, 0]]
+    product = "tk,tnk->tn" if over_columns else "tk,tkn->tn"
+    wanted = torch.einsum(product, x.double(), exact)
+    from radeon_stack.kernels.configs import Tile
+
+    for m in (16, 32, 64, 128):
+        tile = Tile(m, 64, 32, 4, 1)
+        found = grouped.matmul(x, matrix, routing, over_columns=over_columns, gather=1, scatter=True, tile=tile)
+        assert distance(found, wanted) < LIMIT[torch.float16]

@@ -1,0 +1,101 @@
+"""Whole models of transformers on our experts, beside its own loop over experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from radeon_stack.errors import UsageError
+from radeon_stack.kernels.interface import LORA, add_experts_lora, is_fused, pack_experts, register
+from tests.kernels.helpers import distance
+
+transformers = pytest.importorskip("transformers", reason="needs the packages of the extra 'work'")
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "intermediate_size": 64,
+}
+MODELS = {
+    "qwen3_moe": ("Qwen3Moe", {"moe_intermediate_size": 64, "num_experts": 5, "num_experts_per_tok": 2}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2}),
+}
+
+
+@pytest.fixture(params=list(MODELS))
+def model(request: pytest.FixtureRequest, device: str) -> Iterator[Any]:
+    register()
+    name, own = MODELS[request.param]
+    config = getattr(transformers, f"{name}Config")(**SMALL, **own)
+    made = getattr(transformers, f"{name}ForCausalLM")._from_config(config, experts_implementation="eager").to(device)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.05)
+    yield made
+
+
+def step(model: Any, implementation: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(logits, gradients) of one batch."""
+    model.set_experts_implementation(implementation)
+    model.zero_grad()
+    ids = torch.arange(14, device=model.device).view(2, 7) * 5 % 97
+    out = model(input_ids=ids, labels=ids)
+    out.loss.backward()
+    return out.logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def same(one: Any, other: Any, limit: float = 1e-4) -> None:
+    (logits, gradients), (wanted, wanted_gradients) = one, other
+    assert distance(logits, wanted) < limit
+    assert gradients.keys() == wanted_gradients.keys()
+    for name, gradient in wanted_gradients.items():
+        if gradient.norm() > 0:
+            assert distance(gradients[name], gradient) < limit, name
+
+
+def test_a_model_gives_the_same_logits_and_gradients_on_our_experts(model: Any) -> None:
+    same(step(model, "radeon_grouped"), step(model, "eager"))
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_packed_experts_give_what_their_decoded_values_give(model: Any, double: bool) -> None:
+    experts = sum(p.numel() for n, p in model.named_parameters() if "experts" in n and p.ndim == 3)
+    assert pack_experts(model, double=double) == experts
+    same(step(model, "radeon_nf4"), step(model, "eager"))
+
+
+def test_experts_in_16_bit_are_refused_where_4_bit_ones_were_asked_for(model: Any) -> None:
+    with pytest.raises(UsageError, match="not in NF4"):
+        step(model, "radeon_nf4")
+
+
+def test_adapters_begin_with_no_effect_and_get_all_the_gradients(model: Any) -> None:
+    layer = next(module for module in model.modules() if hasattr(module, "down_proj") and hasattr(module, "has_gate"))
+    if not is_fused(layer):
+        with pytest.raises(UsageError, match="adapters for its experts are not there yet"):
+            add_experts_lora(model, 4, 8.0)
+        return
+    pack_experts(model)
+    before, _ = step(model, "radeon_nf4")
+    added = add_experts_lora(model, 4, 8.0)
+    after, gradients = step(model, "radeon_nf4")
+    assert len(added) == 2
+    assert torch.equal(before, after)
+    assert sum(f".{LORA}." in name for name in gradients) == 8
+    assert all(gradients[name].norm() > 0 for name in gradients if name.endswith("_b"))
+
+
+def test_odd_widths_cannot_be_packed_and_are_named() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(**{**SMALL, "intermediate_size": 80}, num_local_experts=2, num_experts_per_tok=1)
+    with pytest.raises(UsageError, match=r"MixtralExperts\.down_proj: rows of 80"):
+        pack_experts(MixtralForCausalLM._from_config(config))

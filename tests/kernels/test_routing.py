@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from radeon_stack.kernels.router import router, router_reference
+from radeon_stack.kernels.routing import combine, combine_reference, route, route_reference
+from tests.kernels.conftest import GPU
+from tests.kernels.helpers import HALVES, ULP, distance
+
+DEVICE = "cuda" if GPU else "cpu"
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_slots_are_sorted_by_expert_and_stay_in_order_within_one(data: st.DataObject) -> None:
+    experts = data.draw(st.integers(1, 40))
+    top_k = data.draw(st.integers(1, min(experts, 8)))
+    tokens = data.draw(st.integers(1, 90))
+    few = data.draw(st.integers(1, experts))  # some experts get nothing, or one gets all
+    index = torch.randint(0, few, (tokens, top_k), device=DEVICE)
+    found, wanted = route(index, experts), route_reference(index, experts)
+    assert torch.equal(found.offsets, wanted.offsets)
+    assert torch.equal(found.slots, wanted.slots)
+
+
+def test_many_slots_are_sorted_over_several_blocks(device: str) -> None:
+    index = torch.randint(0, 128, (2100, 8), device=device)
+    found, wanted = route(index, 128), route_reference(index, 128)
+    assert torch.equal(found.slots, wanted.slots)
+    assert torch.equal(found.offsets, wanted.offsets)
+
+
+def test_slots_of_no_expert_are_left_out(device: str) -> None:
+    index = torch.tensor([[0, 3], [3, 1], [3, 3]], device=device)  # 3: an expert of another rank
+    found = route(index, 3, partial=True)
+    assert found.offsets.tolist() == [0, 1, 2, 2]
+    assert found.slots[:2].tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+def test_combine_adds_a_tokens_slots_and_the_parts_beside_them(dtype: torch.dtype, device: str) -> None:
+    y, parts = torch.randn(13 * 3, 70, device=device).to(dtype), torch.randn(13 * 3, 5, device=device)
+    found, sums = combine(y, 3, parts, dtype)
+    assert distance(found, combine_reference(y, 3)) <= ULP[dtype]
+    assert sums is not None
+    assert distance(sums, parts.sum(1)) <= 2 * ULP[dtype]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_the_router_chooses_weighs_and_gives_gradients_as_its_definition(data: st.DataObject) -> None:
+    experts = data.draw(st.integers(2, 70))
+    top_k = data.draw(st.integers(1, min(experts, 8)))
+    tokens, normalise = data.draw(st.integers(1, 20)), data.draw(st.booleans())
+    # All different, so that there is one right choice.
+    order = torch.rand(tokens, experts, device=DEVICE).argsort(-1)
+    logits = ((order - experts / 2) * 0.1).requires_grad_()
+    weight, index = router(logits, top_k, normalise=normalise)
+    exact = logits.detach().double().requires_grad_()
+    wanted, wanted_index = router_reference(exact, top_k, normalise=normalise)
+    assert torch.equal(index, wanted_index)
+    assert distance(weight, wanted) < 1e-6
+    d_weight = torch.randn_like(weight)
+    (found,) = torch.autograd.grad(weight, logits, d_weight)
+    (gradient,) = torch.autograd.grad(wanted, exact, d_weight.double())
+    assert float((found.double() - gradient).abs().max()) < 1e-5
+
+
+def test_of_equal_experts_the_first_are_taken(device: str) -> None:
+    weight, index = router(torch.zeros(3, 6, device=device), 2)
+    assert index.tolist() == [[0, 1]] * 3
+    assert weight.tolist() == [[0.5, 0.5]] * 3
+
+
+def test_a_token_without_sense_spoils_no_other(device: str) -> None:
+    logits = torch.randn(5, 8, device=device)
+    logits[2, 3] = float("nan")
+    weight, index = router(logits, 2)
+    wanted, wanted_index = router_reference(logits, 2)
+    others = [0, 1, 3, 4]
+    assert weight[2].isnan().all()
+    assert torch.equal(index[others], wanted_index[others])
+    assert distance(weight[others], wanted[others]) < 1e-6
+    assert ((index >= 0) & (index < 8)).all()
