@@ -70,6 +70,8 @@ def figure_line(case: Case, implementation: str, state: str, values: Mapping[str
         floors = [f"{values[f'{p}_of_floor']:.1f}×" for p in phases if f"{p}_of_floor" in values]
         if floors:
             parts.append(f"{' '.join(floors)} of the floor")
+    elif state == "ok" and note:
+        parts.append(note)
     if state != "ok":
         parts.append(state + (f": {note}" if note else ""))
     return " | ".join(parts)

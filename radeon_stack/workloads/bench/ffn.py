@@ -138,11 +138,12 @@ class Ffn:
         read = layer.weights_bytes * setting.touched / int(setting.case["experts"])
         return Built(
             results,
-            calls if layer.timed else {},
+            calls,
             layer.note,
             {"weights_bytes": layer.weights_bytes, "weights_ratio": layer.weights_bytes / whole},
             work_of(setting.case, read),
             layer.exact,
+            layer.timed,
         )
 
     def truth(self, setting: Setting) -> tuple[Mapping[str, torch.Tensor], str]:

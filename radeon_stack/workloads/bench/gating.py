@@ -83,7 +83,7 @@ class Gating:
         return str(case["dtype"])
 
     def work(self, case: Case) -> Mapping[str, Work]:
-        """Hidden states (or logits) in, weights and int64 indices out; the way back reads the gradient and the index."""
+        """Hidden states (or logits) in, weights and int64 indices out; the way back reads the gradient and index."""
         tokens, experts, hidden, top_k = tokens_of(case), *(int(case[n]) for n in ("experts", "hidden", "top_k"))
         dtype = self.dtype(case)
         size, bare = getattr(torch, dtype).itemsize, case["part"] == "bare"
@@ -129,7 +129,7 @@ class Gating:
             "backward": Call(backward, prepare=forward),
             "step": Call(lambda: backward(forward())),
         }
-        return Built(results, {} if note else calls, note)
+        return Built(results, calls, note, timed=not note)
 
     def truth(self, setting: Setting) -> tuple[Mapping[str, torch.Tensor], str]:
         """weights = p / Σ p over the chosen, which is the softmax of the chosen logits alone; so is its gradient."""
@@ -160,7 +160,7 @@ def by_expert(values: torch.Tensor, index: torch.Tensor, setting: Setting) -> to
 
 
 def transformers_router(setting: Setting) -> tuple[Router, str]:
-    """transformers' Qwen3MoeTopKRouter; `bare`, what its forward does after the linear layer, operation by operation."""
+    """transformers' Qwen3MoeTopKRouter; `bare`, what its forward does after the linear layer."""
     if setting.bare:
         return lambda logits: softmax_topk(logits, setting.top_k), ""
     try:

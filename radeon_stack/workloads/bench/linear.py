@@ -103,7 +103,7 @@ class Linear:
         }
         values = {"weights_bytes": layer.weights_bytes, "weights_ratio": layer.weights_bytes / setting.weight.nbytes}
         work = work_of(setting.case, layer.weights_bytes)
-        return Built(results, calls if layer.timed else {}, layer.note, values, work, layer.exact)
+        return Built(results, calls, layer.note, values, work, layer.exact, layer.timed)
 
     def truth(self, setting: Setting) -> tuple[Mapping[str, torch.Tensor], str]:
         """out = x·wᵀ + scale · (x·aᵀ)·bᵀ and its gradients, in float64."""

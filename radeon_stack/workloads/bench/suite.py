@@ -42,7 +42,8 @@ class Built:
     `results` runs it once and gives each result by its name (`out`, `dq` …), laid out as the truth is; `calls` are
     what is timed, by phase (`forward`, `backward`). `values` are further figures, `note` says what exactly it is.
     `work` is its own least work where that is not the case's (weights in 4 bit are fewer bytes), and `exact` the
-    setting whose truth it is held to where it does not have the shared one's weights (they were quantised).
+    setting whose truth it is held to where it does not have the shared one's weights (they were quantised). `timed`
+    is false where its times would say nothing (interpreted kernels).
     """
 
     results: Callable[[], Mapping[str, Any]]
@@ -51,6 +52,7 @@ class Built:
     values: Mapping[str, float] = field(default_factory=dict)
     work: Mapping[str, Work] = field(default_factory=dict)
     exact: Any = None
+    timed: bool = True
 
 
 class Suite(Protocol):

@@ -103,7 +103,7 @@ def time_together(task: Task, device: torch.device) -> dict[str, Any]:
             except Exception as error:
                 found[name]["failed"] = reason(error)
         for phase, work in suite.work(case).items():
-            calls = {name: one.calls[phase] for name, one in built.items() if phase in one.calls}
+            calls = {name: one.calls[phase] for name, one in built.items() if one.timed and phase in one.calls}
             timings = measure(
                 calls,
                 device=device,
