@@ -1,13 +1,12 @@
-"""Our kernels on the GPU that is here, against what people use today, by the workloads' own suites: S6's figures and
-the targets.
+"""Our kernels on the GPU that is here, against what people use today: the suites' figures, and what was aimed for.
 
     PYTHONPATH=. python benchmarks/kernels.py --out kernels.json [--commit HASH] [--only ffn,seed,gating,linear]
 
-Needs torch, triton, transformers, bitsandbytes and peft, and this folder's parent. Parts: `ffn` is Qwen3-30B-A3B's
-experts, `seed` the seed's grid against the eager loop, `gating` the router, `linear` an NF4 layer with LoRA; before them
-`decode` compares NF4 decoding with bitsandbytes' to the bit. In each, every implementation first shows its difference
-from float64, then those that are right are timed: one process, interleaved rounds, caches written over, medians.
-"device" is the time of a captured graph: what is left when the host costs nothing.
+Needs torch, triton, transformers, bitsandbytes and peft, and this folder's parent. `ffn` is Qwen3-30B-A3B's experts,
+`seed` the seed's grid against the eager loop, `gating` the router, `linear` an NF4 layer with LoRA; before them `decode`
+compares NF4 decoding with bitsandbytes' to the bit. In each, every implementation first shows its difference from
+float64, then those that are right are timed: one process, interleaved rounds, caches written over, medians. "device" is
+the time of a captured graph: what is left when the host costs nothing.
 
 Kernels are compiled beforehand by several processes. The measuring process is restarted after a crash, without the part
 that it crashed in. `--smoke` is the same code on a CPU, on tiny sizes: its times say nothing.
@@ -29,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+# In the place of this folder: transformers and bitsandbytes import a package that is called `kernels` like this file.
+sys.path[0] = str(ROOT)
 
 from radeon_stack.figures import Case, case_label, milliseconds  # noqa: E402
 
@@ -43,9 +43,9 @@ EXPERTS = ("eager", "grouped_mm", "dequantize_grouped_mm", "radeon_grouped", "ra
 LINEARS = ("peft", "peft_16bit", "radeon_linear")
 ROUTERS = ("transformers", "radeon_router")
 SLOW = ("eager",)  # a tenth of a second a call: some rounds of its own
-BUDGET = {"seconds": 0.15, "least": 9, "most": 60, "warmup": 2, "warmup_seconds": 0.03}
-SLOW_BUDGET = {"seconds": 0.3, "least": 3, "most": 5, "warmup": 0, "warmup_seconds": 0.0}
-SMOKE_BUDGET = {"seconds": 1e-3, "least": 2, "most": 2, "warmup": 0, "warmup_seconds": 0.0}
+BUDGET: dict[str, Any] = {"seconds": 0.15, "least": 9, "most": 60, "warmup": 2, "warmup_seconds": 0.03}
+SLOW_BUDGET: dict[str, Any] = {"seconds": 0.3, "least": 3, "most": 5, "warmup": 0, "warmup_seconds": 0.0}
+SMOKE_BUDGET: dict[str, Any] = {"seconds": 1e-3, "least": 2, "most": 2, "warmup": 0, "warmup_seconds": 0.0}
 # Both sides round alike, so their differences are as large but for chance.
 CHANCE = 1.02
 ENOUGH_TOKENS = 64  # of an MoE layer: below, chance is larger
@@ -86,16 +86,15 @@ def plan(*, smoke: bool) -> Iterator[Entry]:
                 yield ffn("seed", dtype, seed, batch, seq, "even", names=names, phases=("step",))
     for part in ("router", "bare"):
         for tokens, experts in ((24, 8),) if smoke else ((128, 128), (512, 128), (2048, 128), (4096, 128), (2048, 64)):
-            case = {"dtype": main, "batch": 1, "seq": tokens, "hidden": qwen3["hidden"], "experts": experts}
-            case |= {"top_k": qwen3["top_k"], "part": part}
-            yield Entry("gating", "gating", case, ROUTERS)
+            sizes = {"batch": 1, "seq": tokens, "hidden": qwen3["hidden"], "experts": experts, "top_k": qwen3["top_k"]}
+            yield Entry("gating", "gating", {"dtype": main, **sizes, "part": part}, ROUTERS)
     for out, wide in ((64, 128),) if smoke else ((4096, 4096), (4096, 14336), (14336, 4096)):
         for tokens in (5, 24) if smoke else (16, 64, 128, 256, 512, 1024):
-            case = {"dtype": main, "tokens": tokens, "out": out, "in": wide, "rank": 4 if smoke else 64}
-            yield Entry("linear", "linear", case, LINEARS, ("step",))
+            sizes = {"tokens": tokens, "out": out, "in": wide, "rank": 4 if smoke else 64}
+            yield Entry("linear", "linear", {"dtype": main, **sizes}, LINEARS, ("step",))
     if not smoke:
-        case = {"dtype": "float16", "tokens": 256, "out": 4096, "in": 4096, "rank": 64}
-        yield Entry("linear", "linear", case, LINEARS, ())
+        sizes = {"tokens": 256, "out": 4096, "in": 4096, "rank": 64}
+        yield Entry("linear", "linear", {"dtype": "float16", **sizes}, LINEARS, ())
 
 
 def main() -> None:
@@ -345,7 +344,7 @@ def timed(
 
 
 def figure_text(figure: Mapping[str, Any]) -> str:
-    """`bf16 b1 s128 … | radeon_nf4 | 1.09 ms (1.05 ms to 1.12 ms) | device 0.88 ms | … | 2.40× of the floor (memory) …`"""
+    """`bf16 b1 s128 … | radeon_nf4 | 1.09 ms (1.05 ms to 1.12 ms) | device 0.88 ms | … | 2.40× of the floor …`"""
     values = figure["values"]
     parts = [case_label(figure["case"]), figure["implementation"]]
     if "step_seconds" in values:
@@ -472,8 +471,8 @@ def no_worse(proofs: Sequence[Mapping[str, Any]]) -> Iterator[Verdict]:
                 key = name, label.split()[0]
                 worst[key] = max(worst.get(key, (0.0, "")), (ratio, f"{figure[11:]} of {label}"))
     for (name, dtype), (ratio, where) in worst.items():
-        peers = " or ".join(PEERS[name])
-        yield Verdict(f"{name}'s difference from float64 / {peers}'s, {dtype}", where, ratio, True, CHANCE)
+        told = " or ".join(PEERS[name])
+        yield Verdict(f"{name}'s difference from float64 / {told}'s, {dtype}", where, ratio, True, CHANCE)
 
 
 def tell(record: Mapping[str, Any], verdicts: Sequence[Verdict], path: Path) -> None:

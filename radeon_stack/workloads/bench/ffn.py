@@ -19,7 +19,7 @@ import torch
 from radeon_stack.figures import Case
 from radeon_stack.workloads.bench.nf4 import DTYPES, LIMIT_ULPS, kernels_run_on, quantised, ulp, whole_blocks
 from radeon_stack.workloads.bench.suite import Built, Missing, Work
-from radeon_stack.workloads.bench.timing import Call
+from radeon_stack.workloads.bench.timing import Call, first_line
 
 # In float64, forward and backward: what a card with slow float64 does in a second or two. Beyond, a part is compared.
 TRUTH_OPERATIONS = 1e12
@@ -251,7 +251,7 @@ def qwen3_experts(setting: Setting, implementation: str) -> torch.nn.Module:
         from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
         from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
     except ImportError as error:
-        raise Missing(f"transformers' Qwen3MoeExperts cannot be imported: {error}") from error
+        raise Missing(f"transformers' Qwen3MoeExperts cannot be imported: {first_line(error)}") from error
     case = setting.case
     config = Qwen3MoeConfig(
         hidden_size=int(case["hidden"]),
@@ -273,8 +273,9 @@ def dequantize_grouped_mm(setting: Setting) -> Layer:
     try:
         from bitsandbytes.nn.parametrize import replace_parameter_4bit
     except ImportError as error:
-        raise Missing(f"bitsandbytes' parametrize cannot be imported: {error}") from error
-    whole_blocks(setting.gate_up), whole_blocks(setting.down)
+        raise Missing(f"bitsandbytes' parametrize cannot be imported: {first_line(error)}") from error
+    for weight in (setting.gate_up, setting.down):
+        whole_blocks(weight)
     module = qwen3_experts(setting, "grouped_mm")
     for name in ("gate_up_proj", "down_proj"):
         replace_parameter_4bit(module, name, compress_statistics=True, quant_type="nf4")

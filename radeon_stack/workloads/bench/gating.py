@@ -21,7 +21,7 @@ from radeon_stack.figures import Case
 from radeon_stack.workloads.bench.ffn import tokens_of
 from radeon_stack.workloads.bench.nf4 import DTYPES, LIMIT_ULPS, kernels_run_on, ulp
 from radeon_stack.workloads.bench.suite import Built, Missing, Work
-from radeon_stack.workloads.bench.timing import Call
+from radeon_stack.workloads.bench.timing import Call, first_line
 
 Routed = tuple[torch.Tensor, torch.Tensor]
 Router = Callable[[torch.Tensor], Routed]
@@ -167,7 +167,7 @@ def transformers_router(setting: Setting) -> tuple[Router, str]:
         from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
         from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
     except ImportError as error:
-        raise Missing(f"transformers' Qwen3MoeTopKRouter cannot be imported: {error}") from error
+        raise Missing(f"transformers' Qwen3MoeTopKRouter cannot be imported: {first_line(error)}") from error
     config = Qwen3MoeConfig(
         hidden_size=int(setting.case["hidden"]),
         num_experts=int(setting.case["experts"]),

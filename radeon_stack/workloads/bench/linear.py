@@ -16,7 +16,7 @@ import torch
 from radeon_stack.figures import Case
 from radeon_stack.workloads.bench.nf4 import DTYPES, LIMIT_ULPS, kernels_run_on, quantised, ulp, whole_blocks
 from radeon_stack.workloads.bench.suite import Built, Missing, Work
-from radeon_stack.workloads.bench.timing import Call
+from radeon_stack.workloads.bench.timing import Call, first_line
 
 SCALE = 0.5  # of the adapter: another than one, so that a lost one shows
 
@@ -150,7 +150,7 @@ def peft(*, factors_16bit: bool) -> Callable[[Setting], Layer]:
             from bitsandbytes.nn import Linear4bit, Params4bit
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError as error:
-            raise Missing(f"bitsandbytes or peft cannot be imported: {error}") from error
+            raise Missing(f"bitsandbytes or peft cannot be imported: {first_line(error)}") from error
         whole_blocks(setting.weight)
         dtype, device = setting.x.dtype, setting.x.device
         if factors_16bit and dtype == torch.float32:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from radeon_stack.workloads.bench.suite import Missing
+from radeon_stack.workloads.bench.timing import first_line
 
 if TYPE_CHECKING:
     from radeon_stack.kernels.nf4 import NF4
@@ -31,7 +32,7 @@ def quantised(matrix: torch.Tensor) -> tuple[NF4, torch.Tensor]:
     try:
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     except ImportError as error:
-        raise Missing(f"bitsandbytes cannot be imported: {error}") from error
+        raise Missing(f"bitsandbytes cannot be imported: {first_line(error)}") from error
     whole_blocks(matrix)
     packed, state = quantize_4bit(matrix, blocksize=BLOCK, quant_type="nf4", compress_statistics=True)
     return from_bitsandbytes(packed, state), dequantize_4bit(packed, state)
