@@ -5,8 +5,8 @@
 Needs torch, triton, transformers, bitsandbytes and peft, and this folder's parent. `ffn` is Qwen3-30B-A3B's experts,
 `seed` the seed's grid against the eager loop, `gating` the router, `linear` an NF4 layer with LoRA; before them `decode`
 compares NF4 decoding with bitsandbytes' to the bit. In each, every implementation first shows its difference from
-float64, then those that are right are timed: one process, interleaved rounds, caches written over, medians. "device" is
-the time of a captured graph: what is left when the host costs nothing.
+float64, then those that are right are timed: one process, interleaved rounds, caches written over, medians.
+"device" is the time of a captured graph: what is left when the host costs nothing.
 
 Kernels are compiled beforehand by several processes. The measuring process is restarted after a crash, without the part
 that it crashed in. `--smoke` is the same code on a CPU, on tiny sizes: its times say nothing.
@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# In the place of this folder: transformers and bitsandbytes import a package that is called `kernels` like this file.
-sys.path[0] = str(ROOT)
+if __name__ == "__main__":  # in the place of this folder: transformers and bitsandbytes import a package `kernels`
+    sys.path[0] = str(ROOT)
 
 from radeon_stack.figures import Case, case_label, milliseconds  # noqa: E402
 

@@ -54,7 +54,7 @@ class Setting:
         cost = 2 * operations(self.case)
         count = max(1, min(self.tokens, int(self.tokens * TRUTH_OPERATIONS / cost)))
         # Evenly, the last among them: what is wrong at the end of a tensor is wrong in its index arithmetic.
-        picked = [self.tokens - 1 - (i * self.tokens) // count for i in range(count)]
+        picked = [self.tokens - 1 - (i * self.tokens) // count for i in reversed(range(count))]
         return torch.tensor(picked, device=self.hidden.device)
 
 
@@ -156,7 +156,9 @@ class Ffn:
         return {name: tensor.detach()[rows] for name, tensor in results.items()}
 
     def limit(self, case: Case) -> float:
-        return LIMIT_ULPS * ulp(self.dtype(case))
+        # A routing weight's gradient is a sum that cancels by chance; of few tokens it may be small beside its rounding.
+        # Even of one token, a lost choice of eight (0.35) is above this.
+        return LIMIT_ULPS * ulp(self.dtype(case)) * (1 + 8 / tokens_of(case))
 
 
 def tokens_of(case: Case) -> int:
