@@ -3,8 +3,8 @@
     PYTHONPATH=. python benchmarks/kernels.py --out kernels.json [--commit HASH] [--only ffn,seed,gating,linear]
 
 Needs torch, triton, transformers, bitsandbytes and peft, and this folder's parent. `ffn` is Qwen3-30B-A3B's experts,
-`seed` the seed's grid against the eager loop, `gating` the router, `linear` an NF4 layer with LoRA; before them `decode`
-compares NF4 decoding with bitsandbytes' to the bit. In each, every implementation first shows its difference from
+`seed` the seed's grid against the eager loop, `gating` the router, `linear` an NF4 layer with LoRA; before them
+`decode` compares NF4 decoding with bitsandbytes' to the bit. In each, every implementation first shows its difference from
 float64, then those that are right are timed: one process, interleaved rounds, caches written over, medians.
 "device" is the time of a captured graph: what is left when the host costs nothing.
 

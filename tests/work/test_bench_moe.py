@@ -192,7 +192,8 @@ def test_an_adapter_without_its_scale_is_told_as_wrong(monkeypatch: pytest.Monke
     pytest.importorskip("bitsandbytes")
 
     def unscaled(setting: linear.Setting) -> linear.Layer:
-        return linear.peft(factors_16bit=True)(replace(setting, b=setting.b * 2))
+        layer = linear.peft(factors_16bit=True)(replace(setting, b=setting.b * 2))
+        return replace(layer, exact=replace(layer.exact, b=setting.b))
 
     monkeypatch.setattr(linear, "IMPLEMENTATIONS", {"unscaled": unscaled, **linear.IMPLEMENTATIONS})
     case = linear_case(dtype="float16")
@@ -215,7 +216,8 @@ def test_what_is_not_for_the_case_is_missing_with_the_reason(suite: Suite, case:
 
 
 def test_what_is_not_installed_is_missing_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("bitsandbytes.functional", "bitsandbytes.nn.parametrize", "transformers.models.qwen3_moe"):
+    qwen3 = "transformers.models.qwen3_moe.modeling_qwen3_moe"
+    for module in ("bitsandbytes.functional", "bitsandbytes.nn.parametrize", qwen3):
         monkeypatch.setitem(sys.modules, module, None)
     for suite, case, name, what in (
         (linear.SUITE, linear_case(), "peft", "bitsandbytes or peft cannot be imported"),

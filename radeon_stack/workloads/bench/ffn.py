@@ -156,8 +156,8 @@ class Ffn:
         return {name: tensor.detach()[rows] for name, tensor in results.items()}
 
     def limit(self, case: Case) -> float:
-        # A routing weight's gradient is a sum that cancels by chance; of few tokens it may be small beside its rounding.
-        # Even of one token, a lost choice of eight (0.35) is above this.
+        # A routing weight's gradient is a sum that cancels by chance: of few tokens it may be small beside its
+        # rounding. Even of one token, a lost choice of eight (0.35) is above this.
         return LIMIT_ULPS * ulp(self.dtype(case)) * (1 + 8 / tokens_of(case))
 
 
