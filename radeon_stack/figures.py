@@ -10,7 +10,8 @@ Case = Mapping[str, Scalar]
 DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 # Sizes that people write with a letter, in their order; what is not here is written out after them.
 LETTERS = {"batch": "b", "seq": "s", "heads": "h", "head_dim": "d"}
-PHASES = {"forward": "fwd", "backward": "bwd"}
+# `step` is both, one after the other; a router's difference is told beside theirs.
+PHASES = {"forward": "fwd", "backward": "bwd", "router": "router", "step": "both"}
 
 
 def case_label(case: Case) -> str:
@@ -69,6 +70,8 @@ def figure_line(case: Case, implementation: str, state: str, values: Mapping[str
         floors = [f"{values[f'{p}_of_floor']:.1f}×" for p in phases if f"{p}_of_floor" in values]
         if floors:
             parts.append(f"{' '.join(floors)} of the floor")
+    elif state == "ok" and note:
+        parts.append(note)
     if state != "ok":
         parts.append(state + (f": {note}" if note else ""))
     return " | ".join(parts)

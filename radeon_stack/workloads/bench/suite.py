@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from radeon_stack.figures import Case
 from radeon_stack.workloads.bench.timing import Call
 
-SUITES = {"attention": "radeon_stack.workloads.bench.attention:SUITE"}
+SUITES = {name: f"radeon_stack.workloads.bench.{name}:SUITE" for name in ("attention", "gating", "ffn", "linear")}
 
 
 class Missing(Exception):  # noqa: N818  # not an error: an answer
@@ -26,11 +26,13 @@ class Work:
     """The least that must be done: bytes moved (each input read once, each output written once) and operations.
 
     A multiply-add is two operations; `dtype` is torch's name for it (`bfloat16`), whose matrix rate is the ceiling.
+    `tokens` are those that pass through, where a rate of them says something.
     """
 
     bytes: float
     operations: float
     dtype: str
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,18 @@ class Built:
 
     `results` runs it once and gives each result by its name (`out`, `dq` …), laid out as the truth is; `calls` are
     what is timed, by phase (`forward`, `backward`). `values` are further figures, `note` says what exactly it is.
+    `work` is its own least work where that is not the case's (weights in 4 bit are fewer bytes), and `exact` the
+    setting whose truth it is held to where it does not have the shared one's weights (they were quantised). `timed`
+    is false where its times would say nothing (interpreted kernels).
     """
 
     results: Callable[[], Mapping[str, Any]]
     calls: Mapping[str, Call]
     note: str = ""
     values: Mapping[str, float] = field(default_factory=dict)
+    work: Mapping[str, Work] = field(default_factory=dict)
+    exact: Any = None
+    timed: bool = True
 
 
 class Suite(Protocol):

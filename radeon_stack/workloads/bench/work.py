@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,8 @@ NOT_THERE_TEXTS = ("No available kernel", "not compiled for", "only supports", "
 def do(task: Task) -> dict[str, Any]:
     """Carry out a task by its `do`."""
     device = torch.device(task["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cpu":  # Triton's kernels run there only in its interpreter, and it is asked for once, at import
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     return {"card": card, "state": clocks, "prove": prove, "time": time_together}[task["do"]](task, device)
 
 
@@ -48,17 +51,21 @@ def prove(task: Task, device: torch.device) -> dict[str, Any]:
     """Run an implementation twice on fresh inputs: how far is it from float64, and from itself?
 
     `state` is ok, wrong, missing or failed; `values` has `difference_RESULT`, the largest of each phase as
-    `difference_PHASE`, and `difference_again`.
+    `difference_PHASE`, and `difference_again`. Where it has weights of its own, `quantised_RESULT` is how far the truth
+    over these is from the truth over the shared ones.
     """
     suite, case = find_suite(task["suite"]), task["case"]
     try:
         setting = suite.setting(case, device, seed_of(case, task["seed"]))
         built = suite.build(task["implementation"], setting)
-        truth, part = suite.truth(setting)
+        truth, part = suite.truth(built.exact or setting)
         first, again = (results_of(suite, setting, built.results, device) for _ in range(2))
         missing = truth.keys() - first.keys()
         off_by = {name: difference(first[name], true) for name, true in truth.items() if name in first}
         off_by["again"] = worst([difference(again[name], first[name]) for name in first])
+        own = {}
+        if built.exact is not None:
+            own = {f"quantised_{name}": difference(truth[name], one) for name, one in suite.truth(setting)[0].items()}
         limit = suite.limit(case)
         off = {name: value for name, value in off_by.items() if not value <= limit}  # true for nan too
         values = {f"difference_{name}": value for name, value in off_by.items()} | phase_differences(suite, off_by)
@@ -69,7 +76,7 @@ def prove(task: Task, device: torch.device) -> dict[str, Any]:
             notes.insert(0, f"gives no {', '.join(sorted(missing))}")
         return {
             "state": "wrong" if off or missing else "ok",
-            "values": {**values, **built.values},
+            "values": {**values, **own, **built.values},
             "note": "; ".join(note for note in notes if note),
         }
     except Exception as error:  # an implementation's own failure is what is asked about
@@ -96,7 +103,7 @@ def time_together(task: Task, device: torch.device) -> dict[str, Any]:
             except Exception as error:
                 found[name]["failed"] = reason(error)
         for phase, work in suite.work(case).items():
-            calls = {name: one.calls[phase] for name, one in built.items() if phase in one.calls}
+            calls = {name: one.calls[phase] for name, one in built.items() if one.timed and phase in one.calls}
             timings = measure(
                 calls,
                 device=device,
@@ -105,7 +112,7 @@ def time_together(task: Task, device: torch.device) -> dict[str, Any]:
                 graph=task["graph"],
             )
             for name, timing in timings.times.items():
-                found[name]["values"] |= phase_values(phase, timing, work, floor)
+                found[name]["values"] |= phase_values(phase, timing, built[name].work.get(phase, work), floor)
                 found[name]["notes"] += [f"{phase}: {timing.note}"] if timing.note else []
             for name, why in timings.failed.items():
                 found[name]["failed"] = f"{phase}: {why}"
@@ -131,6 +138,8 @@ def phase_values(phase: str, timing: Timing, work: Work, floor: Floor) -> dict[s
         values["peak_bytes"] = timing.peak_bytes
     if work.operations:
         values["operations_per_second"] = work.operations / timing.median
+    if work.tokens:
+        values["tokens_per_second"] = work.tokens / timing.median
     if work.dtype in floor.matrix:
         least = floor.seconds(work.bytes, work.operations, work.dtype)
         values["floor_seconds"] = least
