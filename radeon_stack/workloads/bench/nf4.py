@@ -27,7 +27,7 @@ def ulp(dtype: str) -> float:
 def quantised(matrix: torch.Tensor) -> tuple[NF4, torch.Tensor]:
     """A matrix in NF4, doubly quantised, for our kernels, and decoded again by bitsandbytes. Missing where it is not
     there, or rows are no whole blocks."""
-    from radeon_stack.kernels.nf4 import from_bitsandbytes
+    from radeon_stack.kernels.nf4 import from_bitsandbytes, with_float_scales
 
     try:
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -35,7 +35,7 @@ def quantised(matrix: torch.Tensor) -> tuple[NF4, torch.Tensor]:
         raise Missing(f"bitsandbytes cannot be imported: {first_line(error)}") from error
     whole_blocks(matrix)
     packed, state = quantize_4bit(matrix, blocksize=BLOCK, quant_type="nf4", compress_statistics=True)
-    return from_bitsandbytes(packed, state), dequantize_4bit(packed, state)
+    return with_float_scales(from_bitsandbytes(packed, state)), dequantize_4bit(packed, state)
 
 
 def whole_blocks(matrix: torch.Tensor) -> None:
