@@ -4,8 +4,8 @@
 
 Needs torch, triton, transformers, bitsandbytes and peft, and this folder's parent. `ffn` is Qwen3-30B-A3B's experts,
 `seed` the seed's grid against the eager loop, `gating` the router, `linear` an NF4 layer with LoRA; before them
-`decode` compares NF4 decoding with bitsandbytes' to the bit. In each, every implementation first shows its difference from
-float64, then those that are right are timed: one process, interleaved rounds, caches written over, medians.
+`decode` compares NF4 decoding with bitsandbytes' to the bit. In each, every implementation first shows how far from
+float64 it is, then those that are right are timed: one process, interleaved rounds, caches written over, medians.
 "device" is the time of a captured graph: what is left when the host costs nothing.
 
 Kernels are compiled beforehand by several processes. The measuring process is restarted after a crash, without the part
