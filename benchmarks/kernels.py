@@ -4,8 +4,8 @@
 
 Needs torch, triton, transformers, bitsandbytes and peft, and this folder's parent. `ffn` is Qwen3-30B-A3B's experts,
 `seed` the seed's grid against the eager loop, `gating` the router, `linear` an NF4 layer with LoRA; before them
-`decode` compares NF4 decoding with bitsandbytes' to the bit. In each, every implementation first shows its difference from
-float64, then those that are right are timed: one process, interleaved rounds, caches written over, medians.
+`decode` compares NF4 decoding with bitsandbytes' to the bit. In each, every implementation first shows how far from
+float64 it is, then those that are right are timed: one process, interleaved rounds, caches written over, medians.
 "device" is the time of a captured graph: what is left when the host costs nothing.
 
 Kernels are compiled beforehand by several processes. The measuring process is restarted after a crash, without the part
@@ -16,6 +16,7 @@ Exit 0, though targets be missed; with --check 7.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -43,7 +44,7 @@ EXPERTS = ("eager", "grouped_mm", "dequantize_grouped_mm", "radeon_grouped", "ra
 LINEARS = ("peft", "peft_16bit", "radeon_linear")
 ROUTERS = ("transformers", "radeon_router")
 SLOW = ("eager",)  # a tenth of a second a call: some rounds of its own
-BUDGET: dict[str, Any] = {"seconds": 0.15, "least": 9, "most": 60, "warmup": 2, "warmup_seconds": 0.03}
+BUDGET: dict[str, Any] = {"seconds": 0.1, "least": 11, "most": 50, "warmup": 2, "warmup_seconds": 0.02}
 SLOW_BUDGET: dict[str, Any] = {"seconds": 0.3, "least": 3, "most": 5, "warmup": 0, "warmup_seconds": 0.0}
 SMOKE_BUDGET: dict[str, Any] = {"seconds": 1e-3, "least": 2, "most": 2, "warmup": 0, "warmup_seconds": 0.0}
 # Both sides round alike, so their differences are as large but for chance.
@@ -232,9 +233,11 @@ def measure_parts(arguments: argparse.Namespace) -> None:
     for part in arguments.parts.split(","):
         if part == "decode":
             record["decode"] = list(decoding(device, smoke=arguments.smoke))
-        for entry in plan(smoke=arguments.smoke):
-            if entry.part == part:
-                measure_entry(entry, record, device, floor, smoke=arguments.smoke)
+        for number, entry in enumerate(one for one in plan(smoke=arguments.smoke) if one.part == part):
+            measure_entry(entry, record, device, floor, smoke=arguments.smoke)
+            save(arguments.out, record)
+            if not number:
+                gc.freeze()  # what this part imported stays: looking through it each time costs more than measuring
         if device.type == "cuda":
             torch.cuda.synchronize()  # a fault of the device would meet every later part: let it end this process here
         record["done"].append(part)

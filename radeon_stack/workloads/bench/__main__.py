@@ -15,7 +15,7 @@ from radeon_stack.workloads.bench.suite import SUITES, find_suite
 from radeon_stack.workloads.job import Job, Sizes, carry_out, read_config
 
 STATES = ("ok", "missing", "wrong", "crashed", "failed")
-SIZES = Sizes("config", "take smaller sizes (--set attention.seq=[2048])")
+SIZES = Sizes("config", "take smaller sizes (--set attention.seq=[2048], ffn.seq=[128], linear.tokens=[128])")
 
 
 def work(job: Job) -> dict[str, Any]:
