@@ -54,7 +54,7 @@ def decode_once(family: str, rows: int) -> bool:
 
 ADAPTER_STAGES = 2  # of the adapters' own small products
 LOW_RANK_WARPS = 8
-DECODE_ONCE_ROWS = {"cuda": 512, "hip": 512}
+DECODE_ONCE_ROWS = {"cuda": 128, "hip": 512}
 LINEAR = {
     "cuda": {
         16: Tile(16, 64, 128, 4, 3),

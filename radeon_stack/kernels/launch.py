@@ -31,7 +31,9 @@ class Launcher:
         stages: int = 1,
         fp_fusion: bool = True,
     ) -> None:
-        """Launch on the first argument's device. `constants` are the kernel's constexpr parameters, in its order."""
+        """Launch on the first argument's device; an empty grid is nothing to do. `constants` are the kernel's constexpr parameters, in its order."""
+        if 0 in grid:
+            return
         device = arguments[0].device.index
         if device is None:  # a CPU: the interpreter, which has nothing to compile
             kernel[grid](*arguments, **constants)

@@ -53,7 +53,7 @@ def route(index: Tensor, experts: int, *, partial: bool = False) -> Routing:
     blocks = cdiv(size, block)
     counts = torch.empty((blocks, padded), dtype=torch.int32, device=index.device)
     slots = (torch.zeros if partial else torch.empty)(size, dtype=torch.int32, device=index.device)
-    offsets = torch.empty(experts + 1, dtype=torch.int32, device=index.device)
+    offsets = (torch.empty if size else torch.zeros)(experts + 1, dtype=torch.int32, device=index.device)
     sizes = {"PADDED": padded, "BLOCK": block, "CHUNK": chunk}
     launch(count_experts, (blocks, 1, 1), (index, counts, size), sizes, warps=8)
     constants = {"EXPERTS": experts, **sizes, "BLOCKS": chunk}

@@ -87,6 +87,9 @@ def grouped_matmul(
     matrix = expert.to(tl.int64)
     step = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if RANK > 0:
+        v_row = matrix * n_size + column if OVER_COLUMNS else matrix * rank + tl.arange(0, RANK)
+        acc = lora_scale * low_rank(u, v, position, v_row, column_ok, column, n_size, rank, OVER_COLUMNS, RANK)
     for k in range(0, k_size, BLOCK_K):
         k_ok = k + step < k_size
         rows = tl.load(x + (x_row * k_size)[:, None] + (k + step)[None, :], mask=k_ok[None, :], other=0.0)
@@ -104,9 +107,6 @@ def grouped_matmul(
                 w_row, n_tile * BLOCK_N, n_size, NF4, NESTED, BLOCK_N, dtype,
             )  # fmt: skip
             acc = tl.dot(rows, tile, acc)
-    if RANK > 0:
-        v_row = matrix * n_size + column if OVER_COLUMNS else matrix * rank + tl.arange(0, RANK)
-        acc += lora_scale * low_rank(u, v, position, v_row, column_ok, column, n_size, rank, OVER_COLUMNS, RANK)
     if BIAS:
         acc += tl.load(bias + matrix * n_size + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]
     if WEIGHTED:
@@ -170,6 +170,8 @@ def gated_forward(
     w_row = expert.to(tl.int64) * (2 * n_size) + real // 2 + (real % 2) * n_size
     step = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
+    if RANK > 0:
+        acc = lora_scale * low_rank(u, v, position, w_row, pair_ok, pair, n_size, rank, True, RANK)
     for k in range(0, k_size, BLOCK_K):
         k_ok = k + step < k_size
         rows = tl.load(x + (x_row * k_size)[:, None] + (k + step)[None, :], mask=k_ok[None, :], other=0.0)
@@ -178,8 +180,6 @@ def gated_forward(
             w_row, k, k_size, NF4, NESTED, BLOCK_K, dtype,
         )  # fmt: skip
         acc = tl.dot(rows, tl.trans(tile), acc)
-    if RANK > 0:
-        acc += lora_scale * low_rank(u, v, position, w_row, pair_ok, pair, n_size, rank, True, RANK)
     gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))
     ok = inside[:, None] & column_ok[None, :]
     place = (position * n_size)[:, None] + column[None, :]
@@ -251,6 +251,9 @@ def gated_backward(
     matrix = expert.to(tl.int64)
     step = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if RANK > 0:
+        v_row = matrix * rank + tl.arange(0, RANK)
+        acc = lora_scale * low_rank(u, v, position, v_row, column_ok, column, n_size, rank, False, RANK)
     for k in range(0, k_size, BLOCK_K):
         k_ok = k + step < k_size
         rows = tl.load(d_out + (d_row * k_size)[:, None] + (k + step)[None, :], mask=k_ok[None, :], other=0.0)
@@ -259,9 +262,6 @@ def gated_backward(
             matrix * k_size + tl.minimum(k + step, k_size - 1), n_tile * BLOCK_N, n_size, NF4, NESTED, BLOCK_N, dtype,
         )  # fmt: skip
         acc = tl.dot(rows, tile, acc)
-    if RANK > 0:
-        v_row = matrix * rank + tl.arange(0, RANK)
-        acc += lora_scale * low_rank(u, v, position, v_row, column_ok, column, n_size, rank, False, RANK)
     ok = inside[:, None] & column_ok[None, :]
     pair = (position * (2 * n_size))[:, None] + column[None, :]
     gate = tl.load(gate_up + pair, mask=ok, other=0.0).to(tl.float32)

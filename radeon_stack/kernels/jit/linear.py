@@ -94,6 +94,22 @@ def linear(
     column_ok = column < n_size
     step = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # The low-rank part first: afterwards it would need a second tile of accumulators beside the first.
+    if RANK > 0:
+        number = tl.arange(0, RANK)
+        number_ok = number < rank
+        low = tl.zeros((BLOCK_M, RANK), tl.float32)
+        for part in tl.range(0, SPLIT, num_stages=1):  # unrolled, all parts would be in registers at once
+            low += tl.load(partials + ((part * rows + row) * RANK)[:, None] + number[None, :])
+        rounded = low.to(dtype)
+        if n_tile == 0:
+            tl.store(u + (row * rank)[:, None] + number[None, :], rounded, mask=inside[:, None] & number_ok[None, :])
+        ok = number_ok[:, None] & column_ok[None, :]
+        if OVER_COLUMNS:
+            second = tl.load(factor + (column * rank)[None, :] + number[:, None], mask=ok, other=0.0)
+        else:
+            second = tl.load(factor + (number * n_size)[:, None] + column[None, :], mask=ok, other=0.0)
+        acc = scale * tl.dot(rounded, second.to(dtype))
     for k in range(0, k_size, BLOCK_K):
         k_ok = k + step < k_size
         values = tl.load(x + (row * k_size)[:, None] + (k + step)[None, :], mask=k_ok[None, :], other=0.0)
@@ -109,21 +125,6 @@ def linear(
                 tl.minimum(k + step, k_size - 1).to(tl.int64), n_tile * BLOCK_N, n_size, NF4, NESTED, BLOCK_N, dtype,
             )  # fmt: skip
             acc = tl.dot(values, tile, acc)
-    if RANK > 0:
-        number = tl.arange(0, RANK)
-        number_ok = number < rank
-        low = tl.zeros((BLOCK_M, RANK), tl.float32)
-        for part in tl.range(0, SPLIT, num_stages=1):  # unrolled, all parts would be in registers at once
-            low += tl.load(partials + ((part * rows + row) * RANK)[:, None] + number[None, :])
-        rounded = low.to(dtype)
-        if n_tile == 0:
-            tl.store(u + (row * rank)[:, None] + number[None, :], rounded, mask=inside[:, None] & number_ok[None, :])
-        ok = number_ok[:, None] & column_ok[None, :]
-        if OVER_COLUMNS:
-            second = tl.load(factor + (column * rank)[None, :] + number[:, None], mask=ok, other=0.0)
-        else:
-            second = tl.load(factor + (number * n_size)[:, None] + column[None, :], mask=ok, other=0.0)
-        acc += scale * tl.dot(rounded, second.to(dtype))
     if BIAS:
         acc += tl.load(bias + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]
     place = out + (row * n_size)[:, None] + column[None, :]
