@@ -12,13 +12,17 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Tile:
-    """A block of [m, n] outputs, reduced k at a time; `group` row tiles share their weights' way through the cache."""
+    """A block of [m, n] outputs, reduced k at a time; `group` row tiles share their weights' way through the cache.
+
+    ahead: NF4 is decoded a step before the matrix units need it.
+    """
 
     m: int
     n: int
     k: int
     warps: int
     stages: int
+    ahead: bool = False
     group: int = 8
 
 

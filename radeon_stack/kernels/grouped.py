@@ -267,6 +267,7 @@ def _launch(
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,
         "GROUP": tile.group,
+        "AHEAD": tile.ahead and isinstance(weight, NF4),
     }
     # Without fused multiply-add decoded values are bitsandbytes' to the bit.
     launch(

@@ -131,6 +131,7 @@ def _product(
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,
         "GROUP": tile.group,
+        "AHEAD": tile.ahead and nf4,
     }
     grid = (cdiv(rows, tile.m) * cdiv(n, tile.n), 1, 1)
     launch(linear, grid, arguments, constants, warps=tile.warps, stages=tile.stages, fp_fusion=not nf4)

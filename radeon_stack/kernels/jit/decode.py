@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from radeon_stack.kernels.jit.weights import NF4_BLOCK, lookup, nf4_scales
+from radeon_stack.kernels.jit.weights import NESTED_BLOCK, NF4_BLOCK, lookup, nf4_scale
 
 
 @triton.jit
@@ -27,9 +27,9 @@ def decode_blocks(
     half = first // 2 + tl.arange(0, BLOCK // 2)
     byte = tl.load(packed + half, mask=half < size // 2, other=0).to(tl.int32)
     values = tl.join(lookup(code, byte >> 4, NF4), lookup(code, byte, NF4))
-    block = first // NF4_BLOCK + tl.arange(0, BLOCK // NF4_BLOCK)
-    block = tl.minimum(block, size // NF4_BLOCK - 1)
-    scale = nf4_scales(absmax, nested_absmax, nested_code, nested_offset, block, NESTED)
+    block = tl.minimum(first // NF4_BLOCK + tl.arange(0, BLOCK // NF4_BLOCK), size // NF4_BLOCK - 1)
+    outer = tl.load(nested_absmax + block // NESTED_BLOCK) if NESTED else block
+    scale = nf4_scale(tl.load(absmax + block), outer, nested_code, nested_offset, NESTED)
     values = tl.reshape(tl.reshape(values, (BLOCK // NF4_BLOCK, NF4_BLOCK)) * scale[:, None], (BLOCK,))
     place = first + tl.arange(0, BLOCK)
     tl.store(out + place, values.to(out.dtype.element_ty), mask=place < size)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from radeon_stack.kernels.jit.product import multiply
 from radeon_stack.kernels.jit.tiles import find_tile, swizzle
-from radeon_stack.kernels.jit.weights import weight_tile
 
 
 @triton.jit
@@ -64,6 +64,7 @@ def grouped_matmul(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """out = x · wᵀ (OVER_COLUMNS; w: [E, N, K]) or x · w (w: [E, K, N]), + bias + lora_scale · u·v, times slot_weight.
 
@@ -85,28 +86,20 @@ def grouped_matmul(
     column = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = column < n_size
     matrix = expert.to(tl.int64)
-    step = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if RANK > 0:
         v_row = matrix * n_size + column if OVER_COLUMNS else matrix * rank + tl.arange(0, RANK)
         acc = lora_scale * low_rank(u, v, position, v_row, column_ok, column, n_size, rank, OVER_COLUMNS, RANK)
-    for k in range(0, k_size, BLOCK_K):
-        k_ok = k + step < k_size
-        rows = tl.load(x + (x_row * k_size)[:, None] + (k + step)[None, :], mask=k_ok[None, :], other=0.0)
-        if OVER_COLUMNS:
-            w_row = matrix * n_size + tl.minimum(column, n_size - 1)
-            tile = weight_tile(
-                w, absmax, code, nested_absmax, nested_code, nested_offset,
-                w_row, k, k_size, NF4, NESTED, BLOCK_K, dtype,
-            )  # fmt: skip
-            acc = tl.dot(rows, tl.trans(tile), acc)
-        else:
-            w_row = matrix * k_size + tl.minimum(k + step, k_size - 1)
-            tile = weight_tile(
-                w, absmax, code, nested_absmax, nested_code, nested_offset,
-                w_row, n_tile * BLOCK_N, n_size, NF4, NESTED, BLOCK_N, dtype,
-            )  # fmt: skip
-            acc = tl.dot(rows, tile, acc)
+    if OVER_COLUMNS:
+        acc = multiply(
+            acc, x, x_row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
+            matrix * n_size + tl.minimum(column, n_size - 1), 0, k_size, True, NF4, NESTED, AHEAD, BLOCK_K, BLOCK_K,
+        )  # fmt: skip
+    else:
+        acc = multiply(
+            acc, x, x_row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
+            matrix * k_size, n_tile * BLOCK_N, n_size, False, NF4, NESTED, AHEAD, BLOCK_K, BLOCK_N,
+        )  # fmt: skip
     if BIAS:
         acc += tl.load(bias + matrix * n_size + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]
     if WEIGHTED:
@@ -147,6 +140,7 @@ def gated_forward(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """hidden = silu(gate) · up, where [gate up] = x[slots // top_k] · wᵀ; w: [E, 2N, K], gate's rows first.
 
@@ -168,18 +162,13 @@ def gated_forward(
     pair_ok = pair < 2 * n_size
     real = tl.minimum(pair, 2 * n_size - 1)
     w_row = expert.to(tl.int64) * (2 * n_size) + real // 2 + (real % 2) * n_size
-    step = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
     if RANK > 0:
         acc = lora_scale * low_rank(u, v, position, w_row, pair_ok, pair, n_size, rank, True, RANK)
-    for k in range(0, k_size, BLOCK_K):
-        k_ok = k + step < k_size
-        rows = tl.load(x + (x_row * k_size)[:, None] + (k + step)[None, :], mask=k_ok[None, :], other=0.0)
-        tile = weight_tile(
-            w, absmax, code, nested_absmax, nested_code, nested_offset,
-            w_row, k, k_size, NF4, NESTED, BLOCK_K, dtype,
-        )  # fmt: skip
-        acc = tl.dot(rows, tl.trans(tile), acc)
+    acc = multiply(
+        acc, x, x_row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
+        w_row, 0, k_size, True, NF4, NESTED, AHEAD, BLOCK_K, BLOCK_K,
+    )  # fmt: skip
     gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))
     ok = inside[:, None] & column_ok[None, :]
     place = (position * n_size)[:, None] + column[None, :]
@@ -227,6 +216,7 @@ def gated_backward(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """Back through the down projection and the gate in one go.
 
@@ -249,19 +239,14 @@ def gated_backward(
     column = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = column < n_size
     matrix = expert.to(tl.int64)
-    step = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if RANK > 0:
         v_row = matrix * rank + tl.arange(0, RANK)
         acc = lora_scale * low_rank(u, v, position, v_row, column_ok, column, n_size, rank, False, RANK)
-    for k in range(0, k_size, BLOCK_K):
-        k_ok = k + step < k_size
-        rows = tl.load(d_out + (d_row * k_size)[:, None] + (k + step)[None, :], mask=k_ok[None, :], other=0.0)
-        tile = weight_tile(
-            w, absmax, code, nested_absmax, nested_code, nested_offset,
-            matrix * k_size + tl.minimum(k + step, k_size - 1), n_tile * BLOCK_N, n_size, NF4, NESTED, BLOCK_N, dtype,
-        )  # fmt: skip
-        acc = tl.dot(rows, tile, acc)
+    acc = multiply(
+        acc, d_out, d_row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
+        matrix * k_size, n_tile * BLOCK_N, n_size, False, NF4, NESTED, AHEAD, BLOCK_K, BLOCK_N,
+    )  # fmt: skip
     ok = inside[:, None] & column_ok[None, :]
     pair = (position * (2 * n_size))[:, None] + column[None, :]
     gate = tl.load(gate_up + pair, mask=ok, other=0.0).to(tl.float32)

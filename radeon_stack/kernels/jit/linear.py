@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from radeon_stack.kernels.jit.product import multiply
 from radeon_stack.kernels.jit.tiles import swizzle
-from radeon_stack.kernels.jit.weights import weight_tile
 
 
 @triton.jit(do_not_specialize=["rows", "rank"])
@@ -79,6 +79,7 @@ def linear(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """out = x · wᵀ + bias + scale · u · factorᵀ with OVER_COLUMNS; else x · w + scale · u · factor.
 
@@ -92,7 +93,6 @@ def linear(
     row = tl.minimum(row, rows - 1).to(tl.int64)
     column = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = column < n_size
-    step = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # The low-rank part first: afterwards it would need a second tile of accumulators beside the first.
     if RANK > 0:
@@ -110,21 +110,16 @@ def linear(
         else:
             second = tl.load(factor + (number * n_size)[:, None] + column[None, :], mask=ok, other=0.0)
         acc = scale * tl.dot(rounded, second.to(dtype))
-    for k in range(0, k_size, BLOCK_K):
-        k_ok = k + step < k_size
-        values = tl.load(x + (row * k_size)[:, None] + (k + step)[None, :], mask=k_ok[None, :], other=0.0)
-        if OVER_COLUMNS:
-            tile = weight_tile(
-                w, absmax, code, nested_absmax, nested_code, nested_offset,
-                tl.minimum(column, n_size - 1).to(tl.int64), k, k_size, NF4, NESTED, BLOCK_K, dtype,
-            )  # fmt: skip
-            acc = tl.dot(values, tl.trans(tile), acc)
-        else:
-            tile = weight_tile(
-                w, absmax, code, nested_absmax, nested_code, nested_offset,
-                tl.minimum(k + step, k_size - 1).to(tl.int64), n_tile * BLOCK_N, n_size, NF4, NESTED, BLOCK_N, dtype,
-            )  # fmt: skip
-            acc = tl.dot(values, tile, acc)
+    if OVER_COLUMNS:
+        acc = multiply(
+            acc, x, row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
+            tl.minimum(column, n_size - 1).to(tl.int64), 0, k_size, True, NF4, NESTED, AHEAD, BLOCK_K, BLOCK_K,
+        )  # fmt: skip
+    else:
+        acc = multiply(
+            acc, x, row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
+            tl.zeros((), tl.int64), n_tile * BLOCK_N, n_size, False, NF4, NESTED, AHEAD, BLOCK_K, BLOCK_N,
+        )  # fmt: skip
     if BIAS:
         acc += tl.load(bias + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]
     place = out + (row * n_size)[:, None] + column[None, :]

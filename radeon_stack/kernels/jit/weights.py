@@ -14,18 +14,47 @@ NESTED_BLOCK = tl.constexpr(256)  # absmax values that share one of their own: i
 
 
 @triton.jit
-def nf4_scales(absmax, nested_absmax, nested_code, nested_offset, index, NESTED: tl.constexpr):
-    """absmax of the blocks `index`, float32.
+def nf4_load(
+    w,
+    absmax,
+    nested_absmax,
+    row,
+    column,
+    columns,
+    NESTED: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """(bytes [R, WIDTH / 2], their scales [R, blocks], the scales' scales) of a tile of a row-major NF4 matrix.
 
-    Doubly quantised they are bytes: nested_code[byte] · nested_absmax[index / 256] + offset, rounded after each of the
-    two operations as bitsandbytes rounds (the launch turns fused multiply-add off).
+    row: int64 [R], rows counted over all experts, all of them real. Columns come in whole blocks of 64; those past the
+    end hold nothing of use. Not doubly quantised, the third is the second again.
+    """
+    span: tl.constexpr = WIDTH if WIDTH < NF4_BLOCK else NF4_BLOCK  # columns of the tile that share a scale
+    half = column // 2 + tl.arange(0, WIDTH // 2)
+    block = column // NF4_BLOCK + tl.arange(0, WIDTH // span)
+    index = (row * (columns // NF4_BLOCK))[:, None] + block[None, :]
+    place = (row * (columns // 2))[:, None] + half[None, :]
+    if WIDTH > NF4_BLOCK:  # narrower tiles never reach past the end
+        packed = tl.load(w + place, mask=(half < columns // 2)[None, :], other=0)
+        index = tl.where((block < columns // NF4_BLOCK)[None, :], index, 0)
+    else:
+        packed = tl.load(w + place)
+    scale = tl.load(absmax + index)
+    if NESTED:
+        return packed, scale, tl.load(nested_absmax + index // NESTED_BLOCK)
+    else:  # a constant condition: Triton compiles one branch alone only where there are two
+        return packed, scale, scale
+
+
+@triton.jit
+def nf4_scale(scale, outer, nested_code, nested_offset, NESTED: tl.constexpr):
+    """absmax, float32. Doubly quantised: nested_code[scale] · outer + offset, rounded after each of the two operations
+    as bitsandbytes rounds (the launch turns fused multiply-add off).
     """
     if NESTED:
-        byte = tl.load(absmax + index).to(tl.int32)
-        scale = tl.load(nested_code + byte) * tl.load(nested_absmax + index // NESTED_BLOCK)
-        return scale + tl.load(nested_offset)
-    else:  # a constant condition: Triton compiles one branch alone only where there are two
-        return tl.load(absmax + index)
+        return tl.load(nested_code + scale.to(tl.int32)) * outer + tl.load(nested_offset)
+    else:
+        return scale
 
 
 @triton.jit
@@ -75,6 +104,28 @@ def lookup(code, nibble, NF4: tl.constexpr):
 
 
 @triton.jit
+def nf4_decode(
+    packed,
+    scale,
+    outer,
+    code,
+    nested_code,
+    nested_offset,
+    NF4: tl.constexpr,
+    NESTED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """What nf4_load brought, decoded: [R, WIDTH] in `dtype`. Two values a byte, the first in its high half."""
+    span: tl.constexpr = WIDTH if WIDTH < NF4_BLOCK else NF4_BLOCK
+    wide = packed.to(tl.int32)
+    values = tl.join(lookup(code, wide >> 4, NF4), lookup(code, wide, NF4))
+    factor = nf4_scale(scale, outer, nested_code, nested_offset, NESTED)
+    values = tl.reshape(values, (packed.shape[0], WIDTH // span, span)) * factor[:, :, None]
+    return tl.reshape(values, (packed.shape[0], WIDTH)).to(dtype)
+
+
+@triton.jit
 def weight_tile(
     w,
     absmax,
@@ -90,26 +141,13 @@ def weight_tile(
     WIDTH: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """[rows, WIDTH] of a row-major matrix of `columns` columns, from column `column` on, in `dtype`.
+    """[R, WIDTH] of a row-major matrix of `columns` columns, from column `column` on, in `dtype`.
 
-    row: int64 [R], rows counted over all experts, all of them real. Columns past the end hold nothing of use (0 in
-    16 bit). NF4: two values a byte, the first in its high half; columns come in whole blocks of 64.
+    row: int64 [R], rows counted over all experts, all of them real. In 16 bit, columns past the end are 0.
     """
     if NF4 != DENSE:
-        span: tl.constexpr = WIDTH if WIDTH < NF4_BLOCK else NF4_BLOCK  # columns of the tile that share a scale
-        half = column // 2 + tl.arange(0, WIDTH // 2)
-        block = column // NF4_BLOCK + tl.arange(0, WIDTH // span)
-        index = (row * (columns // NF4_BLOCK))[:, None] + block[None, :]
-        place = (row * (columns // 2))[:, None] + half[None, :]
-        if WIDTH > NF4_BLOCK:  # narrower tiles never reach past the end: columns come in whole blocks
-            packed = tl.load(w + place, mask=(half < columns // 2)[None, :], other=0).to(tl.int32)
-            index = tl.where((block < columns // NF4_BLOCK)[None, :], index, 0)
-        else:
-            packed = tl.load(w + place).to(tl.int32)
-        values = tl.join(lookup(code, packed >> 4, NF4), lookup(code, packed, NF4))
-        scale = nf4_scales(absmax, nested_absmax, nested_code, nested_offset, index, NESTED)
-        values = tl.reshape(values, (row.shape[0], WIDTH // span, span)) * scale[:, :, None]
-        return tl.reshape(values, (row.shape[0], WIDTH)).to(dtype)
+        packed, scale, outer = nf4_load(w, absmax, nested_absmax, row, column, columns, NESTED, WIDTH)
+        return nf4_decode(packed, scale, outer, code, nested_code, nested_offset, NF4, NESTED, WIDTH, dtype)
     else:
         place = column + tl.arange(0, WIDTH)
         ok = (place < columns)[None, :]

@@ -1,0 +1,77 @@
+"""The loop that all products share: rows of activations times a tile of a weight, however it is stored."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from radeon_stack.kernels.jit.weights import NF4_BLOCK, nf4_decode, nf4_load, weight_tile
+
+
+@triton.jit
+def multiply(
+    acc,
+    x,
+    x_row,
+    k_size,
+    w,
+    absmax,
+    code,
+    nested_absmax,
+    nested_code,
+    nested_offset,
+    w_row,
+    column,
+    columns,
+    OVER_COLUMNS: tl.constexpr,
+    NF4: tl.constexpr,
+    NESTED: tl.constexpr,
+    AHEAD: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """acc + x[x_row, :k_size] · tile, in float32.
+
+    OVER_COLUMNS: the tile is wᵀ of the rows w_row (int64 [N], all real), `columns` is k_size and WIDTH is BLOCK_K.
+    Else it is WIDTH columns from `column` on of the k_size rows that begin with w_row (int64 scalar).
+    AHEAD: NF4 is decoded a step before it is used, while the matrix units work on the step before. It takes registers.
+    """
+    step = tl.arange(0, BLOCK_K)
+    dtype: tl.constexpr = x.dtype.element_ty
+    if AHEAD:
+        row, place = _tile_at(w_row, column, 0, k_size, OVER_COLUMNS, BLOCK_K, WIDTH)
+        packed, scale, outer = nf4_load(w, absmax, nested_absmax, row, place, columns, NESTED, WIDTH)
+        tile = nf4_decode(packed, scale, outer, code, nested_code, nested_offset, NF4, NESTED, WIDTH, dtype)
+        row, place = _tile_at(w_row, column, BLOCK_K, k_size, OVER_COLUMNS, BLOCK_K, WIDTH)
+        packed, scale, outer = nf4_load(w, absmax, nested_absmax, row, place, columns, NESTED, WIDTH)
+        for k in range(0, k_size, BLOCK_K):
+            k_ok = k + step < k_size
+            rows = tl.load(x + (x_row * k_size)[:, None] + (k + step)[None, :], mask=k_ok[None, :], other=0.0)
+            acc = tl.dot(rows, tl.trans(tile) if OVER_COLUMNS else tile, acc)
+            tile = nf4_decode(packed, scale, outer, code, nested_code, nested_offset, NF4, NESTED, WIDTH, dtype)
+            row, place = _tile_at(w_row, column, k + 2 * BLOCK_K, k_size, OVER_COLUMNS, BLOCK_K, WIDTH)
+            packed, scale, outer = nf4_load(w, absmax, nested_absmax, row, place, columns, NESTED, WIDTH)
+        return acc
+    else:
+        for k in range(0, k_size, BLOCK_K):
+            k_ok = k + step < k_size
+            rows = tl.load(x + (x_row * k_size)[:, None] + (k + step)[None, :], mask=k_ok[None, :], other=0.0)
+            row = w_row if OVER_COLUMNS else w_row + tl.minimum(k + step, k_size - 1)
+            tile = weight_tile(
+                w, absmax, code, nested_absmax, nested_code, nested_offset,
+                row, k if OVER_COLUMNS else column, columns, NF4, NESTED, WIDTH, dtype,
+            )  # fmt: skip
+            acc = tl.dot(rows, tl.trans(tile) if OVER_COLUMNS else tile, acc)
+        return acc
+
+
+@triton.jit
+def _tile_at(w_row, column, k, k_size, OVER_COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr):
+    """(rows, first column) of the tile at k; past the end the last one's, which is loaded and never used."""
+    if OVER_COLUMNS:
+        if WIDTH > NF4_BLOCK:  # loads of wide tiles are masked
+            return w_row, k
+        else:
+            return w_row, tl.multiple_of(tl.minimum(k, k_size - WIDTH), WIDTH)
+    else:
+        return w_row + tl.minimum(k + tl.arange(0, BLOCK_K), k_size - 1), column
