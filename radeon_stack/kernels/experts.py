@@ -116,7 +116,7 @@ class _GatedExperts(torch.autograd.Function):
         return combine(y, routing.top_k)[0]
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, slot_weight, gate_up, up_a, up_b, down_a, down_b, up_u, down_u = ctx.saved_tensors
         frozen: _Frozen = ctx.frozen
         routing, top_k = frozen.routing, frozen.routing.top_k
@@ -132,14 +132,14 @@ class _GatedExperts(torch.autograd.Function):
         )  # fmt: skip
         up_g = None if up_b is None else grouped.matmul(d_gate_up, up_b, routing, over_columns=False)
         d_x: Tensor | None = None
+        sums: Tensor | None = None
         if needs[0]:
             d_rows = grouped.matmul(
                 d_gate_up, frozen.gate_up, routing,
                 over_columns=False, scatter=True, low_rank=_low_rank(up_g, up_a, up_scale),
             )  # fmt: skip
-            d_x, d_slot_weight = combine(d_rows, top_k, parts, slot_weight.dtype)
-        else:
-            d_slot_weight = parts.sum(1).to(slot_weight.dtype)
+            d_x, sums = combine(d_rows, top_k, parts, slot_weight.dtype)
+        d_slot_weight = parts.sum(1).to(slot_weight.dtype) if sums is None else sums
         d_up = d_down = d_up_a = d_up_b = d_down_a = d_down_b = None
         if needs[2]:
             d_up = grouped.outer(d_gate_up, x, routing, b_gather=top_k)
@@ -196,7 +196,7 @@ class _GroupedLinear(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         layer: _Layer = ctx.layer
         routing, d_out = layer.routing, d_out.contiguous()

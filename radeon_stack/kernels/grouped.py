@@ -7,7 +7,7 @@ torch.nn.Linear stores it), else over its rows (x · w: the way back, or a trans
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from radeon_stack.kernels.nf4 import NF4, decode, lookup_of, pointers
 from radeon_stack.kernels.routing import Routing
 from radeon_stack.kernels.sizes import cdiv, next_power, padded_rank
 
-Weight = Tensor | NF4
+Weight: TypeAlias = Tensor | NF4
 
 
 @dataclass(frozen=True)

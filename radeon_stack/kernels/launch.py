@@ -1,6 +1,6 @@
 """Launching a kernel that is compiled already, without asking Triton's binder again.
 
-A training step at few tokens waits for the host: Triton 3.6's binder takes some 50 µs a launch (benchmarks/kernels.json),
+A training step at few tokens waits for the host: Triton 3.6's binder took some 50 µs a launch where it was measured,
 and a layer has ten of them. The first launch goes through it; the compiled kernel is then kept under what it was
 specialised for, and called as Triton's own tutorials call one.
 """
@@ -31,7 +31,10 @@ class Launcher:
         stages: int = 1,
         fp_fusion: bool = True,
     ) -> None:
-        """Launch on the first argument's device; an empty grid is nothing to do. `constants` are the kernel's constexpr parameters, in its order."""
+        """Launch on the first argument's device; an empty grid is nothing to do.
+
+        `constants` are the kernel's constexpr parameters, in its order.
+        """
         if 0 in grid:
             return
         device = arguments[0].device.index

@@ -65,7 +65,7 @@ class _NF4Linear(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, u = ctx.saved_tensors
         frozen: _Frozen = ctx.frozen
         d_out = d_out.contiguous()

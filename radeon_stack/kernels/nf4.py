@@ -88,7 +88,7 @@ def scales(matrix: NF4) -> Tensor:
 
 def with_float_scales(matrix: NF4) -> NF4:
     """The same values with their scales in float32: 0.5625 bytes a value for 0.516, and no look-up of a scale behind
-    another in the products' inner loop, which waits for it (benchmarks/kernels.json).
+    another in the products' inner loop, which waits for it (benchmarks/kernel_speed.json).
     """
     return replace(matrix, absmax=scales(matrix), nested_absmax=None, nested_code=None, nested_offset=None)
 

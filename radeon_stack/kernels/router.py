@@ -55,7 +55,7 @@ class _Router(torch.autograd.Function):
         return weight, index
 
     @staticmethod
-    def backward(ctx: Any, d_weight: Tensor, _: Any) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, d_weight: Tensor, _: Any) -> tuple[Tensor, None, None]:
         from radeon_stack.kernels.jit.routing import router_backward
 
         logits, index = ctx.saved_tensors

@@ -58,7 +58,7 @@ def route(index: Tensor, experts: int, *, partial: bool = False) -> Routing:
     launch(count_experts, (blocks, 1, 1), (index, counts, size), sizes, warps=8)
     constants = {"EXPERTS": experts, **sizes, "BLOCKS": chunk}
     launch(place_slots, (blocks, 1, 1), (index, counts, slots, offsets, size, blocks), constants, warps=8)
-    return Routing(slots, offsets, *index.shape, experts, partial)
+    return Routing(slots, offsets, index.shape[0], index.shape[1], experts, partial)
 
 
 def combine_reference(y: Tensor, top_k: int) -> Tensor:

@@ -64,7 +64,7 @@ class Layer:
     def truth(self) -> list[torch.Tensor]:
         """The same in float64, by the definition."""
         exact = {id(tensor): tensor.detach().double().requires_grad_() for tensor in self.trained}
-        matrices = [m if isinstance(m, NF4) else exact[id(m)] for m in self.matrices]
+        matrices: list[Any] = [m if isinstance(m, NF4) else exact[id(m)] for m in self.matrices]
         adapters = [Adapter(exact[id(one.a)], exact[id(one.b)], one.scale) for one in self.adapters]
         x, weight = exact[id(self.x)], exact[id(self.weight)]
         out = gated_experts_reference(x, self.index, weight, *matrices, *adapters)

@@ -13,7 +13,7 @@ from radeon_stack.kernels.interface import LORA, add_experts_lora, is_fused, pac
 from tests.kernels.helpers import distance
 
 transformers = pytest.importorskip("transformers", reason="needs the packages of the extra 'work'")
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -22,7 +22,7 @@ SMALL = {
     "head_dim": 32,
     "intermediate_size": 64,
 }
-MODELS = {
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3Moe", {"moe_intermediate_size": 64, "num_experts": 5, "num_experts_per_tok": 2}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt_oss": ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2}),

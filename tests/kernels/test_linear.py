@@ -26,7 +26,8 @@ def check(dtype: torch.dtype, rows: int, n: int, k: int, rank: int, *, double: b
     d_out = torch.randn_like(out)
     found = [out, *torch.autograd.grad(out, trained, d_out)]
     exact = [tensor.detach().double().requires_grad_() for tensor in trained]
-    wanted = nf4_linear_reference(exact[0], weight, *(exact[1:] if rank else (None, None)), 0.5, added)
+    exact_a, exact_b = exact[1:] if rank else (None, None)
+    wanted = nf4_linear_reference(exact[0], weight, exact_a, exact_b, 0.5, added)
     truth = [wanted, *torch.autograd.grad(wanted, exact, d_out.double())]
     for one, other in zip(found, truth, strict=True):
         assert distance(one, other) < LIMIT[dtype]

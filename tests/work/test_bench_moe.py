@@ -311,8 +311,8 @@ def test_the_linear_demo_runs_from_the_command_line(cli: Cli) -> None:
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    """benchmarks/kernels.py, under a name that nobody else has."""
-    path = Path(__file__).parents[2] / "benchmarks" / "kernels.py"
+    """benchmarks/kernel_speed.py, under a name that nobody else has."""
+    path = Path(__file__).parents[2] / "benchmarks" / "kernel_speed.py"
     spec = importlib.util.spec_from_file_location("benchmark_of_kernels", path)
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)

@@ -74,7 +74,6 @@ def grouped_matmul(
     expert, first, last = find_tile(offsets, m_tile, EXPERTS, PADDED, BLOCK_M)
     if expert >= EXPERTS:
         return
-    dtype = x.dtype.element_ty
     position = first + tl.arange(0, BLOCK_M)
     inside = position < last
     # Rows past the end repeat the last one: loads need no mask, and their results are not stored.
@@ -283,7 +282,7 @@ def grouped_outer(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out[e] = scale · aᵀ·b over the expert's rows: a weight's gradient, [E, N, K]. An expert without rows gets zeros."""
+    """out[e] = scale · aᵀ·b over the expert's rows: a weight's gradient, [E, N, K]; zeros for an expert without rows."""
     n_tile, k_tile, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin = tl.load(offsets + expert)
     end = tl.load(offsets + expert + 1)

@@ -1,6 +1,6 @@
 """Our kernels on the GPU that is here, against what people use today: the suites' figures, and what was aimed for.
 
-    PYTHONPATH=. python benchmarks/kernels.py --out kernels.json [--commit HASH] [--only ffn,seed,gating,linear]
+    PYTHONPATH=. python benchmarks/kernel_speed.py [--out FILE] [--commit HASH] [--only ffn,seed,gating,linear]
 
 Needs torch, triton, transformers, bitsandbytes and peft, and this folder's parent. `ffn` is Qwen3-30B-A3B's experts,
 `seed` the seed's grid against the eager loop, `gating` the router, `linear` an NF4 layer with LoRA; before them
@@ -100,7 +100,7 @@ def plan(*, smoke: bool) -> Iterator[Entry]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "kernels.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "kernel_speed.json")
     parser.add_argument("--commit", help="where this folder is no repository")
     parser.add_argument("--only", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
     parser.add_argument("--check", action="store_true", help="exit 7 where a target is missed")
