@@ -42,7 +42,8 @@ demo: setup  ## teach a 135M model a birthday on this CPU, in about two minutes
 	@$(BIN)/radeon-stack run train-llama --preset demo --engine local
 
 test: setup  ## every test this machine can run
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --ignore=tests/kernels
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
 
 lint: setup  ## ruff, mypy, and whether the locks are made from today's inputs
 	@$(BIN)/ruff check .

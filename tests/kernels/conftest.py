@@ -11,22 +11,29 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="needs the packages of the extra 'work'")
-pytest.importorskip("triton", reason="needs triton (the extra 'dev')")
-GPU = torch.cuda.is_available()
 
-if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 (make test sets it)", allow_module_level=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    from tests.kernels.helpers import GPU
+
+    if GPU or os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    for item in items:
+        if "tests/kernels/" in item.nodeid:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, or TRITON_INTERPRET=1 (make test sets it)"))
 
 
 @pytest.fixture
 def device() -> str:
-    return "cuda" if GPU else "cpu"
+    from tests.kernels.helpers import DEVICE
+
+    return DEVICE
 
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a kernel does not write is NaN, or a number that is no row of anything."""
+    import torch
+
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, _poisoning(getattr(torch, name)))
     torch.manual_seed(0)
@@ -34,6 +41,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def _poisoning(make: Any) -> Any:
+    import torch
+
     def made(*arguments: Any, **named: Any) -> Any:
         tensor = make(*arguments, **named)
         if tensor.is_floating_point():

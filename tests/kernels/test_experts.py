@@ -11,10 +11,8 @@ from radeon_stack.kernels import grouped
 from radeon_stack.kernels.experts import Adapter, gated_experts, gated_experts_reference
 from radeon_stack.kernels.nf4 import NF4, quantize
 from radeon_stack.kernels.routing import route
-from tests.kernels.conftest import GPU
-from tests.kernels.helpers import HALVES, distance
+from tests.kernels.helpers import DEVICE, HALVES, distance
 
-DEVICE = "cuda" if GPU else "cpu"
 LIMIT = {torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2, torch.float32: 1e-5}
 
 

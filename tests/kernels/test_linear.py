@@ -8,10 +8,8 @@ from hypothesis import strategies as st
 from radeon_stack.kernels import linear
 from radeon_stack.kernels.linear import nf4_linear, nf4_linear_reference
 from radeon_stack.kernels.nf4 import quantize
-from tests.kernels.conftest import GPU
-from tests.kernels.helpers import HALVES, distance
+from tests.kernels.helpers import DEVICE, HALVES, distance
 
-DEVICE = "cuda" if GPU else "cpu"
 LIMIT = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 

@@ -7,10 +7,7 @@ from hypothesis import strategies as st
 
 from radeon_stack.kernels.router import router, router_reference
 from radeon_stack.kernels.routing import combine, combine_reference, route, route_reference
-from tests.kernels.conftest import GPU
-from tests.kernels.helpers import HALVES, ULP, distance
-
-DEVICE = "cuda" if GPU else "cpu"
+from tests.kernels.helpers import DEVICE, HALVES, ULP, distance
 
 
 @settings(max_examples=30, deadline=None)

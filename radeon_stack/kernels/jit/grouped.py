@@ -282,7 +282,7 @@ def grouped_outer(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out[e] = scale · aᵀ·b over the expert's rows: a weight's gradient, [E, N, K]; zeros for an expert without rows."""
+    """out[e] = scale · aᵀ·b over the expert's rows: a weight's gradient [E, N, K]; zeros where it has none."""
     n_tile, k_tile, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin = tl.load(offsets + expert)
     end = tl.load(offsets + expert + 1)
