@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import kernels_page
+import speed_page
 
 from radeon_stack.host.checks import CHECKS
 from radeon_stack.host.known_issues import Issue, load_issues
@@ -22,7 +23,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether the pages are as they should be")
     check = parser.parse_args().check
-    for name, text in (("doctor.md", doctor()), ("probe.md", probe()), ("kernels.md", kernels_page.page())):
+    for name, text in (
+        ("doctor.md", doctor()),
+        ("probe.md", probe()),
+        ("kernels.md", kernels_page.page()),
+        ("kernel-speed.md", speed_page.page()),
+    ):
         page = ROOT / "docs" / name
         if not check:
             page.write_text(text, encoding="utf-8")

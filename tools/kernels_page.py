@@ -36,12 +36,14 @@ the binary tells what it needs. It does not tell how fast it is.
 With TRITON_CACHE_DIR=FOLDER a run by the same triton finds the last ones and does not compile: the launcher itself made
 the keys. The folder has to be writable, for what is not in it.
 
-Exit 7: a dot without matrix instructions, a spill in a default configuration, more than 64 KiB of LDS, or no binary.
+Exit 7: a dot without matrix instructions, vector registers or scratch memory spilt in a default configuration, more
+than 64 KiB of LDS, or no binary.
 
 - **matrix**: WMMA or MFMA instructions as they stand in the code.
 - **VGPR**: vector registers of a lane, of 256 that can be addressed (gfx942 and gfx950: 512, accumulation registers
-  included). **spills**: registers that did not fit and live in memory, `+…s` scalar ones. **scratch**: bytes of that
-  memory for each work-item.
+  included). **spills**: registers that did not fit and live in memory; `+…s`: scalar ones, which live in lanes of
+  vector registers, cost an instruction each way, and are told without being held against a kernel. **scratch**: bytes
+  of memory for each work-item.
 - **LDS**: bytes of a workgroup.
 - **waves/SIMD**: waves that a SIMD holds when it is full: of 16, on gfx942 and gfx950 of 8; from registers, LDS and
   workgroup size as [LLVM counts them](../radeon_stack/kernels/audit/chips.py), workgroups whole.
@@ -108,7 +110,7 @@ def _ours(record: Mapping[str, Any]) -> list[str]:
         lines = [[name, *(_cell(by_place.get((name, arch))) for arch in CHIPS)] for name in names]
         parts += [markdown_table(["kernel", *CHIPS], lines), ""]
         others = [row for row in rows if not row.get("default")]
-        spilling = sum(1 for row in others if row.get("vgpr_spills") or row.get("sgpr_spills"))
+        spilling = sum(1 for row in others if row.get("vgpr_spills"))
         if others:
             parts += [f"Besides the defaults, for tuning: {len(others)}, of which {spilling} spill.", ""]
         parts += [f"- {row['arch']} {row['name']}: {'; '.join(row['findings'])}" for row in failed]
@@ -118,7 +120,7 @@ def _ours(record: Mapping[str, Any]) -> list[str]:
 def _cell(row: Row | None) -> str:
     if row is None or "vgprs" not in row:
         return "–"
-    spills = row.get("vgpr_spills", 0) + row.get("sgpr_spills", 0)
+    spills = row.get("vgpr_spills", 0)
     cell = f"{sum(row.get('matrix', {}).values())} · {row['vgprs']} · {row['waves_per_simd']:g}"
     return f"{cell} ({spills} spilt)" if spills else cell
 

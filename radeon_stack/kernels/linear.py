@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from radeon_stack.kernels.configs import ADAPTER_STAGES, LOW_RANK_WARPS, decode_once, linear_tile, low_rank_split
+from radeon_stack.kernels.configs import ADAPTER_STAGES, LOW_RANK_WARPS, Tile, decode_once, linear_tile, low_rank_split
 from radeon_stack.kernels.grouped import Weight, family, weight_arguments
 from radeon_stack.kernels.launch import launch
 from radeon_stack.kernels.nf4 import NF4, decode, decode_reference, lookup_of
@@ -59,7 +59,7 @@ class _NF4Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, frozen: _Frozen) -> Tensor:
         x = x.contiguous()
-        out, u = _product(x, frozen.weight, a, b, frozen.scale, frozen.bias, over_columns=True)
+        out, u = product(x, frozen.weight, a, b, frozen.scale, frozen.bias, over_columns=True)
         ctx.save_for_backward(x if a is not None else None, a, b, u)
         ctx.frozen = frozen
         return out
@@ -70,7 +70,7 @@ class _NF4Linear(torch.autograd.Function):
         frozen: _Frozen = ctx.frozen
         d_out = d_out.contiguous()
         if ctx.needs_input_grad[0]:
-            d_x, g = _product(d_out, frozen.weight, b, a, frozen.scale, None, over_columns=False)
+            d_x, g = product(d_out, frozen.weight, b, a, frozen.scale, None, over_columns=False)
         else:
             d_x, g = None, d_out @ b.to(d_out.dtype)
         if a is None:
@@ -79,7 +79,7 @@ class _NF4Linear(torch.autograd.Function):
         return d_x, d_a, d_b, None
 
 
-def _product(
+def product(
     x: Tensor,
     weight: NF4,
     first: Tensor | None,
@@ -88,8 +88,13 @@ def _product(
     bias: Tensor | None,
     *,
     over_columns: bool,
+    tile: Tile | None = None,
+    once: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(x·wᵀ or x·w with the low-rank product added, the low-rank product's inner part)."""
+    """(x·wᵀ or x·w with scale · u·second added, u: x·first, [rows, rank]), one way of the layer.
+
+    Over columns, first is the adapter's a and second its b; else the other way round. `once`: decode w first.
+    """
     from radeon_stack.kernels.jit.linear import linear
 
     rows, k = x.shape
@@ -102,10 +107,10 @@ def _product(
         u = torch.empty((rows, rank), dtype=x.dtype, device=x.device)
         partials = _low_rank_partials(x, first, rank, split, over_columns=over_columns)
     matrix: Weight = weight
-    if decode_once(family(x.device), rows):
+    if decode_once(family(x.device), rows) if once is None else once:
         matrix = decode(weight, x.dtype)
     nf4 = isinstance(matrix, NF4)
-    tile = linear_tile(family(x.device), rows, nf4=nf4)
+    tile = tile or linear_tile(family(x.device), rows, nf4=nf4)
     arguments = (
         x,
         *weight_arguments(matrix),

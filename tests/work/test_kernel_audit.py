@@ -82,7 +82,7 @@ def test_a_good_kernel_has_matrix_instructions_and_no_findings(audited: Audited)
 def test_each_kind_of_bad_kernel_is_found(audited: Audited) -> None:
     assert "a dot without matrix instructions" in audited.findings("fp32")
     assert audited.findings("fp32", "gfx942") == [], "CDNA has them for float32"
-    assert re.fullmatch(r"spills \d+ VGPRs and \d+ SGPRs", audited.findings("spills")[0])
+    assert re.fullmatch(r"spills \d+ VGPRs, \d+ bytes of scratch memory", audited.findings("spills")[0])
     assert audited.findings("spills, not a default") == [] and audited.row("spills, not a default")["remarks"]
     assert re.fullmatch(r"\d+ bytes of LDS, more than 65536", audited.findings("too much LDS")[0])
     assert "store() got an unexpected keyword argument" in audited.findings("does not compile")[0]

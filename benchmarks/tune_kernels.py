@@ -1,0 +1,259 @@
+"""Times every tile that might serve, on the GPU that is here, and prints the table that `kernels/configs.py` should have.
+
+    PYTHONPATH=. python benchmarks/tune_kernels.py [--out FILE] [--only experts,linear] [--workers N]
+
+Sizes are Qwen3-30B-A3B's experts (128 of 2048 × 768, top 8) and an 8B model's linear layers. Kernels are compiled
+first, by several processes; then each candidate is timed as a captured graph (device time: a tile has nothing to do with the
+host), medians. The last lines are the choices; the JSON has every time. Choose by hand: a tile that wins by a hundredth
+here may lose elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":  # in the place of this folder: its file names are none of a library's business
+    sys.path[0] = str(ROOT)
+
+import torch  # noqa: E402
+
+from radeon_stack.kernels import grouped, linear, nf4, routing  # noqa: E402
+from radeon_stack.kernels.configs import Kind, Tile  # noqa: E402
+
+EXPERTS, WIDTH, INNER, TOP_K = 128, 2048, 768, 8
+TOKENS = {16: (128,), 32: (256,), 64: (512,), 128: (2048, 4096)}  # by the row block that they should fill
+KINDS: tuple[Kind, ...] = ("gated_forward", "forward", "gated_backward", "backward")
+LINEARS = ((4096, 4096), (4096, 14336), (14336, 4096))  # (out, in)
+ROWS = {16: (16,), 32: (32,), 64: (64,), 128: (128, 512)}
+ONCE = 1024  # rows at which a layer is decoded first
+RANK = 64
+REPEATS = 4
+
+
+# (n, k, warps, stages) that are tried
+HIP = ((32, 64, 4, 2), (32, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 4, 1))
+CUDA = ((64, 64, 4, 3), (64, 64, 8, 3), (64, 128, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 4, 2))
+CUDA_TALL = ((256, 64, 8, 3),)
+CUDA_FLAT = ((128, 128, 4, 2), (32, 128, 4, 3))
+
+
+def tiles(rows: int, *, nf4: bool, gated: bool) -> Iterator[Tile]:
+    """Candidates for a row block; those of the gate have half as many columns, twice."""
+    for m in (rows,) if rows < 128 else (64, 128):
+        blocks = HIP if torch.version.hip else CUDA + (CUDA_TALL if m == 128 else CUDA_FLAT)
+        for n, k, warps, stages in blocks:
+            tile = Tile(m, n // 2 if gated and n > 32 else n, k, warps, stages)
+            yield tile
+            if nf4:
+                yield replace(tile, ahead=True)
+
+
+def device_seconds(call: Callable[[], Any]) -> float:
+    """Median device time of a call, from replays of a captured graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(REPEATS):
+            call()
+    graph.replay()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(7)]
+    for begin, end in events:
+        begin.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return float(statistics.median(begin.elapsed_time(end) for begin, end in events)) / 1e3 / REPEATS
+
+
+class Experts:
+    """A layer's matrices, and a batch that is routed evenly."""
+
+    def __init__(self, experts: int) -> None:
+        up = torch.randn(experts, 2 * INNER, WIDTH, device="cuda", dtype=torch.bfloat16) * 0.02
+        down = torch.randn(experts, WIDTH, INNER, device="cuda", dtype=torch.bfloat16) * 0.02
+        packed = tuple(nf4.with_float_scales(nf4.quantize(matrix)) for matrix in (up, down))
+        self.matrices: dict[bool, tuple[Any, Any]] = {False: (up, down), True: (packed[0], packed[1])}
+
+    def batch(self, tokens: int, spread: int) -> None:
+        torch.manual_seed(tokens)
+        index = torch.stack([torch.randperm(spread, device="cuda")[:TOP_K] for _ in range(tokens)])
+        half = {"device": "cuda", "dtype": torch.bfloat16}
+        self.routing = routing.route(index, EXPERTS)
+        self.x, self.weight = torch.randn(tokens, WIDTH, **half), torch.rand(tokens, TOP_K, **half)
+        self.hidden = torch.randn(tokens * TOP_K, INNER, **half)
+        self.gate_up = torch.randn(tokens * TOP_K, 2 * INNER, **half)
+
+    def call(self, kind: Kind, packed: bool, tile: Tile) -> Any:
+        up, down = self.matrices[packed]
+        if kind == "gated_forward":
+            return grouped.gated_forward(self.x, up, self.routing, save=True, tile=tile)
+        if kind == "forward":
+            more = {"scatter": True, "slot_weight": self.weight}
+            return grouped.matmul(self.hidden, down, self.routing, tile=tile, **more)
+        if kind == "gated_backward":
+            return grouped.gated_backward(self.x, down, self.routing, self.weight, self.gate_up, tile=tile)
+        return grouped.matmul(self.gate_up, up, self.routing, over_columns=False, scatter=True, tile=tile)
+
+
+class Layer:
+    """A dense layer in NF4 with its adapter."""
+
+    def __init__(self, out: int, wide: int) -> None:
+        matrix = torch.randn(out, wide, device="cuda", dtype=torch.bfloat16) * 0.02
+        self.weight = nf4.with_float_scales(nf4.quantize(matrix))
+        self.a = torch.randn(RANK, wide, device="cuda") * 0.02
+        self.b = torch.randn(out, RANK, device="cuda") * 0.02
+
+    def batch(self, rows: int) -> None:
+        out, wide = self.weight.shape
+        self.x = torch.randn(rows, wide, device="cuda", dtype=torch.bfloat16)
+        self.d_out = torch.randn(rows, out, device="cuda", dtype=torch.bfloat16)
+
+    def call(self, forward: bool, once: bool, tile: Tile) -> Any:
+        x, first, second = (self.x, self.a, self.b) if forward else (self.d_out, self.b, self.a)
+        arguments = (x, self.weight, first, second, 1.0, None)
+        return linear.product(*arguments, over_columns=forward, tile=tile, once=once)
+
+
+def jobs(parts: list[str]) -> Iterator[tuple[Any, ...]]:
+    """(part, what, packed or once, row block, tile)"""
+    if "experts" in parts:
+        for packed in (True, False):
+            for kind in KINDS:
+                for rows in TOKENS:
+                    for tile in tiles(rows, nf4=packed, gated=kind == "gated_forward"):
+                        yield "experts", kind, packed, rows, tile
+    if "linear" in parts:
+        for forward in (True, False):
+            for rows in ROWS:
+                for tile in tiles(rows, nf4=True, gated=False):
+                    yield "linear", forward, False, rows, tile
+            for tile in tiles(128, nf4=False, gated=False):
+                yield "linear", forward, True, ONCE, tile
+
+
+def compile_share(share: list[tuple[Any, ...]]) -> None:
+    """Fill Triton's cache: small weights and batches, the same specialisation. What does not compile is met again."""
+    experts, layer = Experts(TOP_K), Layer(128, 256)
+    experts.batch(8, TOP_K)
+    for part, what, flag, rows, tile in share:
+        try:
+            if part == "experts":
+                experts.call(what, flag, tile)
+            else:
+                layer.batch(rows)
+                layer.call(what, flag, tile)
+            torch.cuda.synchronize()
+        except Exception as error:
+            print(f"{part} {what} {tile}: {str(error)[:80]}", file=sys.stderr)
+
+
+def measure(parts: list[str]) -> Iterator[dict[str, Any]]:
+    """A row a candidate and size."""
+    planned = list(jobs(parts))
+    if "experts" in parts:
+        experts = Experts(EXPERTS)
+        for rows, batches in TOKENS.items():
+            for tokens in batches:
+                experts.batch(tokens, EXPERTS)
+                for part, what, flag, block, tile in planned:
+                    if (part, block) == ("experts", rows):
+                        yield _row(part, what, flag, tokens, tile, partial(experts.call, what, flag, tile))
+        del experts
+    for out, wide in LINEARS if "linear" in parts else ():
+        layer = Layer(out, wide)
+        for rows, batches in {**ROWS, ONCE: (ONCE,)}.items():
+            for tokens in batches:
+                layer.batch(tokens)
+                for part, what, flag, block, tile in planned:
+                    if (part, block) == ("linear", rows):
+                        found = _row(part, what, flag, tokens, tile, partial(layer.call, what, flag, tile))
+                        yield {**found, "shape": [out, wide]}
+
+
+def _row(part: str, what: Any, flag: bool, tokens: int, tile: Tile, call: Callable[[], Any]) -> dict[str, Any]:
+    name = what if part == "experts" else "forward" if what else "backward"
+    row = {
+        "part": part,
+        "kind": name,
+        "nf4": flag if part == "experts" else not flag,
+        "rows": tokens,
+        "tile": asdict(tile),
+    }
+    try:
+        return {**row, "seconds": device_seconds(call)}
+    except Exception as error:
+        torch.cuda.synchronize()
+        return {**row, "seconds": None, "error": str(error)[:120]}
+
+
+def choices(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The best tiles of each size, beside how much worse the next are."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["seconds"]:
+            key = (row["part"], row["kind"], "nf4" if row["nf4"] else "16 bit", *row.get("shape", ()), row["rows"])
+            groups.setdefault(key, []).append(row)
+    for key, group in groups.items():
+        best = sorted(group, key=lambda row: float(row["seconds"]))[:3]
+        told = " | ".join(f"{1e3 * row['seconds']:.3f} {_tile(row['tile'])}" for row in best)
+        yield f"{' '.join(map(str, key)):<44} {told}"
+
+
+def _tile(tile: dict[str, Any]) -> str:
+    sizes = ",".join(str(tile[name]) for name in ("m", "n", "k", "warps", "stages"))
+    return f"({sizes}{',ahead' if tile['ahead'] else ''})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", default="experts,linear")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 2)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("a GPU is needed: what is timed here is the device alone")
+    parts, begun = arguments.only.split(","), time.monotonic()
+    todo = list(jobs(parts))
+    context = multiprocessing.get_context("spawn")
+    workers = [
+        context.Process(target=compile_share, args=(todo[first :: arguments.workers],))
+        for first in range(arguments.workers)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    print(f"{len(todo)} kernels compiled in {time.monotonic() - begun:.0f} s", file=sys.stderr)
+    rows = list(measure(parts))
+    card = torch.cuda.get_device_properties(0)
+    record = {
+        "card": {"name": card.name, "arch": getattr(card, "gcnArchName", f"sm_{card.major}{card.minor}")},
+        "versions": {name: version(name) for name in ("torch", "triton")},
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "rows": rows,
+    }
+    if arguments.out:
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(*choices(rows), sep="\n")
+    print(f"{card.name}, {len(rows)} timed in {time.monotonic() - begun:.0f} s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

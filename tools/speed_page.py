@@ -1,0 +1,104 @@
+"""docs/kernel-speed.md: how the kernels are used, and the figures of benchmarks/kernel_speed.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from radeon_stack.kernels.audit.table import markdown_table
+
+RECORD = Path(__file__).resolve().parent.parent / "benchmarks" / "kernel_speed.json"
+Row = Mapping[str, Any]
+
+HEAD = """<!-- written by tools/docs.py; edit what it reads -->
+# Our kernels: what they do, and how fast they were on a CUDA card
+
+```python
+from radeon_stack.kernels.interface import pack_experts, register
+
+register()                                                   # "radeon_grouped" and "radeon_nf4", for transformers
+model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="radeon_grouped")
+pack_experts(model)                                          # experts to NF4, by bitsandbytes, in place
+model.set_experts_implementation("radeon_nf4")               # read packed: never whole in 16 bit
+```
+
+- `kernels/experts.py`: mixture-of-experts layers over 16-bit or NF4 experts, gradients of everything, adapters an
+  expert. Sums have a fixed order: twice is the same to the bit. The host is never asked for a number.
+- `kernels/router.py`: softmax, the top experts and their weights, in one launch each way.
+- `kernels/linear.py`: an NF4 linear layer with a LoRA adapter.
+- `kernels/nf4.py`: decoded values are bitsandbytes' to the bit.
+
+Each stands beside a plain-torch reference that reads like its definition. One Triton source for CUDA and AMD.
+**On AMD GPUs it was compiled and its binaries read ([kernels.md](kernels.md)), and never run**: the figures below say
+nothing about a Radeon.
+"""
+
+
+def page() -> str:
+    """The page as Markdown."""
+    if not RECORD.is_file():
+        return HEAD
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    card, floor, versions = record["card"], record["floor"], record["versions"]
+    software = ", ".join(f"{name} {version}" for name, version in versions.items())
+    parts = [HEAD, f"## {card['name']}, {card['date'][:10]}", ""]
+    told = (
+        f"`benchmarks/kernel_speed.py` at commit {card['commit'][:7]}; {software}; driver {card['driver']}. Measured "
+        f"on that card first: {floor['bandwidth'] / 1e9:.0f} GB/s, {floor['matrix']['bfloat16'] / 1e12:.0f} TFLOP/s "
+        "in bf16. Medians of interleaved rounds, caches written over between them. *device* is a captured graph's "
+        "time: what is left when the host costs nothing."
+    )
+    parts += [told, ""]
+    for part, title, names in SECTIONS:
+        rows = [row for row in record["figures"] if row["part"] == part and row["case"]["dtype"] == "bfloat16"]
+        parts += [f"### {title}", "", _table(rows, names), ""]
+    parts += ["### The targets", "", *_verdicts(record["verdicts"]), ""]
+    return "\n".join(parts)
+
+
+SECTIONS = (
+    ("ffn", "Qwen3-30B-A3B's experts, forward and back to the input", ("seq",)),
+    ("seed", "The seed's grid: 64 experts of 1408, forward and back", ("batch", "seq")),
+    ("gating", "The router, forward and back", ("part", "seq", "experts")),
+    ("linear", "NF4 linear layers with LoRA of rank 64, forward and back", ("out", "in", "tokens")),
+)
+
+
+def _table(rows: Sequence[Row], names: Sequence[str]) -> str:
+    lines = []
+    for row in rows:
+        values = row["values"]
+        if "step_seconds" not in values:
+            continue
+        device = values.get("device_step_seconds")
+        lines.append(
+            (
+                *(str(row["case"][name]) for name in names),
+                row["implementation"],
+                f"{1000 * values['step_seconds']:.3g}",
+                f"{1000 * device:.3g}" if device else "–",
+                f"{values['step_of_floor']:.1f}"
+                + (f" ({device / values['step_floor_seconds']:.1f})" if device else ""),
+                f"{values['weights_bytes'] / 2**20:.0f}" if "weights_bytes" in values else "–",
+            )
+        )
+    return markdown_table(
+        (*names, "implementation", "ms", "device ms", "× of the floor (device)", "weights MiB"), lines
+    )
+
+
+def _verdicts(verdicts: Sequence[Row]) -> Iterator[str]:
+    targets = dict.fromkeys((one["target"], one["bound"], one["at_most"]) for one in verdicts)
+    for target, bound, at_most in targets:
+        mine = [one for one in verdicts if (one["target"], one["bound"]) == (target, bound)]
+        held = sum(one["holds"] for one in mine)
+        ratios = [one["ratio"] for one in mine]
+        span = f"{min(ratios):.2f}" if len(mine) == 1 else f"{min(ratios):.2f} to {max(ratios):.2f}"
+        told = "holds" if held == len(mine) else f"**does not hold in {len(mine) - held} of {len(mine)}**"
+        yield f"- {target} {'≤' if at_most else '≥'} {bound:g}: {told} ({span})"
+        for one in mine:
+            if not one["holds"]:
+                device = f", device {one['device']:.2f}" if one["device"] else ""
+                yield f"  - {one['ratio']:.2f}{device}: {one['case']}"
