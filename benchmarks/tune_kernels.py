@@ -3,9 +3,9 @@
     PYTHONPATH=. python benchmarks/tune_kernels.py [--out FILE] [--only experts,linear] [--workers N]
 
 Sizes are Qwen3-30B-A3B's experts (128 of 2048 × 768, top 8) and an 8B model's linear layers. Kernels are compiled
-first, by several processes; then each candidate is timed as a captured graph (device time: a tile has nothing to do with the
-host), medians. The last lines are the choices; the JSON has every time. Choose by hand: a tile that wins by a hundredth
-here may lose elsewhere.
+first, by several processes; then each candidate is timed as a captured graph (device time: a tile has nothing to do
+with the host), medians. The last lines are the choices; the JSON has every time. Choose by hand: a tile that wins by
+a hundredth here may lose elsewhere.
 """
 
 from __future__ import annotations
