@@ -1,4 +1,4 @@
-"""Times every tile that might serve, on the GPU that is here, and prints the table that `kernels/configs.py` should have.
+"""Times every tile that might serve, on the GPU that is here: what `kernels/configs.py` should have for it.
 
     PYTHONPATH=. python benchmarks/tune_kernels.py [--out FILE] [--only experts,linear] [--workers N]
 
