@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from radeon_stack.kernels import grouped
-from radeon_stack.kernels.grouped import LowRank, Weight
+from radeon_stack.kernels.grouped import LowRank, Weight, row_major
 from radeon_stack.kernels.nf4 import NF4, decode_reference
 from radeon_stack.kernels.routing import Routing, combine, route
 
@@ -70,21 +70,27 @@ def gated_experts(
     """
     routing = route(index, gate_up.shape[0], partial=partial)
     adapters = (gate_up_adapter, down_adapter)
-    factors = [factor for one in adapters for factor in ((one.a, one.b) if one else (None, None))]
+    factors = [
+        factor for one in adapters for factor in ((one.a.contiguous(), one.b.contiguous()) if one else (None, None))
+    ]
     scales = tuple(one.scale if one else 0.0 for one in adapters)
+    gate_up, down = row_major(gate_up), row_major(down)
     plain = tuple(None if isinstance(weight, NF4) else weight for weight in (gate_up, down))
-    out: Tensor = _GatedExperts.apply(x, slot_weight, *plain, *factors, _Frozen(routing, gate_up, down, scales))
+    trained = any(tensor.requires_grad for tensor in (x, slot_weight, *plain, *factors) if tensor is not None)
+    frozen = _Frozen(routing, gate_up, down, scales, trained and torch.is_grad_enabled())
+    out: Tensor = _GatedExperts.apply(x, slot_weight, *plain, *factors, frozen)
     return out
 
 
 @dataclass(frozen=True)
 class _Frozen:
-    """What has no gradient of its own."""
+    """What has no gradient of its own; `training`: what the way back needs is kept."""
 
     routing: Routing
     gate_up: Weight
     down: Weight
     scales: tuple[float, ...]
+    training: bool
 
 
 class _GatedExperts(torch.autograd.Function):
@@ -96,7 +102,7 @@ class _GatedExperts(torch.autograd.Function):
     ) -> Tensor:
         routing = frozen.routing
         x, slot_weight = x.contiguous(), slot_weight.contiguous()
-        training = any(ctx.needs_input_grad)
+        training = frozen.training
         up_u = None if up_a is None else grouped.matmul(x, up_a, routing, gather=routing.top_k)
         gate_up, hidden = grouped.gated_forward(
             x, frozen.gate_up, routing, save=training, low_rank=_low_rank(up_u, up_b, frozen.scales[0])
@@ -171,6 +177,7 @@ def grouped_linear(
     weight: [experts, N, K], or [experts, K, N] when `transposed`. x: [slots, K] sorted, or [tokens, K] with `by_token`.
     bias: [experts, N].
     """
+    weight, bias = row_major(weight), None if bias is None else bias.contiguous()
     plain = None if isinstance(weight, NF4) else weight
     out: Tensor = _GroupedLinear.apply(x, plain, bias, _Layer(routing, weight, transposed, by_token))
     return out

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from radeon_stack.errors import UsageError
 from radeon_stack.kernels.configs import Kind, Tile, grouped_tile
 from radeon_stack.kernels.launch import launch
 from radeon_stack.kernels.nf4 import NF4, decode, lookup_of, pointers
@@ -237,6 +238,18 @@ def decoded(weight: Weight, dtype: torch.dtype) -> Tensor:
 def m_tiles(routing: Routing, tile: Tile) -> int:
     """Row tiles there can be at most: each expert's last one may be part empty."""
     return min(cdiv(routing.size, tile.m) + routing.experts - 1, routing.size)
+
+
+def row_major(weight: Weight) -> Weight:
+    """The weight, whose rows lie one after the other: kernels take no strides. UsageError for a view that is not so:
+    a copy would be as large as the weight, and made at every step.
+    """
+    if isinstance(weight, Tensor) and not weight.is_contiguous():
+        raise UsageError(
+            f"a weight of shape {tuple(weight.shape)} with strides {weight.stride()}: the kernels take row-major ones",
+            remedy="weight.contiguous(), once; or pass it as the transposed one that it is",
+        )
+    return weight
 
 
 def weight_arguments(weight: Weight) -> tuple[Tensor, ...]:

@@ -44,6 +44,7 @@ def nf4_linear(
     are rounded to x's dtype as autocast would, and so their gradients are summed in float32 and never rounded.
     """
     rows = x.reshape(-1, x.shape[-1])
+    a, b, bias = (None if tensor is None else tensor.contiguous() for tensor in (a, b, bias))
     out: Tensor = _NF4Linear.apply(rows, a, b, _Frozen(weight, bias, scale))
     return out.view(*x.shape[:-1], out.shape[-1])
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from radeon_stack.errors import UsageError
 from radeon_stack.kernels import grouped
 from radeon_stack.kernels.experts import Adapter, gated_experts, gated_experts_reference
 from radeon_stack.kernels.nf4 import NF4, quantize
@@ -178,3 +180,62 @@ def test_a_tall_group_and_an_empty_one_through_every_tile(over_columns: bool) ->
         tile = Tile(m, 64, 32, 4, 1)
         found = grouped.matmul(x, matrix, routing, over_columns=over_columns, gather=1, scatter=True, tile=tile)
         assert distance(found, wanted) < LIMIT[torch.float16]
+
+
+@pytest.mark.parametrize("nf4", ["flat", "double"])
+def test_decoding_a_step_ahead_changes_no_bit(nf4: str) -> None:
+    from radeon_stack.kernels.configs import Tile
+
+    layer = Layer(torch.float16, nf4=nf4, tokens=21, width=192, inner=128)
+    up, down = layer.matrices
+    routing = route(layer.index, 4)
+    x = layer.x.detach()
+    for tile in (Tile(16, 64, 64, 4, 1), Tile(32, 64, 32, 4, 1), Tile(16, 64, 128, 4, 1), Tile(16, 128, 64, 4, 1)):
+        ahead = replace(tile, ahead=True)
+        for found, wanted in zip(
+            grouped.gated_forward(x, up, routing, save=True, tile=ahead),
+            grouped.gated_forward(x, up, routing, save=True, tile=tile),
+            strict=True,
+        ):
+            assert torch.equal(found, wanted)
+        rows = torch.randn(42, 256).half().to(DEVICE)
+        back = [grouped.matmul(rows, up, routing, over_columns=False, tile=one) for one in (ahead, tile)]
+        assert torch.equal(*back)
+        hidden = rows[:, :128].contiguous()
+        forth = [grouped.matmul(hidden, down, routing, tile=one) for one in (ahead, tile)]
+        assert torch.equal(*forth)
+
+
+def test_no_tokens_are_no_work_and_give_gradients_of_zero() -> None:
+    layer = Layer(torch.float16, rank=4)
+    out = gated_experts(layer.x[:0], layer.index[:0], layer.weight[:0], *layer.matrices, *layer.adapters)
+    assert out.shape == (0, 64)
+    trained = layer.trained[2:]
+    for gradient in torch.autograd.grad(out.sum(), trained):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_inputs_may_be_views_and_weights_may_not() -> None:
+    layer = Layer(torch.float16)
+    up, down = (matrix.detach() for matrix in layer.matrices)
+    wide = torch.randn(11, 128, device=DEVICE).half()
+    view = gated_experts(wide[:, ::2], layer.index.T.contiguous().T, layer.weight.detach(), up, down)
+    assert torch.equal(view, gated_experts(wide[:, ::2].contiguous(), layer.index, layer.weight.detach(), up, down))
+    turned = up.transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(UsageError, match="with strides"):
+        gated_experts(layer.x, layer.index, layer.weight, turned, down)
+
+
+def test_nothing_is_kept_for_a_way_back_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, forward = Layer(torch.float16), grouped.gated_forward
+    kept: list[bool] = []
+
+    def watched(*arguments: Any, save: bool, **more: Any) -> Any:
+        kept.append(save)
+        return forward(*arguments, save=save, **more)
+
+    monkeypatch.setattr(grouped, "gated_forward", watched)
+    with torch.no_grad():
+        gated_experts(layer.x, layer.index, layer.weight, *layer.matrices)
+    gated_experts(layer.x, layer.index, layer.weight, *layer.matrices)
+    assert kept == [False, True]
