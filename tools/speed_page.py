@@ -21,7 +21,7 @@ from radeon_stack.kernels.interface import pack_experts, register
 register()  # "radeon_grouped" and "radeon_nf4", for transformers
 model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="radeon_grouped")
 pack_experts(model)  # experts to NF4, by bitsandbytes, in place
-model.set_experts_implementation("radeon_nf4")  # read packed: never whole in 16 bit
+model.set_experts_implementation("radeon_nf4")  # read packed, decoded tile by tile
 ```
 
 - `kernels/experts.py`: mixture-of-experts layers over 16-bit or NF4 experts, gradients of everything, adapters an

@@ -65,7 +65,8 @@ def gated_experts(
 ) -> Tensor:
     """The same by grouped products: two forward, two back for x, and two more for each weight that is trained.
 
-    Nothing is read back by the host, sums have a fixed order, and NF4 experts are never whole in 16 bit.
+    Nothing is read back by the host and sums have a fixed order. NF4 experts are decoded tile by tile; where each has
+    very many rows, a matrix is decoded once a product (`configs.decode_experts_once`).
     `partial`: index may hold numbers of no expert here; those slots count as zero.
     """
     routing = route(index, gate_up.shape[0], partial=partial)
@@ -105,12 +106,16 @@ class _GatedExperts(torch.autograd.Function):
         training = frozen.training
         up_u = None if up_a is None else grouped.matmul(x, up_a, routing, gather=routing.top_k)
         gate_up, hidden = grouped.gated_forward(
-            x, frozen.gate_up, routing, save=training, low_rank=_low_rank(up_u, up_b, frozen.scales[0])
+            x,
+            grouped.for_rows(frozen.gate_up, routing, x.dtype),
+            routing,
+            save=training,
+            low_rank=_low_rank(up_u, up_b, frozen.scales[0]),
         )
         down_u = None if down_a is None else grouped.matmul(hidden, down_a, routing)
         y = grouped.matmul(
             hidden,
-            frozen.down,
+            grouped.for_rows(frozen.down, routing, x.dtype),
             routing,
             scatter=True,
             slot_weight=slot_weight,
@@ -133,7 +138,7 @@ class _GatedExperts(torch.autograd.Function):
         if down_b is not None:
             down_g = grouped.matmul(d_out, down_b, routing, over_columns=False, gather=top_k)
         d_gate_up, parts, weighted = grouped.gated_backward(
-            d_out, frozen.down, routing, slot_weight, gate_up,
+            d_out, grouped.for_rows(frozen.down, routing, d_out.dtype), routing, slot_weight, gate_up,
             save=needs[3] or down_a is not None, low_rank=_low_rank(down_g, down_a, down_scale),
         )  # fmt: skip
         up_g = None if up_b is None else grouped.matmul(d_gate_up, up_b, routing, over_columns=False)
@@ -141,7 +146,7 @@ class _GatedExperts(torch.autograd.Function):
         sums: Tensor | None = None
         if needs[0]:
             d_rows = grouped.matmul(
-                d_gate_up, frozen.gate_up, routing,
+                d_gate_up, grouped.for_rows(frozen.gate_up, routing, d_out.dtype), routing,
                 over_columns=False, scatter=True, low_rank=_low_rank(up_g, up_a, up_scale),
             )  # fmt: skip
             d_x, sums = combine(d_rows, top_k, parts, slot_weight.dtype)
@@ -199,7 +204,12 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
         ctx.layer, ctx.dtype, ctx.bias_dtype = layer, x.dtype, None if bias is None else bias.dtype
         return grouped.matmul(
-            x, layer.weight, layer.routing, over_columns=not layer.transposed, gather=gather, bias=bias
+            x,
+            grouped.for_rows(layer.weight, layer.routing, x.dtype),
+            layer.routing,
+            over_columns=not layer.transposed,
+            gather=gather,
+            bias=bias,
         )
 
     @staticmethod
@@ -210,7 +220,8 @@ class _GroupedLinear(torch.autograd.Function):
         gather = routing.top_k if layer.by_token else 0
         d_x = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
-            d_x = grouped.matmul(d_out, layer.weight, routing, over_columns=layer.transposed, scatter=layer.by_token)
+            weight = grouped.for_rows(layer.weight, routing, d_out.dtype)
+            d_x = grouped.matmul(d_out, weight, routing, over_columns=layer.transposed, scatter=layer.by_token)
             d_x = combine(d_x, routing.top_k)[0] if layer.by_token else d_x
         if ctx.needs_input_grad[1]:
             if layer.transposed:

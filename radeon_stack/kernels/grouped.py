@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from radeon_stack.errors import UsageError
-from radeon_stack.kernels.configs import Kind, Tile, grouped_tile
+from radeon_stack.kernels.configs import Kind, Tile, decode_experts_once, grouped_tile
 from radeon_stack.kernels.launch import launch
 from radeon_stack.kernels.nf4 import NF4, decode, lookup_of, pointers
 from radeon_stack.kernels.routing import Routing
@@ -230,9 +230,12 @@ def _rows(routing: Routing, width: int, like: Tensor) -> Tensor:
     return make((routing.size, width), dtype=like.dtype, device=like.device)
 
 
-def decoded(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The weight in 16 bit."""
-    return decode(weight, dtype) if isinstance(weight, NF4) else weight
+def for_rows(weight: Weight, routing: Routing, dtype: torch.dtype) -> Weight:
+    """The weight as a product over so many rows takes it best: packed ones in 16 bit where that is cheaper."""
+    mean = routing.size / routing.experts
+    if isinstance(weight, NF4) and decode_experts_once(family(weight.device), mean):
+        return decode(weight, dtype)
+    return weight
 
 
 def m_tiles(routing: Routing, tile: Tile) -> int:

@@ -206,6 +206,20 @@ def test_decoding_a_step_ahead_changes_no_bit(nf4: str) -> None:
         assert torch.equal(*forth)
 
 
+def test_experts_with_many_rows_are_decoded_once_and_give_the_same_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[float] = []
+
+    def always(_: str, mean: float) -> bool:
+        decoded.append(mean)
+        return True
+
+    monkeypatch.setattr(grouped, "decode_experts_once", always)
+    layer = Layer(torch.float16, nf4="double", rank=8)
+    for found, wanted in zip(layer.run(), layer.truth(), strict=True):
+        assert distance(found, wanted) < LIMIT[torch.float16]
+    assert decoded == [11 * 2 / 4] * 4
+
+
 def test_no_tokens_are_no_work_and_give_gradients_of_zero() -> None:
     layer = Layer(torch.float16, rank=4)
     out = gated_experts(layer.x[:0], layer.index[:0], layer.weight[:0], *layer.matrices, *layer.adapters)
