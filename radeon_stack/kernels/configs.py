@@ -34,6 +34,11 @@ def grouped_tile(family: str, kind: Kind, *, mean_rows: float, nf4: bool) -> Til
     return TILES[family, nf4, kind][row_block(1.5 * mean_rows)]  # routing is uneven: most experts' rows in one tile
 
 
+def full_precision_tile() -> Tile:
+    """For float32 operands, which take twice the room and are there to be right, not quick."""
+    return Tile(32, 32, 32, 4, 1)
+
+
 def row_block(rows: float) -> int:
     """16, 32, 64 or 128: the least that holds `rows`, if any does."""
     return next((block for block in (16, 32, 64) if rows <= block), 128)
@@ -66,6 +71,7 @@ def decode_once(family: str, rows: int) -> bool:
     return rows > DECODE_ONCE_ROWS[family]
 
 
+MAX_RANK = 128  # of adapters in a product's tile: more do not fit its registers (the audit tells)
 ADAPTER_STAGES = 2  # of the adapters' own small products
 LOW_RANK_WARPS = 8
 DECODE_EXPERTS_ONCE_ROWS = {"cuda": 192.0, "hip": float("inf")}

@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from radeon_stack.errors import UsageError
 from radeon_stack.kernels import grouped
+from radeon_stack.kernels.configs import MAX_RANK
 from radeon_stack.kernels.grouped import LowRank, Weight, row_major
 from radeon_stack.kernels.nf4 import NF4, decode_reference
 from radeon_stack.kernels.routing import Routing, combine, route
@@ -69,6 +72,7 @@ def gated_experts(
     very many rows, a matrix is decoded once a product (`configs.decode_experts_once`).
     `partial`: index may hold numbers of no expert here; those slots count as zero.
     """
+    _check_shapes(x, index, slot_weight, gate_up, down, gate_up_adapter, down_adapter)
     routing = route(index, gate_up.shape[0], partial=partial)
     adapters = (gate_up_adapter, down_adapter)
     factors = [
@@ -99,7 +103,16 @@ class _GatedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx: Any, x: Tensor, slot_weight: Tensor, _gate_up, _down, up_a, up_b, down_a, down_b, frozen: _Frozen
+        ctx: Any,
+        x: Tensor,
+        slot_weight: Tensor,
+        gate_up_matrix,
+        down_matrix,
+        up_a,
+        up_b,
+        down_a,
+        down_b,
+        frozen: _Frozen,
     ) -> Tensor:
         routing = frozen.routing
         x, slot_weight = x.contiguous(), slot_weight.contiguous()
@@ -122,23 +135,29 @@ class _GatedExperts(torch.autograd.Function):
             low_rank=_low_rank(down_u, down_b, frozen.scales[1]),
         )
         if training:
-            ctx.save_for_backward(x, slot_weight, gate_up, up_a, up_b, down_a, down_b, up_u, down_u)
-            ctx.frozen = frozen
+            # 16-bit weights are saved as tensors: a change in place is noticed, and offloading hooks see them.
+            ctx.save_for_backward(
+                x, slot_weight, gate_up, gate_up_matrix, down_matrix, up_a, up_b, down_a, down_b, up_u, down_u
+            )
+            ctx.routing, ctx.scales = frozen.routing, frozen.scales
+            ctx.packed = tuple(one if isinstance(one, NF4) else None for one in (frozen.gate_up, frozen.down))
         return combine(y, routing.top_k)[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, slot_weight, gate_up, up_a, up_b, down_a, down_b, up_u, down_u = ctx.saved_tensors
-        frozen: _Frozen = ctx.frozen
-        routing, top_k = frozen.routing, frozen.routing.top_k
-        up_scale, down_scale = frozen.scales
+        x, slot_weight, gate_up, up_matrix, down_matrix, up_a, up_b, down_a, down_b, up_u, down_u = ctx.saved_tensors
+        up_weight: Weight = ctx.packed[0] or up_matrix
+        down_weight: Weight = ctx.packed[1] or down_matrix
+        routing, top_k = ctx.routing, ctx.routing.top_k
+        up_scale, down_scale = ctx.scales
         needs = ctx.needs_input_grad
         d_out = d_out.contiguous()
         down_g = None
         if down_b is not None:
             down_g = grouped.matmul(d_out, down_b, routing, over_columns=False, gather=top_k)
         d_gate_up, parts, weighted = grouped.gated_backward(
-            d_out, grouped.for_rows(frozen.down, routing, d_out.dtype), routing, slot_weight, gate_up,
+            d_out, grouped.for_rows(down_weight, routing, d_out.dtype), routing, slot_weight, gate_up,
             save=needs[3] or down_a is not None, low_rank=_low_rank(down_g, down_a, down_scale),
         )  # fmt: skip
         up_g = None if up_b is None else grouped.matmul(d_gate_up, up_b, routing, over_columns=False)
@@ -146,7 +165,7 @@ class _GatedExperts(torch.autograd.Function):
         sums: Tensor | None = None
         if needs[0]:
             d_rows = grouped.matmul(
-                d_gate_up, grouped.for_rows(frozen.gate_up, routing, d_out.dtype), routing,
+                d_gate_up, grouped.for_rows(up_weight, routing, d_out.dtype), routing,
                 over_columns=False, scatter=True, low_rank=_low_rank(up_g, up_a, up_scale),
             )  # fmt: skip
             d_x, sums = combine(d_rows, top_k, parts, slot_weight.dtype)
@@ -198,11 +217,13 @@ class _Layer:
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, _weight: Tensor | None, bias: Tensor | None, layer: _Layer) -> Tensor:
+    def forward(ctx: Any, x: Tensor, matrix: Tensor | None, bias: Tensor | None, layer: _Layer) -> Tensor:
         x = x.contiguous()
         gather = layer.routing.top_k if layer.by_token else 0
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
-        ctx.layer, ctx.dtype, ctx.bias_dtype = layer, x.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, matrix)
+        ctx.packed = layer.weight if isinstance(layer.weight, NF4) else None
+        ctx.routing, ctx.transposed, ctx.by_token = layer.routing, layer.transposed, layer.by_token
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return grouped.matmul(
             x,
             grouped.for_rows(layer.weight, layer.routing, x.dtype),
@@ -213,18 +234,18 @@ class _GroupedLinear(torch.autograd.Function):
         )
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        layer: _Layer = ctx.layer
-        routing, d_out = layer.routing, d_out.contiguous()
-        gather = routing.top_k if layer.by_token else 0
+        x, matrix = ctx.saved_tensors
+        routing, d_out = ctx.routing, d_out.contiguous()
+        gather = routing.top_k if ctx.by_token else 0
         d_x = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
-            weight = grouped.for_rows(layer.weight, routing, d_out.dtype)
-            d_x = grouped.matmul(d_out, weight, routing, over_columns=layer.transposed, scatter=layer.by_token)
-            d_x = combine(d_x, routing.top_k)[0] if layer.by_token else d_x
+            weight = grouped.for_rows(ctx.packed or matrix, routing, d_out.dtype)
+            d_x = grouped.matmul(d_out, weight, routing, over_columns=ctx.transposed, scatter=ctx.by_token)
+            d_x = combine(d_x, routing.top_k)[0] if ctx.by_token else d_x
         if ctx.needs_input_grad[1]:
-            if layer.transposed:
+            if ctx.transposed:
                 d_weight = grouped.outer(x, d_out, routing, a_gather=gather)
             else:
                 d_weight = grouped.outer(d_out, x, routing, b_gather=gather)
@@ -232,6 +253,33 @@ class _GroupedLinear(torch.autograd.Function):
             ones = d_out.new_ones((routing.size, 1))
             d_bias = grouped.outer(d_out, ones, routing, dtype=ctx.bias_dtype).squeeze(2)
         return d_x, d_weight, d_bias, None
+
+
+def _check_shapes(
+    x: Tensor,
+    index: Tensor,
+    slot_weight: Tensor,
+    gate_up: Weight,
+    down: Weight,
+    gate_up_adapter: Adapter | None,
+    down_adapter: Adapter | None,
+) -> None:
+    experts, rows, width = gate_up.shape
+    wanted = {
+        "x": (x, (index.shape[0], width)),
+        "slot_weight": (slot_weight, index.shape),
+        "down": (down, (experts, width, rows // 2)),
+    }
+    for name, weight, adapter in (("gate_up", gate_up, gate_up_adapter), ("down", down, down_adapter)):
+        if adapter is not None:
+            rank = adapter.a.shape[1]
+            if rank > MAX_RANK:
+                raise UsageError(f"adapters of rank {rank} an expert", remedy=f"up to {MAX_RANK} fit a tile")
+            wanted[f"{name}_adapter.a"] = (adapter.a, (experts, rank, weight.shape[2]))
+            wanted[f"{name}_adapter.b"] = (adapter.b, (experts, weight.shape[1], rank))
+    for name, (tensor, shape) in wanted.items():
+        if tuple(tensor.shape) != tuple(shape):
+            raise UsageError(f"{name} is {tuple(tensor.shape)}, where {tuple(shape)} belongs")
 
 
 def _low_rank(u: Tensor | None, v: Tensor | None, scale: float) -> LowRank | None:

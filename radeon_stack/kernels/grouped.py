@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from radeon_stack.errors import UsageError
-from radeon_stack.kernels.configs import Kind, Tile, decode_experts_once, grouped_tile
+from radeon_stack.kernels.configs import Kind, Tile, decode_experts_once, full_precision_tile, grouped_tile
 from radeon_stack.kernels.launch import launch
 from radeon_stack.kernels.nf4 import NF4, decode, lookup_of, pointers
 from radeon_stack.kernels.routing import Routing
@@ -39,8 +39,10 @@ def family(device: torch.device) -> str:
     return "hip" if torch.version.hip is not None and device.type == "cuda" else "cuda"
 
 
-def tile_for(kind: Kind, weight: Weight, routing: Routing) -> Tile:
-    """The tile of a product over this weight and these rows."""
+def tile_for(kind: Kind, weight: Weight, routing: Routing, dtype: torch.dtype) -> Tile:
+    """The tile of a product of rows of `dtype` with this weight."""
+    if dtype == torch.float32:
+        return full_precision_tile()
     mean = routing.size / routing.experts
     return grouped_tile(family(weight.device), kind, mean_rows=mean, nf4=isinstance(weight, NF4))
 
@@ -64,7 +66,7 @@ def matmul(
     k = x.shape[1]
     n = weight.shape[1] if over_columns else weight.shape[2]
     out = _rows(routing, n, x)
-    tile = tile or tile_for("forward" if over_columns else "backward", weight, routing)
+    tile = tile or tile_for("forward" if over_columns else "backward", weight, routing, x.dtype)
     tiles = m_tiles(routing, tile)
 
     rank = low_rank.u.shape[1] if low_rank else 0
@@ -110,7 +112,7 @@ def gated_forward(
     from radeon_stack.kernels.jit.grouped import gated_forward as kernel
 
     n, k = weight.shape[1] // 2, x.shape[1]
-    tile = tile or tile_for("gated_forward", weight, routing)
+    tile = tile or tile_for("gated_forward", weight, routing, x.dtype)
     tiles = m_tiles(routing, tile)
     gate_up = torch.empty((routing.size if save else 0, 2 * n), dtype=x.dtype, device=x.device)
     hidden = torch.empty((routing.size, n), dtype=x.dtype, device=x.device)
@@ -159,7 +161,7 @@ def gated_backward(
     from radeon_stack.kernels.jit.grouped import gated_backward as kernel
 
     k, n = weight.shape[1], weight.shape[2]
-    tile = tile or tile_for("gated_backward", weight, routing)
+    tile = tile or tile_for("gated_backward", weight, routing, d_out.dtype)
     tiles = m_tiles(routing, tile)
     d_gate_up = torch.empty_like(gate_up)
     make = torch.zeros if routing.partial else torch.empty  # a slot of no expert is written by nobody

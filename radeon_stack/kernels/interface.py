@@ -1,8 +1,8 @@
 """Our kernels in transformers: `experts_implementation="radeon_grouped"` and `"radeon_nf4"`.
 
 They are registered in transformers' own ExpertsInterface, so they serve every model that uses it (Qwen3-MoE, Mixtral,
-gpt-oss …) and touch no model's code. 4-bit experts are bitsandbytes' parametrised parameters: saved and loaded as it
-does, but read packed, where its own forward would decode all experts at every access.
+gpt-oss …) and touch no model's code. 4-bit experts are bitsandbytes' parametrised parameters, read packed where its own
+forward would decode all experts at every access. A packed model can be copied and moved, and not yet saved and loaded.
 """
 
 from __future__ import annotations
@@ -38,17 +38,18 @@ def pack_experts(model: nn.Module, *, double: bool = False) -> int:
     """
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
+    found = [(module, name) for module in model.modules() for name in _matrices(module)]
+    for module, name in found:  # all are looked at before the first is changed
+        width = getattr(module, name).shape[-1]
+        if width % BLOCK:
+            raise UsageError(
+                f"{type(module).__name__}.{name}: rows of {width} values are no whole blocks of {BLOCK}",
+                remedy="keep these experts in 16 bit",
+            )
     values = 0
-    for module in list(model.modules()):
-        for name in _matrices(module):
-            matrix = getattr(module, name)
-            if matrix.shape[-1] % BLOCK:
-                raise UsageError(
-                    f"{type(module).__name__}.{name}: rows of {matrix.shape[-1]} values are no whole blocks of {BLOCK}",
-                    remedy="keep these experts in 16 bit",
-                )
-            values += matrix.numel()
-            replace_parameter_4bit(module, name, compress_statistics=double, quant_type="nf4", blocksize=BLOCK)
+    for module, name in found:
+        values += getattr(module, name).numel()
+        replace_parameter_4bit(module, name, compress_statistics=double, quant_type="nf4", blocksize=BLOCK)
     return values
 
 
@@ -78,19 +79,33 @@ def add_experts_lora(model: nn.Module, rank: int, alpha: float) -> list[ExpertsL
 
     UsageError for layers whose gate is their own: the products there take no adapters.
     """
-    added = []
-    for module in list(model.modules()):
-        if not _is_experts(module):
-            continue
+    layers = [module for module in model.modules() if _is_experts(module)]
+    for module in layers:
         if not is_fused(module):
             raise UsageError(
                 f"{type(module).__name__}: adapters for its experts are not there yet",
                 remedy="adapt its attention alone",
             )
+        if hasattr(module, LORA):
+            raise UsageError(
+                f"{type(module).__name__} has adapters already", remedy="train those, or delete them first"
+            )
+    added = []
+    for module in layers:
         lora = ExpertsLora(module, rank, alpha)
         module.add_module(LORA, lora)
+        module.register_forward_pre_hook(_uses_adapters)
         added.append(lora)
     return added
+
+
+def _uses_adapters(module: Any, _: Any) -> None:
+    chosen = module.config._experts_implementation
+    if chosen not in (GROUPED, PACKED):
+        raise UsageError(
+            f"{type(module).__name__} has adapters, and experts_implementation={chosen!r} would pass them by",
+            remedy=f"model.set_experts_implementation({GROUPED!r}) or {PACKED!r}",
+        )
 
 
 def radeon_grouped(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -127,7 +142,7 @@ def is_fused(module: nn.Module) -> bool:
 def _forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     up_name, down_name = _names(module)
     up, down = _weight(module, up_name), _weight(module, down_name)
-    x = hidden.to(up.dtype)  # under autocast a norm hands on float32
+    x = hidden.to(_computed_in(hidden, up))
     partial = bool(module._is_expert_parallel)
     lora = getattr(module, LORA, None)
     if is_fused(module):
@@ -141,6 +156,12 @@ def _forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Ten
     y = grouped_linear(y, down, routing, bias=next(bias), transposed=transposed)
     y = module.post_expert_norm(y) if module.has_post_expert_norm else y
     return _weighted_sum(y, weights, routing).to(hidden.dtype)
+
+
+def _computed_in(hidden: Tensor, weight: Weight) -> torch.dtype:
+    """The weight's dtype (a norm may hand on float32), or autocast's where it is on."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def _weighted_sum(y: Tensor, weights: Tensor, routing: Routing) -> Tensor:
@@ -173,8 +194,11 @@ def _matrices(module: nn.Module) -> list[str]:
 def _weight(module: Any, name: str) -> Weight:
     """[experts, rows, columns], packed where bitsandbytes has parametrised it."""
     parametrised = getattr(module, "parametrizations", {})
-    if name not in parametrised:
-        matrix: Tensor = getattr(module, name)
+    steps: Any = parametrised[name] if name in parametrised else ()  # noqa: SIM401 - a ModuleDict has no get
+    if len(steps) != 1 or not hasattr(steps[0], "quant_state"):
+        matrix: Tensor = getattr(module, name)  # somebody else's parametrisation, PEFT's say, is its own affair
         return matrix
-    found = parametrised[name]
-    return from_bitsandbytes(found.original, found[0].quant_state)
+    packed, state = steps.original, steps[0].quant_state
+    if state.absmax.device != packed.device:  # module.to() moves parameters, and not what bitsandbytes keeps
+        state.to(packed.device)
+    return from_bitsandbytes(packed, state)

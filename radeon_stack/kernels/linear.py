@@ -7,8 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from radeon_stack.kernels.configs import ADAPTER_STAGES, LOW_RANK_WARPS, Tile, decode_once, linear_tile, low_rank_split
+from radeon_stack.errors import UsageError
+from radeon_stack.kernels.configs import (
+    ADAPTER_STAGES,
+    LOW_RANK_WARPS,
+    MAX_RANK,
+    Tile,
+    decode_once,
+    full_precision_tile,
+    linear_tile,
+    low_rank_split,
+)
 from radeon_stack.kernels.grouped import Weight, family, weight_arguments
 from radeon_stack.kernels.launch import launch
 from radeon_stack.kernels.nf4 import NF4, decode, decode_reference, lookup_of
@@ -43,6 +54,11 @@ def nf4_linear(
     Gradients go to x, a and b; weight and bias are frozen. a and b may be float32 (a trainer's master weights): they
     are rounded to x's dtype as autocast would, and so their gradients are summed in float32 and never rounded.
     """
+    if x.shape[-1] != weight.shape[1]:
+        raise UsageError(f"x is {tuple(x.shape)}, and the layer takes rows of {weight.shape[1]}")
+    if a is not None and b is not None and a.shape[0] > MAX_RANK:  # more than a tile's registers hold
+        low = (x @ a.to(x.dtype).T) @ b.to(x.dtype).T
+        return nf4_linear(x, weight, bias=bias) + scale * low
     rows = x.reshape(-1, x.shape[-1])
     a, b, bias = (None if tensor is None else tensor.contiguous() for tensor in (a, b, bias))
     out: Tensor = _NF4Linear.apply(rows, a, b, _Frozen(weight, bias, scale))
@@ -66,6 +82,7 @@ class _NF4Linear(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, u = ctx.saved_tensors
         frozen: _Frozen = ctx.frozen
@@ -111,7 +128,9 @@ def product(
     if decode_once(family(x.device), rows) if once is None else once:
         matrix = decode(weight, x.dtype)
     nf4 = isinstance(matrix, NF4)
-    tile = tile or linear_tile(family(x.device), rows, nf4=nf4)
+    if tile is None:
+        wide = x.dtype == torch.float32
+        tile = full_precision_tile() if wide else linear_tile(family(x.device), rows, nf4=nf4)
     arguments = (
         x,
         *weight_arguments(matrix),

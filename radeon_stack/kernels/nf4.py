@@ -55,6 +55,7 @@ def from_bitsandbytes(packed: Tensor, state: Any) -> NF4:
         )
     if state.shape[-1] % BLOCK:
         raise UsageError(f"rows of {state.shape[-1]} values: blocks of {BLOCK} would run over their ends")
+    packed = packed.view(torch.uint8)  # bitsandbytes can keep its bytes as numbers of another type (quant_storage)
     if not state.nested:
         return NF4(packed, state.absmax, state.code, torch.Size(state.shape), state.dtype)
     if state.state2.blocksize != NESTED_BLOCK:

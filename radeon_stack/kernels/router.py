@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from radeon_stack.kernels.launch import launch
 from radeon_stack.kernels.sizes import cdiv, next_power
@@ -55,6 +56,7 @@ class _Router(torch.autograd.Function):
         return weight, index
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_weight: Tensor, _: Any) -> tuple[Tensor, None, None]:
         from radeon_stack.kernels.jit.routing import router_backward
 

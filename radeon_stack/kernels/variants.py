@@ -1,7 +1,8 @@
 """Every form in which our kernels are launched on AMD GPUs: what the audit compiles and a warm cache holds.
 
-Configurations come from the tables that launches read, so none is compiled here that does not run, and none runs that
-is not compiled here. Types and alignments are those of the launches: bf16 throughout, float16 for a middle tile.
+Configurations come from the tables that launches read: none is compiled here that does not run. Types and alignments
+are those of the launches: bf16 throughout, float16 for a middle tile; adapters of the usual and the largest rank; the
+128 experts of Qwen3-30B-A3B. Not here: float32, for which RDNA has no matrix instructions, and other numbers of experts.
 """
 
 from __future__ import annotations
@@ -51,6 +52,10 @@ def _experts() -> Iterator[Variant]:
             middle = tiles[MIDDLE]
             rank = {"RANK": RANK, **({"SAVE": True} if "SAVE" in constants else {})}
             yield _grouped(f"experts {kind} {stored} rank {RANK}", kernel, stored, middle, {**constants, **rank})
+            largest = {**rank, "RANK": configs.MAX_RANK}
+            yield _grouped(
+                f"experts {kind} {stored} rank {configs.MAX_RANK}", kernel, stored, middle, {**constants, **largest}
+            )
             yield _grouped(f"experts {kind} {stored} fp16", kernel, stored, middle, {**constants, "RANK": 0}, "*fp16")
         middle = configs.TILES[FAMILY, True, kind][MIDDLE]
         yield _grouped(f"experts {kind} nf4 double", kernel, "nf4 double", middle, {**constants, "RANK": 0})
@@ -77,6 +82,8 @@ def _dense() -> Iterator[Variant]:
         common = {"OVER_COLUMNS": over, "BIAS": False, "RANK": DENSE_RANK, "SPLIT": configs.low_rank_split(64)}
         for rows, tile in configs.LINEAR[FAMILY].items():
             yield _linear(f"dense {way} nf4 rows {rows}", "nf4", tile, common)
+        largest = {**common, "RANK": configs.MAX_RANK}
+        yield _linear(f"dense {way} nf4 rank {configs.MAX_RANK}", "nf4", configs.LINEAR[FAMILY][MIDDLE], largest)
         yield _linear(f"dense {way} nf4 double", "nf4 double", configs.LINEAR[FAMILY][MIDDLE], common)
         decoded = configs.linear_tile(FAMILY, 4096, nf4=False)
         yield _linear(f"dense {way} decoded", "16 bit", decoded, {**common, "SPLIT": configs.low_rank_split(4096)})

@@ -253,3 +253,57 @@ def test_nothing_is_kept_for_a_way_back_that_there_is_not(monkeypatch: pytest.Mo
         gated_experts(layer.x, layer.index, layer.weight, *layer.matrices)
     gated_experts(layer.x, layer.index, layer.weight, *layer.matrices)
     assert kept == [False, True]
+
+
+def test_a_weight_that_is_changed_before_the_way_back_is_noticed() -> None:
+    layer = Layer(torch.float16)
+    out = gated_experts(layer.x, layer.index, layer.weight, *layer.matrices)
+    with torch.no_grad():
+        layer.matrices[0].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_the_second_derivative_is_refused_and_not_wrong() -> None:
+    layer = Layer(torch.float32)
+    out = gated_experts(layer.x, layer.index, layer.weight, *layer.matrices)
+    (gradient,) = torch.autograd.grad(out.square().sum(), layer.x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_it_gives_the_same_gradients_to_the_bit(reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    layer = Layer(torch.float16, nf4="flat", rank=4)
+    plain = gated_experts(layer.x, layer.index, layer.weight, *layer.matrices, *layer.adapters)
+    d_out = torch.randn_like(plain)
+    wanted = torch.autograd.grad(plain, layer.trained, d_out)
+
+    def run(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return gated_experts(x, layer.index, weight, *layer.matrices, *layer.adapters)
+
+    for tensor in layer.trained:
+        tensor.grad = None
+    checkpoint(run, layer.x, layer.weight, use_reentrant=reentrant).backward(d_out)
+    for tensor, gradient in zip(layer.trained, wanted, strict=True):
+        assert tensor.grad is not None
+        assert torch.equal(tensor.grad, gradient)
+
+
+def test_what_does_not_belong_together_is_refused_by_name() -> None:
+    layer = Layer(torch.float16, rank=4)
+    up, down = (matrix.detach() for matrix in layer.matrices)
+    first, second = layer.adapters
+    with pytest.raises(UsageError, match=r"x is \(11, 32\), where \(11, 64\) belongs"):
+        gated_experts(layer.x[:, :32], layer.index, layer.weight, up, down)
+    with pytest.raises(UsageError, match=r"slot_weight is \(11, 1\)"):
+        gated_experts(layer.x, layer.index, layer.weight[:, :1], up, down)
+    with pytest.raises(UsageError, match=r"down is \(4, 32, 64\)"):
+        gated_experts(layer.x, layer.index, layer.weight, up, down[:, :32].contiguous())
+    with pytest.raises(UsageError, match=r"gate_up_adapter.a is \(2, 4, 64\)"):
+        gated_experts(layer.x, layer.index, layer.weight, up, down, replace(first, a=second.a[:2]), second)
+    wide = Adapter(torch.zeros(4, 129, 64, device=DEVICE), torch.zeros(4, 128, 129, device=DEVICE), 1.0)
+    with pytest.raises(UsageError, match="rank 129"):
+        gated_experts(layer.x, layer.index, layer.weight, up, down, wide)

@@ -93,6 +93,55 @@ def test_adapters_begin_with_no_effect_and_get_all_the_gradients(model: Any) -> 
     assert all(gradients[name].norm() > 0 for name in gradients if name.endswith("_b"))
 
 
+def test_adapters_are_not_passed_by_without_a_word(model: Any) -> None:
+    layer = next(module for module in model.modules() if hasattr(module, "down_proj") and hasattr(module, "has_gate"))
+    if not is_fused(layer):
+        return
+    add_experts_lora(model, 4, 8.0)
+    with pytest.raises(UsageError, match="would pass them by"):
+        step(model, "eager")
+    with pytest.raises(UsageError, match="has adapters already"):
+        add_experts_lora(model, 4, 8.0)
+
+
+def test_experts_of_another_rank_count_as_nothing(model: Any) -> None:
+    layer = next(module for module in model.modules() if hasattr(module, "down_proj") and hasattr(module, "has_gate"))
+    experts = layer.down_proj.shape[0]
+    hidden = torch.randn(6, 64, device=layer.down_proj.device)
+    index = torch.tensor([[0, 1], [1, experts], [experts, experts], [2, 0], [experts, 2], [3, 1]], device=hidden.device)
+    weights = torch.rand(6, 2, device=hidden.device).masked_fill(index == experts, 0.0)
+    layer._is_expert_parallel = True
+    found = {}
+    for name in ("grouped_mm", "radeon_grouped"):
+        model.set_experts_implementation(name)
+        found[name] = layer(hidden, index, weights)
+    assert distance(found["radeon_grouped"], found["grouped_mm"]) < 1e-5
+
+
+def test_under_autocast_it_computes_in_autocasts_type(model: Any) -> None:
+    layer = next(module for module in model.modules() if hasattr(module, "down_proj") and hasattr(module, "has_gate"))
+    hidden = torch.randn(6, 64, device=layer.down_proj.device)
+    index = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0], [0, 2], [1, 3]], device=hidden.device)
+    weights = torch.rand(6, 2, device=hidden.device)
+    model.set_experts_implementation("radeon_grouped")
+    wanted = layer(hidden, index, weights)
+    with torch.autocast(hidden.device.type, torch.float16):
+        found = layer(hidden, index, weights)
+    assert found.dtype == hidden.dtype
+    assert 1e-6 < distance(found, wanted) < 2e-3
+
+
+def test_nothing_is_packed_where_not_all_can_be() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(**{**SMALL, "intermediate_size": 80}, num_local_experts=2, num_experts_per_tok=1)
+    model = MixtralForCausalLM._from_config(config)
+    before = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    with pytest.raises(UsageError, match="no whole blocks"):
+        pack_experts(model)
+    assert {name: parameter.dtype for name, parameter in model.named_parameters()} == before
+
+
 def test_odd_widths_cannot_be_packed_and_are_named() -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from radeon_stack.errors import UsageError
 from radeon_stack.kernels import linear
 from radeon_stack.kernels.linear import nf4_linear, nf4_linear_reference
 from radeon_stack.kernels.nf4 import quantize
@@ -69,3 +70,18 @@ def test_an_input_without_a_gradient_still_trains_the_adapter(device: str) -> No
     assert a.grad is not None
     assert b.grad is not None
     assert a.grad.isfinite().all()
+
+
+def test_a_long_reduction_is_split_and_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "low_rank_split", lambda _: 2)
+    check(torch.float16, 9, 64, 448, 8, double=False, bias=False)  # 7 blocks in two parts: 4 and 3
+
+
+def test_a_rank_that_fits_no_tile_is_added_beside(device: str) -> None:
+    check(torch.float16, 5, 64, 64, 130, double=True, bias=False)
+
+
+def test_a_row_of_another_width_is_refused(device: str) -> None:
+    weight = quantize(torch.randn(64, 128, device=device).half())
+    with pytest.raises(UsageError, match=r"x is \(5, 64\), and the layer takes rows of 128"):
+        nf4_linear(torch.randn(5, 64, device=device).half(), weight)

@@ -45,6 +45,24 @@ def test_packed_weights_are_a_quarter_and_say_so(device: str) -> None:
     assert with_float_scales(quantize(matrix)).nbytes < 0.29 * matrix.nbytes
 
 
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
+def test_bytes_that_bitsandbytes_keeps_as_numbers_are_read_as_bytes(storage: torch.dtype, device: str) -> None:
+    matrix = torch.randn(8, 128, device=device).half()
+    packed, state = quantize_4bit(matrix, blocksize=64, quant_type="nf4", quant_storage=storage)
+    assert packed.dtype == storage
+    assert torch.equal(decode(from_bitsandbytes(packed, state)), dequantize_4bit(packed, state))
+
+
+def test_a_scale_that_is_nan_spoils_its_own_row_alone_in_a_product(device: str) -> None:
+    from radeon_stack.kernels.linear import nf4_linear
+
+    weight = quantize(torch.randn(64, 192, device=device).half(), double=False)
+    weight.absmax[0] = float("nan")
+    out = nf4_linear(torch.randn(3, 192, device=device).half(), weight)
+    assert out[:, 0].isnan().all()
+    assert out[:, 1:].isfinite().all()
+
+
 def test_what_the_kernels_cannot_read_is_refused_by_name() -> None:
     matrix = torch.randn(4, 128)
     with pytest.raises(UsageError, match="fp4 in blocks of 64"):

@@ -39,7 +39,7 @@ def test_slots_of_no_expert_are_left_out(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
 def test_combine_adds_a_tokens_slots_and_the_parts_beside_them(dtype: torch.dtype, device: str) -> None:
-    y, parts = torch.randn(13 * 3, 70, device=device).to(dtype), torch.randn(13 * 3, 5, device=device)
+    y, parts = torch.randn(13 * 3, 700, device=device).to(dtype), torch.randn(13 * 3, 5, device=device)
     found, sums = combine(y, 3, parts, dtype)
     assert distance(found, combine_reference(y, 3)) <= ULP[dtype]
     assert sums is not None

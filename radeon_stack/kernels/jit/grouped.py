@@ -21,11 +21,11 @@ def low_rank(u, v, position, row, row_ok, column, columns, rank, OVER_COLUMNS: t
     left = tl.load(u + (position * rank)[:, None] + part[None, :], mask=ok[None, :], other=0.0)
     if OVER_COLUMNS:
         right = tl.load(v + (row * rank)[:, None] + part[None, :], mask=row_ok[:, None] & ok[None, :], other=0.0)
-        return tl.dot(left, tl.trans(right.to(left.dtype)))
+        return tl.dot(left, tl.trans(right.to(left.dtype)), input_precision="ieee")
     else:
         here = (column < columns)[None, :] & ok[:, None]
         right = tl.load(v + (row * columns)[:, None] + column[None, :], mask=here, other=0.0)
-        return tl.dot(left, right.to(left.dtype))
+        return tl.dot(left, right.to(left.dtype), input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["m_tiles", "top_k", "rank"])
@@ -301,6 +301,6 @@ def grouped_outer(
             b_row = tl.load(slots + position, mask=ok, other=0).to(tl.int64) // b_top_k
         left = tl.load(a + (a_row * n_size)[:, None] + n[None, :], mask=ok[:, None] & n_ok[None, :], other=0.0)
         right = tl.load(b + (b_row * k_size)[:, None] + k[None, :], mask=ok[:, None] & k_ok[None, :], other=0.0)
-        acc = tl.dot(tl.trans(left), right, acc)
+        acc = tl.dot(tl.trans(left), right, acc, input_precision="ieee")
     place = out + expert.to(tl.int64) * n_size * k_size + (n * k_size)[:, None] + k[None, :]
     tl.store(place, (scale * acc).to(out.dtype.element_ty), mask=n_ok[:, None] & k_ok[None, :])

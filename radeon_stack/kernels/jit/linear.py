@@ -45,8 +45,8 @@ def low_rank_partials(
         else:
             place = (step * rank)[:, None] + number[None, :]
             tile = tl.load(factor + place, mask=ok[:, None] & number_ok[None, :], other=0.0)
-        acc = tl.dot(values, tile.to(x.dtype.element_ty), acc)
-    place = ((part * rows + row) * RANK)[:, None] + number[None, :]
+        acc = tl.dot(values, tile.to(x.dtype.element_ty), acc, input_precision="ieee")
+    place = ((part.to(tl.int64) * rows + row) * RANK)[:, None] + number[None, :]
     tl.store(partials + place, acc, mask=inside[:, None])
 
 
@@ -109,7 +109,7 @@ def linear(
             second = tl.load(factor + (column * rank)[None, :] + number[:, None], mask=ok, other=0.0)
         else:
             second = tl.load(factor + (number * n_size)[:, None] + column[None, :], mask=ok, other=0.0)
-        acc = scale * tl.dot(rounded, second.to(dtype))
+        acc = scale * tl.dot(rounded, second.to(dtype), input_precision="ieee")
     if OVER_COLUMNS:
         acc = multiply(
             acc, x, row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
@@ -164,7 +164,7 @@ def adapter_gradients(
         row = row.to(tl.int64)
         left = tl.load(wide + (row * size)[:, None] + column[None, :], mask=ok[:, None] & column_ok[None, :], other=0.0)
         right = tl.load(narrow + (row * rank)[:, None] + part[None, :], mask=ok[:, None] & part_ok[None, :], other=0.0)
-        acc = tl.dot(tl.trans(left), right, acc)
+        acc = tl.dot(tl.trans(left), right, acc, input_precision="ieee")
     acc = scale * acc
     ok = column_ok[:, None] & part_ok[None, :]
     if for_a:

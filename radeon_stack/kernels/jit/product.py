@@ -30,7 +30,7 @@ def multiply(
     BLOCK_K: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """acc + x[x_row, :k_size] · tile, in float32.
+    """acc + x[x_row, :k_size] · tile, in float32; float32 operands are multiplied as such, not in TF32.
 
     OVER_COLUMNS: the tile is wᵀ of the rows w_row (int64 [N], all real), `columns` is k_size and WIDTH is BLOCK_K.
     Else it is WIDTH columns from `column` on of the k_size rows that begin with w_row (int64 scalar).
@@ -47,7 +47,7 @@ def multiply(
         for k in range(0, k_size, BLOCK_K):
             k_ok = k + step < k_size
             rows = tl.load(x + (x_row * k_size)[:, None] + (k + step)[None, :], mask=k_ok[None, :], other=0.0)
-            acc = tl.dot(rows, tl.trans(tile) if OVER_COLUMNS else tile, acc)
+            acc = tl.dot(rows, tl.trans(tile) if OVER_COLUMNS else tile, acc, input_precision="ieee")
             tile = nf4_decode(packed, scale, outer, code, nested_code, nested_offset, NF4, NESTED, WIDTH, dtype)
             row, place = _tile_at(w_row, column, k + 2 * BLOCK_K, k_size, OVER_COLUMNS, BLOCK_K, WIDTH)
             packed, scale, outer = nf4_load(w, absmax, nested_absmax, row, place, columns, NESTED, WIDTH)
@@ -61,7 +61,7 @@ def multiply(
                 w, absmax, code, nested_absmax, nested_code, nested_offset,
                 row, k if OVER_COLUMNS else column, columns, NF4, NESTED, WIDTH, dtype,
             )  # fmt: skip
-            acc = tl.dot(rows, tl.trans(tile) if OVER_COLUMNS else tile, acc)
+            acc = tl.dot(rows, tl.trans(tile) if OVER_COLUMNS else tile, acc, input_precision="ieee")
         return acc
 
 

@@ -36,7 +36,9 @@ def nf4_load(
     place = (row * (columns // 2))[:, None] + half[None, :]
     if WIDTH > NF4_BLOCK:  # narrower tiles never reach past the end
         packed = tl.load(w + place, mask=(half < columns // 2)[None, :], other=0)
-        index = tl.where((block < columns // NF4_BLOCK)[None, :], index, 0)
+        # Past the end the row's last scale stands in: if that is NaN, so is what the row gives.
+        last = (row + 1) * (columns // NF4_BLOCK) - 1
+        index = tl.minimum(index, last[:, None])
     else:
         packed = tl.load(w + place)
     scale = tl.load(absmax + index)
