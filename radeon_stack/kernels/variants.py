@@ -2,7 +2,7 @@
 
 Configurations come from the tables that launches read: none is compiled here that does not run. Types and alignments
 are those of the launches: bf16 throughout, float16 for a middle tile; adapters of the usual and the largest rank; the
-128 experts of Qwen3-30B-A3B. Not here: float32, for which RDNA has no matrix instructions, and other numbers of experts.
+128 experts of Qwen3-30B-A3B. Not here: float32, for which RDNA has no matrix instructions, and other experts.
 """
 
 from __future__ import annotations
