@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +92,15 @@ def test_a_library_of_cuda_is_told(site: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_no_triton_or_two_or_one_without_amd_are_told(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch, "triton")
+    # An environment that has what is laid down and nothing else: a developer's has a triton of its own.
+    monkeypatch.setattr(checks, "guarded", lambda: guarded(list(distributions(path=[str(site)]))))
+    monkeypatch.setattr(checks, "find_spec", lambda name: (site / name.replace(".", "/")).is_dir() or None)
     told = described("rocm7.1.1-gfx1201")
     assert "0 distributions of triton" in outcome("triton", told).detail
     lay_down(site, "triton", "3.5.1")
-    (site / "triton" / "backends").mkdir(parents=True)
-    for package in ("triton", "triton/backends"):
-        (site / package / "__init__.py").write_text("")
     assert "has no backend for AMD" in outcome("triton", told).detail
+    (site / "triton" / "backends" / "amd").mkdir(parents=True)
+    assert outcome("triton", told).state == "ok"
     lay_down(site, "pytorch-triton-rocm", "3.5.1")
     assert "2 distributions of triton: pytorch-triton-rocm, triton" in outcome("triton", told).detail
 
