@@ -14,8 +14,8 @@ LARGEST = 1e30  # what lies beyond has diverged and would leave the rest of the 
 TICKS = 5
 
 BAR, GAP, HEAD = 16, 6, 22  # pixels: a bar, below it, a group's title
-NAME_WIDTH, TEXT_WIDTH = 132, 150  # left and right of the bars
-NAME_LENGTH = 20
+NAME_WIDTH, TEXT_WIDTH = 176, 150  # left and right of the bars
+NAME_LENGTH = 24
 
 Point = tuple[float, float]
 
