@@ -12,6 +12,7 @@ import os
 import shutil
 import stat
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ pytestmark = [pytest.mark.engine]
 UID = 1000
 SOFTWARE = "/opt/radeon-stack"
 ROUNDS = 8
+ATTEMPTS, THERE_ALREADY = 5, 9  # 9: useradd's and groupadd's word for an account that is there
 TWINS = {"null": 3, "zero": 5, "full": 7, "random": 8, "urandom": 9}  # of /dev/mem's major number, 1
 IMPORT = "tar --create --files-from /dev/null | docker import {labels} - radeon-stack/train:rocm7.1.1-gfx1201"
 LABELS = {"kind": "train", "platform": "rocm7.1.1-gfx1201", "rocm": "7.1.1", "gfx": "gfx1201"}
@@ -82,8 +84,16 @@ def settle_in(root: Path) -> None:
         ["useradd", "--create-home", "--uid", str(UID), "--shell", "/bin/bash", "me"],
         ["groupadd", "--system", "--gid", str(RENDER), "render"],
     ):
-        subprocess.run(["chroot", str(root), *command], check=False, capture_output=True)
+        # The files of accounts are locked by whoever touches them, a package's script say: as a person would, again.
+        for attempt in range(ATTEMPTS):
+            time.sleep(attempt)
+            done = subprocess.run(["chroot", str(root), *command], check=False, capture_output=True, text=True)
+            if done.returncode in (0, THERE_ALREADY):
+                break
+        else:
+            pytest.fail(f"{' '.join(command)} → {done.returncode}: {done.stderr}")
     assert f"render:x:{RENDER}:" in (root / "etc/group").read_text()
+    assert (root / "home/me").is_dir()
     (root / "etc/sudoers.d/me").write_text("me ALL=(ALL) NOPASSWD: ALL\n")
 
 
