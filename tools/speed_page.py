@@ -47,7 +47,8 @@ def page() -> str:
     told = (
         f"`benchmarks/kernel_speed.py` at commit {card['commit'][:7]}; {software}; driver {card['driver']}. Measured "
         f"on that card first: {floor['bandwidth'] / 1e9:.0f} GB/s, {floor['matrix']['bfloat16'] / 1e12:.0f} TFLOP/s "
-        "in bf16. Medians of interleaved rounds, caches written over between them. *device* is a captured graph's "
+        "in bf16. The kernels are that commit's. "
+        "Medians of interleaved rounds, caches written over between them. *device* is a captured graph's "
         "time: what is left when the host costs nothing."
     )
     parts += [told, ""]

@@ -59,9 +59,11 @@ def low_rank_split(rows: int) -> int:
 def decode_experts_once(family: str, mean_rows: float) -> bool:
     """Whether packed experts are decoded to 16 bit before a product, since many tiles would each decode them again.
 
-    One matrix of the layer is then in 16 bit for the time of one product. From the times of one H100 (128 experts of
-    2048 × 768; a step's 16-bit products, and 1.08 ms for decoding both matrices twice, beside the packed products):
-    at 256 rows an expert 3.24 ms against 3.57, at 128 rows 2.54 against 2.25. On AMD nothing was measured: never.
+    One matrix of the layer is then in 16 bit for the time of one product. The bound is an estimate from an H100's
+    device times (benchmarks/kernel_speed.json: 128 experts of 2048 × 768) and was not itself timed: decoding both
+    matrices for both directions moves 3.1 GB, 1.04 ms at the card's 2973 GB/s. At 256 rows an expert a step's 16-bit
+    products take 2.16 ms, with it 3.20, and the packed ones 3.57; at 128 rows 1.46, 2.50 and 2.25. On AMD there is
+    nothing to estimate from: never.
     """
     return mean_rows > DECODE_EXPERTS_ONCE_ROWS[family]
 
@@ -71,11 +73,11 @@ def decode_once(family: str, rows: int) -> bool:
     return rows > DECODE_ONCE_ROWS[family]
 
 
-MAX_RANK = 128  # of adapters in a product's tile: more do not fit its registers (the audit tells)
+MAX_RANK = 128  # of adapters in a product's tile: up to here the audit finds no spills
 ADAPTER_STAGES = 2  # of the adapters' own small products
 LOW_RANK_WARPS = 8
 DECODE_EXPERTS_ONCE_ROWS = {"cuda": 192.0, "hip": float("inf")}
-DECODE_ONCE_ROWS = {"cuda": 128, "hip": 512}
+DECODE_ONCE_ROWS = {"cuda": 128, "hip": 512}  # not timed as such yet: benchmarks/tune_kernels.py has both ways
 LINEAR = {
     "cuda": {
         16: Tile(16, 64, 128, 4, 3),

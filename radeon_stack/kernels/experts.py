@@ -102,16 +102,16 @@ class _GatedExperts(torch.autograd.Function):
     """x, slot_weight, and where they are 16 bit or there are adapters: weights and factors."""
 
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
+    def forward(
         ctx: Any,
         x: Tensor,
         slot_weight: Tensor,
-        gate_up_matrix,
-        down_matrix,
-        up_a,
-        up_b,
-        down_a,
-        down_b,
+        gate_up_matrix: Tensor | None,
+        down_matrix: Tensor | None,
+        up_a: Tensor | None,
+        up_b: Tensor | None,
+        down_a: Tensor | None,
+        down_b: Tensor | None,
         frozen: _Frozen,
     ) -> Tensor:
         routing = frozen.routing
@@ -283,4 +283,4 @@ def _check_shapes(
 
 
 def _low_rank(u: Tensor | None, v: Tensor | None, scale: float) -> LowRank | None:
-    return None if u is None or v is None else LowRank(u, v, scale)
+    return None if u is None or v is None else LowRank(u, v, float(scale), u.shape[1])

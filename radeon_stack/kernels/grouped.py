@@ -32,6 +32,12 @@ class LowRank:
     u: Tensor
     v: Tensor
     scale: float
+    rank: int
+
+    @classmethod
+    def none(cls, spare: Tensor) -> LowRank:
+        """No adapter: pointers have to be handed over all the same, and are not read."""
+        return cls(spare, spare, 1.0, 0)
 
 
 def family(device: torch.device) -> str:
@@ -69,7 +75,7 @@ def matmul(
     tile = tile or tile_for("forward" if over_columns else "backward", weight, routing, x.dtype)
     tiles = m_tiles(routing, tile)
 
-    rank = low_rank.u.shape[1] if low_rank else 0
+    low = low_rank or LowRank.none(x)
     _launch(
         grouped_matmul,
         weight,
@@ -83,18 +89,18 @@ def matmul(
             *weight_arguments(weight),
             x if bias is None else bias,
             x if slot_weight is None else slot_weight,
-            low_rank.u if low_rank else x,
-            low_rank.v if low_rank else x,
+            low.u,
+            low.v,
             out,
             n,
             k,
             max(gather, 1),
-            rank,
-            float(low_rank.scale) if low_rank else 1.0,
+            low.rank,
+            low.scale,
             tiles,
         ),
         before={"GATHER": gather > 0, "SCATTER": scatter, "OVER_COLUMNS": over_columns},
-        after={"BIAS": bias is not None, "WEIGHTED": slot_weight is not None, "RANK": padded_rank(rank)},
+        after={"BIAS": bias is not None, "WEIGHTED": slot_weight is not None, "RANK": padded_rank(low.rank)},
     )
     return out
 
@@ -116,7 +122,7 @@ def gated_forward(
     tiles = m_tiles(routing, tile)
     gate_up = torch.empty((routing.size if save else 0, 2 * n), dtype=x.dtype, device=x.device)
     hidden = torch.empty((routing.size, n), dtype=x.dtype, device=x.device)
-    rank = low_rank.u.shape[1] if low_rank else 0
+    low = low_rank or LowRank.none(x)
     _launch(
         kernel,
         weight,
@@ -128,18 +134,18 @@ def gated_forward(
             routing.slots,
             routing.offsets,
             *weight_arguments(weight),
-            low_rank.u if low_rank else x,
-            low_rank.v if low_rank else x,
+            low.u,
+            low.v,
             gate_up if save else hidden,
             hidden,
             n,
             k,
             routing.top_k,
-            rank,
-            float(low_rank.scale) if low_rank else 1.0,
+            low.rank,
+            low.scale,
             tiles,
         ),
-        after={"RANK": padded_rank(rank), "SAVE": save},
+        after={"RANK": padded_rank(low.rank), "SAVE": save},
     )
     return gate_up, hidden
 
@@ -167,7 +173,7 @@ def gated_backward(
     make = torch.zeros if routing.partial else torch.empty  # a slot of no expert is written by nobody
     d_weight = make((routing.size, cdiv(n, tile.n)), dtype=torch.float32, device=d_out.device)
     weighted = torch.empty((routing.size if save else 0, n), dtype=d_out.dtype, device=d_out.device)
-    rank = low_rank.u.shape[1] if low_rank else 0
+    low = low_rank or LowRank.none(d_out)
     _launch(
         kernel,
         weight,
@@ -180,8 +186,8 @@ def gated_backward(
             routing.offsets,
             *weight_arguments(weight),
             slot_weight,
-            low_rank.u if low_rank else d_out,
-            low_rank.v if low_rank else d_out,
+            low.u,
+            low.v,
             gate_up,
             d_gate_up,
             d_weight,
@@ -189,11 +195,11 @@ def gated_backward(
             n,
             k,
             routing.top_k,
-            rank,
-            float(low_rank.scale) if low_rank else 1.0,
+            low.rank,
+            low.scale,
             tiles,
         ),
-        after={"RANK": padded_rank(rank), "SAVE": save},
+        after={"RANK": padded_rank(low.rank), "SAVE": save},
     )
     return d_gate_up, d_weight, weighted
 

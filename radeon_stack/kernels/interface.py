@@ -2,7 +2,7 @@
 
 They are registered in transformers' own ExpertsInterface, so they serve every model that uses it (Qwen3-MoE, Mixtral,
 gpt-oss …) and touch no model's code. 4-bit experts are bitsandbytes' parametrised parameters, read packed where its own
-forward would decode all experts at every access. A packed model can be copied and moved, and not yet saved and loaded.
+forward would decode all experts at every access. A packed model cannot be saved and loaded yet.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class ExpertsLora(nn.Module):
         super().__init__()
         self.scale = alpha / rank
         for name in _names(experts):
-            count, rows, columns = _weight(experts, name).shape
-            device = _weight(experts, name).device
+            weight = _weight(experts, name)
+            (count, rows, columns), device = weight.shape, weight.device
             a = torch.empty(count, rank, columns, device=device)
             nn.init.kaiming_uniform_(a, a=5**0.5)
             self.register_parameter(f"{name}_a", nn.Parameter(a))
@@ -115,14 +115,7 @@ def radeon_grouped(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, 
 
 def radeon_nf4(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The same over packed matrices; UsageError when they are not packed, since that is what was asked for."""
-    for name in _names(self):
-        if not isinstance(_weight(self, name), NF4):
-            raise UsageError(
-                f"{type(self).__name__}.{name} is in {_weight(self, name).dtype}, not in NF4",
-                where=f'experts_implementation="{PACKED}"',
-                remedy="pack_experts(model), or radeon_grouped",
-            )
-    return _forward(self, hidden_states, top_k_index, top_k_weights)
+    return _forward(self, hidden_states, top_k_index, top_k_weights, packed=True)
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -139,9 +132,16 @@ def is_fused(module: nn.Module) -> bool:
     )
 
 
-def _forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def _forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor, *, packed: bool = False) -> Tensor:
     up_name, down_name = _names(module)
     up, down = _weight(module, up_name), _weight(module, down_name)
+    for name, weight in ((up_name, up), (down_name, down)):
+        if packed and not isinstance(weight, NF4):
+            raise UsageError(
+                f"{type(module).__name__}.{name} is in {weight.dtype}, not in NF4",
+                where=f'experts_implementation="{PACKED}"',
+                remedy=f"pack_experts(model), or {GROUPED}",
+            )
     x = hidden.to(_computed_in(hidden, up))
     partial = bool(module._is_expert_parallel)
     lora = getattr(module, LORA, None)
@@ -187,8 +187,8 @@ def _names(module: Any) -> tuple[str, str]:
 
 def _matrices(module: nn.Module) -> list[str]:
     """Names of a layer's matrices that are still in 16 bit."""
-    names = _names(module) if _is_experts(module) else ()
-    return [name for name in names if isinstance(getattr(module, name), nn.Parameter)]
+    own = dict(module.named_parameters(recurse=False))  # a packed one is none, and asking for it would decode it
+    return [name for name in _names(module) if name in own] if _is_experts(module) else []
 
 
 def _weight(module: Any, name: str) -> Weight:

@@ -1,8 +1,8 @@
 """Launching a kernel that is compiled already, without asking Triton's binder again.
 
-A training step at few tokens waits for the host: Triton 3.6's binder took some 50 µs a launch where it was measured,
-and a layer has ten of them. The first launch goes through it; the compiled kernel is then kept under what it was
-specialised for, and called as Triton's own tutorials call one.
+A training step at few tokens waits for the host, a layer has some ten launches, and Triton's binder does the same work
+at each. The first launch goes through it; the compiled kernel is then kept under what it was specialised for, and
+called as Triton's own tutorials call one.
 """
 
 from __future__ import annotations

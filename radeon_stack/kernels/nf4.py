@@ -88,8 +88,8 @@ def scales(matrix: NF4) -> Tensor:
 
 
 def with_float_scales(matrix: NF4) -> NF4:
-    """The same values with their scales in float32: 0.5625 bytes a value for 0.516, and no look-up of a scale behind
-    another in the products' inner loop, which waits for it (benchmarks/kernel_speed.json).
+    """The same values with their scales in float32: 0.5625 bytes a value for 0.516, and in the products' inner loop
+    no scale that has to be looked up by another one that is still on its way.
     """
     return replace(matrix, absmax=scales(matrix), nested_absmax=None, nested_code=None, nested_offset=None)
 
