@@ -35,7 +35,8 @@ if [ "$root" != / ]; then
   cd "$root" && mkdir -p .old && pivot_root . .old && umount -l .old
 fi
 cd /
-exec "$@"
+echo ready >&0
+exec "$@" </dev/null
 """
 
 
@@ -81,18 +82,23 @@ def apart(
 ) -> Iterator[Apart]:
     """Run a command with `root` as its root, and there what `mounts` names, at these places.
 
-    All that is started in there ends with it.
+    All that is started in there ends with it. Nothing is entered before it is furnished: until then it is still here.
     """
     pairs = [word for source, target in mounts.items() for word in (str(source), target)]
     spaces = ["--mount", "--propagation", "private", "--pid", "--fork", "--mount-proc"]
-    with log.open("wb") as output:
+    heard, told = os.pipe()
+    with log.open("wb") as output, open(told, "wb") as word, open(heard, "rb") as ear:
         process = subprocess.Popen(
             ["unshare", *spaces, "sh", "-c", START, "sh", str(root), *pairs, "--", *command],
             env=dict(env),
+            stdin=word,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        word.close()
+        ready = ear.readline()
+    assert ready, f"nothing could be furnished in {root}: {log.read_text(errors='replace')[-2000:]}"
     inside = _first_child(process)
     try:
         yield Apart(process, ("nsenter", f"--mount=/proc/{inside}/ns/mnt", f"--pid=/proc/{inside}/ns/pid"))
