@@ -48,12 +48,14 @@ HIP = ((32, 64, 4, 2), (32, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (128, 64,
 CUDA = ((64, 64, 4, 3), (64, 64, 8, 3), (64, 128, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 4, 2))
 CUDA_TALL = ((256, 64, 8, 3),)
 CUDA_FLAT = ((128, 128, 4, 2), (32, 128, 4, 3))
+# Twice the rows: NF4 is decoded half as often, and rows a little over 128 an expert do not take a second tile.
+CUDA_256 = ((64, 64, 8, 3), (32, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3))
 
 
 def tiles(rows: int, *, nf4: bool, gated: bool) -> Iterator[Tile]:
     """Candidates for a row block; those of the gate have half as many columns, twice."""
-    for m in (rows,) if rows < 128 else (64, 128):
-        blocks = HIP if torch.version.hip else CUDA + (CUDA_TALL if m == 128 else CUDA_FLAT)
+    for m in (rows,) if rows < 128 else (64, 128, 256) if nf4 and not torch.version.hip else (64, 128):
+        blocks = HIP if torch.version.hip else CUDA_256 if m == 256 else CUDA + (CUDA_TALL if m == 128 else CUDA_FLAT)
         for n, k, warps, stages in blocks:
             tile = Tile(m, n // 2 if gated and n > 32 else n, k, warps, stages)
             yield tile

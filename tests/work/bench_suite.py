@@ -102,6 +102,11 @@ def echo(task: Mapping[str, Any]) -> dict[str, Any]:
     print(f"doing {task['do']}", flush=True)
     if task["do"] == "raise":
         raise ValueError("no\nand why")
+    if task["do"] == "gpu_fault":  # as ROCr says it, and aborts
+        print("Memory access fault by GPU node-1 (Agent handle: 0x5581) on address 0x7f. Reason: Unknown.", flush=True)
+        os.abort()
+    if task["do"] == "illegal_access":
+        raise RuntimeError("HIP error: an illegal memory access was encountered")
     does.get(task["do"], lambda: None)()
     return {"did": task["do"], "pid": os.getpid()}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from radeon_stack.errors import Exit, UsageError
+from radeon_stack.errors import Exit, UsageError, WorkloadError
 from radeon_stack.figures import Case
 from tests.conftest import Cli
 
@@ -132,6 +132,15 @@ def test_a_crash_is_told_with_its_signal_and_the_next_task_is_done_by_another_pr
     assert "doing segfault" in segfault.note and "in string_at" in segfault.note, "what it said, and where it was"
     assert abort.note.startswith("SIGABRT: ") and gone.note == "exit code 3: doing exit"
     assert (raised.state, raised.note) == ("failed", "ValueError: no and why")
+
+
+@pytest.mark.parametrize(("fault", "state"), [("gpu_fault", "crashed"), ("illegal_access", "failed")])
+def test_after_a_gpu_fault_nothing_more_is_done(fault: str, state: str) -> None:
+    listening = isolate.answers(ECHO, [{"do": "one"}, {"do": fault}, {"do": "two"}], seconds=60)
+    assert [next(listening).state, next(listening).state] == ["ok", state]
+    with pytest.raises(WorkloadError, match="the GPU faulted: ") as told:
+        next(listening)
+    assert "reboot" in told.value.remedy
 
 
 def test_tasks_that_go_well_share_a_process() -> None:

@@ -2,7 +2,8 @@
 
 A child is given a list of tasks and does them in order, so that torch is imported once. When it dies (SIGSEGV, an abort
 in a driver, out of memory) or is silent for too long, the task it was at is answered so, and a new child goes on with
-the next. This process never touches the device: nothing that happens there can end it.
+the next. This process never touches the device: nothing that happens there can end it. Only after a GPU's memory fault
+nothing more is done.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+from radeon_stack.errors import WorkloadError
 from radeon_stack.text import one_line
+from radeon_stack.workloads import faults
 
 POLL_SECONDS = 0.02
 LAST_LINES = 4
@@ -45,7 +48,8 @@ class Answer:
 def answers(function: str, tasks: Sequence[Task], *, seconds: float) -> Iterator[Answer]:
     """An answer to each task, in order, as they come. `function` is `module:name`, called with a task in a child.
 
-    `seconds` is the time a task may take; the first one of a child has that time for the imports too.
+    `seconds` is the time a task may take; the first one of a child has that time for the imports too. WorkloadError
+    after the answer of a task at which the GPU faulted.
     """
     with tempfile.TemporaryDirectory(prefix="radeon-stack-") as folder:
         done = 0
@@ -56,6 +60,8 @@ def answers(function: str, tasks: Sequence[Task], *, seconds: float) -> Iterator
                     begun_any = begun_any or child.begun >= 0
                     done += 1
                     yield answer
+                    if answer.state != "ok" and child.faulted(answer):
+                        raise WorkloadError(f"the GPU faulted: {answer.note}", where="GPU", remedy=faults.REMEDY)
             if not begun_any:
                 # It never came to its first task: nor would the next one.
                 yield from [answer] * (len(tasks) - done)
@@ -115,6 +121,10 @@ class _Child:
                 yield Answer("crashed", {}, self._last_words(f"timeout: silent for {seconds:g} s"))
                 return
             time.sleep(POLL_SECONDS)
+
+    def faulted(self, answer: Answer) -> bool:
+        """Whether what ended this task was a fault of the GPU's."""
+        return faults.tells_of_a_fault(answer.note) or faults.tells_of_a_fault(self._tail())
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         with self._answered.open("rb") as stream:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import selectors
 import signal
 import subprocess
@@ -22,6 +21,7 @@ from typing import Any, Literal
 
 from radeon_stack.contracts.capabilities import Answer
 from radeon_stack.workloads.capabilities.steps import Question, shortened
+from radeon_stack.workloads.faults import tells_of_a_fault
 
 IMPORT_SECONDS = 180  # ROCm's libraries from a cold disk
 DEATH_SECONDS = 5  # a process that outlives SIGKILL for so long is held by the driver
@@ -29,10 +29,6 @@ MOST_AHEAD = 3  # each holds torch in memory
 MAX_LINE = 1 << 16
 MAX_STDERR = 1 << 16
 SEVERITY = ("crashed", "timed out", "wrong", "failed", "missing", "works")
-FAULT = re.compile(
-    r"Memory access fault by GPU|HSA_STATUS_ERROR_(MEMORY_FAULT|MEMORY_APERTURE_VIOLATION)|GPU Hang"
-    r"|HIP error: an illegal memory access|hipErrorIllegalAddress"
-)
 AFTER_A_FAULT = "the GPU faulted in an earlier question; reboot before it is used again"
 HELD = "a process that would not die holds the GPU; reboot"
 
@@ -131,7 +127,7 @@ class _Child:
             verdict = overall(parts)
             said = next((part for part in parts if part["verdict"] == verdict and verdict != "works"), {})
             detail = shortened(f"{said['name']}: {said['detail']}") if said.get("detail") else ""
-        self.faulted = self.faulted or FAULT.search(detail) is not None
+        self.faulted = self.faulted or tells_of_a_fault(detail)
         told = {"question": name, "verdict": verdict, "detail": detail, "seconds": took, "parts": parts}
         return Answer.model_validate(told)
 
@@ -188,7 +184,7 @@ class _Child:
     def _replay(self, name: str) -> None:
         """What it printed goes into the run's log; a fault of the GPU is read from it."""
         text = self._stderr()
-        self.faulted = FAULT.search(text) is not None
+        self.faulted = tells_of_a_fault(text)
         if text.strip():
             print(f"--- {name}\n{text.rstrip()}", file=sys.stderr, flush=True)
 
