@@ -40,6 +40,7 @@ MISSED = 7
 QWEN3 = {"hidden": 2048, "intermediate": 768, "experts": 128, "top_k": 8}
 SEED = {"hidden": 2048, "intermediate": 1408, "experts": 64, "top_k": 8}
 TINY = {"hidden": 64, "intermediate": 64, "experts": 4, "top_k": 2}
+LAYERS = 48  # of Qwen3-30B-A3B, each with its router
 EXPERTS = ("eager", "grouped_mm", "dequantize_grouped_mm", "radeon_grouped", "radeon_nf4")
 LINEARS = ("peft", "peft_16bit", "radeon_linear")
 ROUTERS = ("transformers", "radeon_router")
@@ -88,7 +89,8 @@ def plan(*, smoke: bool) -> Iterator[Entry]:
     for part in ("router", "bare"):
         for tokens, experts in ((24, 8),) if smoke else ((128, 128), (512, 128), (2048, 128), (4096, 128), (2048, 64)):
             sizes = {"batch": 1, "seq": tokens, "hidden": qwen3["hidden"], "experts": experts, "top_k": qwen3["top_k"]}
-            yield Entry("gating", "gating", {"dtype": main, **sizes, "part": part}, ROUTERS)
+            for layers in (1, 3) if smoke else (1, LAYERS) if part == "router" else (1,):
+                yield Entry("gating", "gating", {"dtype": main, **sizes, "part": part, "layers": layers}, ROUTERS)
     for out, wide in ((64, 128),) if smoke else ((4096, 4096), (4096, 14336), (14336, 4096)):
         for tokens in (5, 24) if smoke else (16, 64, 128, 256, 512, 1024):
             sizes = {"tokens": tokens, "out": out, "in": wide, "rank": 4 if smoke else 64}

@@ -62,7 +62,11 @@ def page() -> str:
 SECTIONS = (
     ("ffn", "Qwen3-30B-A3B's experts, forward and back to the input", ("seq",)),
     ("seed", "The seed's grid: 64 experts of 1408, forward and back", ("batch", "seq")),
-    ("gating", "The router, forward and back", ("part", "seq", "experts")),
+    (
+        "gating",
+        "The router, forward and back; of many layers, one way back through all",
+        ("part", "seq", "experts", "layers"),
+    ),
     ("linear", "NF4 linear layers with LoRA of rank 64, forward and back", ("out", "in", "tokens")),
 )
 
@@ -76,7 +80,7 @@ def _table(rows: Sequence[Row], names: Sequence[str]) -> str:
         device = values.get("device_step_seconds")
         lines.append(
             (
-                *(str(row["case"][name]) for name in names),
+                *(str(row["case"].get(name, 1)) for name in names),
                 row["implementation"],
                 f"{1000 * values['step_seconds']:.3g}",
                 f"{1000 * device:.3g}" if device else "–",

@@ -84,10 +84,13 @@ class GatingGrid(Section):
     part: Several[Literal["router", "bare"]] = Field(
         ("router", "bare"), description="with its linear layer, or what follows that"
     )
+    layers: Several[Annotated[int, Field(ge=1, le=256)]] = Field(
+        (1,), description="routers before the way back through all: a model has one a layer"
+    )
 
     def combinations(self) -> Iterator[dict[str, Any]]:
         """Each case's values, once; those with more choices than experts are left out."""
-        names = ("batch", "seq", "hidden", "experts", "top_k", "part")
+        names = ("batch", "seq", "hidden", "experts", "top_k", "part", "layers")
         return (case for case in products(self, ("dtypes", *names)) if case["top_k"] <= case["experts"])
 
 

@@ -36,7 +36,7 @@ def experts_case(**more: Any) -> Case:
 
 def router_case(**more: Any) -> Case:
     sizes = {"batch": 2, "seq": 9, "hidden": 32, "experts": 8, "top_k": 3}
-    return {"dtype": "float32", **sizes, "part": "router", **more}
+    return {"dtype": "float32", **sizes, "part": "router", "layers": 1, **more}
 
 
 def linear_case(**more: Any) -> Case:
@@ -88,6 +88,16 @@ def test_the_routers_truth_is_what_autograd_finds(part: str) -> None:
     (d_x,) = torch.autograd.grad(weights, x, setting.grad.double().gather(1, index))
     chosen = gating.by_expert(torch.ones_like(weights), index, setting)
     held_to(gating.SUITE, setting, {"chosen": chosen, "weights": gating.by_expert(weights, index, setting), "d_x": d_x})
+
+
+def test_the_gradients_of_many_routers_are_each_ones_own() -> None:
+    setting = gating.SUITE.setting(router_case(layers=3), CPU, 3)
+    built = gating.SUITE.build("transformers", setting)
+    together = built.calls["step"].run()
+    assert len(together) == 3 and len({float(grad.sum()) for grad in together}) == 3
+    assert torch.equal(together[0], built.results()["d_x"])
+    one = gating.SUITE.work(router_case())["step"]
+    assert gating.SUITE.work(router_case(layers=3))["step"] == Work(3 * one.bytes, 3 * one.operations, "float32", 18)
 
 
 def test_a_tie_between_the_last_chosen_and_the_next_is_nobodys_mistake() -> None:

@@ -3,6 +3,9 @@
 `part`: `router` is the whole, from hidden states; `bare` is what follows the linear layer: softmax over all experts,
 the top_k largest, their weights normalised. The linear layer is frozen and the same on both sides.
 
+`layers`: so many routers on hidden states of their own, and one way back through all, as a model has it. A way back of
+its own costs the host more than a router does. What is compared is the first one's.
+
 Which experts are chosen can only be judged where float64 has a clear answer: tokens whose last chosen and first left
 expert are tied, or nearer than the rounding of the logits, are left out of every comparison, and their number is told.
 Everything is compared expert by expert, since the order among equal ones means nothing.
@@ -31,12 +34,14 @@ Router = Callable[[torch.Tensor], Routed]
 class Setting:
     """Inputs of a case. x: hidden states [tokens, hidden], or for `bare` logits [tokens, experts]; weight: the linear
     layer's, [experts, hidden]; grad [tokens, experts] is the gradient that an expert's weight gets where it is chosen.
+    `others` are the inputs of the further layers, which share the weight.
     """
 
     case: Case
     x: torch.Tensor
     weight: torch.Tensor
     grad: torch.Tensor
+    others: tuple[torch.Tensor, ...] = ()
 
     @property
     def bare(self) -> bool:
@@ -83,17 +88,20 @@ class Gating:
         return str(case["dtype"])
 
     def work(self, case: Case) -> Mapping[str, Work]:
-        """Hidden states (or logits) in, weights and int64 indices out; the way back reads the gradient and index."""
+        """Of each layer: hidden states (or logits) in, weights and int64 indices out; the way back reads the gradient
+        and index.
+        """
         tokens, experts, hidden, top_k = tokens_of(case), *(int(case[n]) for n in ("experts", "hidden", "top_k"))
         dtype = self.dtype(case)
         size, bare = getattr(torch, dtype).itemsize, case["part"] == "bare"
         x = tokens * (experts if bare else hidden) * size
         weight, done = (0, 0.0) if bare else (experts * hidden * size, 2.0 * tokens * experts * hidden)
         routed = tokens * top_k * (size + 8)
-        forward = Work(x + weight + routed, done, dtype, tokens)
+        layers = int(case["layers"])
+        forward = Work(layers * (x + weight + routed), layers * done, dtype, tokens)
         # The softmax is needed again: its logits are read, or computed from the hidden states.
-        backward = Work(2 * x + weight + routed, done, dtype, tokens)
-        step = Work(forward.bytes + backward.bytes, 2 * done, dtype, tokens)
+        backward = Work(layers * (2 * x + weight + routed), layers * done, dtype, tokens)
+        step = Work(forward.bytes + backward.bytes, forward.operations + backward.operations, dtype, tokens)
         return {"forward": forward, "backward": backward, "step": step}
 
     def setting(self, case: Case, device: torch.device, seed: int) -> Setting:
@@ -104,19 +112,23 @@ class Gating:
         def draw(*shape: int, std: float = 1.0) -> torch.Tensor:
             return (torch.randn(*shape, device=device, generator=generator) * std).to(dtype)
 
-        x = draw(tokens, experts if case["part"] == "bare" else hidden)
-        return Setting(case, x.requires_grad_(), draw(experts, hidden, std=hidden**-0.5), draw(tokens, experts))
+        def inputs() -> torch.Tensor:
+            return draw(tokens, experts if case["part"] == "bare" else hidden).requires_grad_()
+
+        x, weight, grad = inputs(), draw(experts, hidden, std=hidden**-0.5), draw(tokens, experts)
+        return Setting(case, x, weight, grad, tuple(inputs() for _ in range(int(case["layers"]) - 1)))
 
     def build(self, name: str, setting: Setting) -> Built:
         router, note = IMPLEMENTATIONS[name](setting)
+        inputs = [setting.x, *setting.others]
         index = router(setting.x)[1]
-        grad = setting.grad.gather(1, index)
+        grads = [setting.grad.gather(1, index).to(setting.x.dtype)] * len(inputs)
 
-        def forward() -> torch.Tensor:
-            return router(setting.x)[0]
+        def forward() -> list[torch.Tensor]:
+            return [router(x)[0] for x in inputs]
 
-        def backward(weights: torch.Tensor) -> Any:
-            return torch.autograd.grad(weights, setting.x, grad.to(weights.dtype))
+        def backward(weights: list[torch.Tensor]) -> Any:
+            return torch.autograd.grad(weights, inputs, grads)
 
         def results() -> dict[str, torch.Tensor]:
             weights, index = router(setting.x)
