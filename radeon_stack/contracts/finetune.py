@@ -63,6 +63,14 @@ class Train(Section):
     checkpoint_every: int = Field(25, ge=1, description="steps between checkpoints; what --resume goes back to")
 
 
+class Speed(Section):
+    """What makes it quicker and leaves the result as it is, but for rounding; each can be switched off."""
+
+    nf4_linear: bool = Field(
+        True, description="4-bit linear layers and their adapters as one operation of ours, on a GPU; false: PEFT's"
+    )
+
+
 class Samples(Section):
     """The question put to the model before and after."""
 
@@ -90,5 +98,6 @@ class FinetuneConfig(TakesData, TakesModel, TakesOptions):
     quantization: Quantization = Quantization()
     lora: Lora = Lora()
     train: Train = Train()
+    speed: Speed = Speed()
     samples: Samples = Samples()
     export: Export = Export()

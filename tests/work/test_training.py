@@ -39,11 +39,11 @@ def adapted(model: Any, rank: int = 4) -> Any:
     import torch
     from peft import get_peft_model
 
-    from radeon_stack.contracts.finetune import Lora
+    from radeon_stack.contracts.finetune import Lora, Speed
     from radeon_stack.workloads.finetune.adapter import lora_config, lora_layers
 
     torch.manual_seed(1)
-    adapted = get_peft_model(model, lora_config(Lora(rank=rank), model))
+    adapted = get_peft_model(model, lora_config(Lora(rank=rank), model, Speed()))
     for layer in lora_layers(adapted).values():
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)  # B = 0 would hide A's gradients
     return adapted
@@ -145,12 +145,12 @@ def test_rows_that_are_cut_before_their_answer_are_refused(tiny_model: Path, tmp
 
 
 def test_a_target_that_matches_no_layer_is_refused_with_those_there_are(tiny_model: Path, tmp_path: Path) -> None:
-    from radeon_stack.contracts.finetune import Lora
+    from radeon_stack.contracts.finetune import Lora, Speed
     from radeon_stack.workloads.finetune.adapter import lora_config
 
     model = nf4(tiny_model, job_in(tmp_path)[0])
     with pytest.raises(UsageError, match="'gate_up' matches no layer of the model; its linear layers: down_proj, gate"):
-        lora_config(Lora(target_modules=("q_proj", "gate_up")), model)
+        lora_config(Lora(target_modules=("q_proj", "gate_up")), model, Speed())
 
 
 def test_the_seeds_count_of_trained_parameters_follows_from_its_shapes() -> None:
@@ -159,7 +159,7 @@ def test_the_seeds_count_of_trained_parameters_follows_from_its_shapes() -> None
     from peft import get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from radeon_stack.contracts.finetune import Lora
+    from radeon_stack.contracts.finetune import Lora, Speed
     from radeon_stack.workloads.finetune.adapter import lora_config
 
     with torch.device("meta"):
@@ -173,7 +173,7 @@ def test_the_seeds_count_of_trained_parameters_follows_from_its_shapes() -> None
             tie_word_embeddings=False,
         )
         model = LlamaForCausalLM(config)
-        model = get_peft_model(model, lora_config(Lora(rank=64), model))
+        model = get_peft_model(model, lora_config(Lora(rank=64), model, Speed()))
     assert model.get_nb_trainable_parameters() == (167_772_160, 8_198_033_408)
 
 

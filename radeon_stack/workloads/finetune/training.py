@@ -31,7 +31,7 @@ def trainer_for(job: Job, config: FinetuneConfig, model: Any, tokenizer: Any, ro
         args=sft_arguments(config, scratch(job.artifacts)),
         train_dataset=data,
         processing_class=tokenizer,
-        peft_config=lora_config(config.lora, model),
+        peft_config=lora_config(config.lora, model, config.speed),
     )
     if config.lora.experts_rank:
         add_experts_lora(trainer.model, config.lora.experts_rank, experts_alpha(config.lora))
