@@ -47,24 +47,31 @@ def load_for_training(
     job: Job, folder: Path, quantization: Quantization, dtype: torch.dtype, attention: str = AUTO
 ) -> Any:
     """The frozen base on the device, linear layers and experts in NF4 where asked. Attention nobody chose is sdpa."""
-    config = None
-    if quantization.kind == "nf4":
-        quantizer.register()
-        packed = quantization.experts == "nf4"
-        config = quantizer.Nf4Config(double=quantization.double, compute=dtype, experts=packed)
     with bars(job, "load"):
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            quantization_config=config,
+            quantization_config=quantization_config(quantization, dtype),
             device_map={"": device()},
             attn_implementation="sdpa" if attention == AUTO else attention,
         )
+    return ready(model, quantization)
+
+
+def quantization_config(quantization: Quantization, dtype: torch.dtype) -> quantizer.Nf4Config | None:
+    """What `from_pretrained` is to do with the weights; None: nothing."""
+    if quantization.kind != "nf4":
+        return None
+    quantizer.register()
+    return quantizer.Nf4Config(double=quantization.double, compute=dtype, experts=quantization.experts == "nf4")
+
+
+def ready(model: Any, quantization: Quantization) -> Any:
+    """A model as it was loaded, with our experts and fit for training. CheckError when not all was quantised."""
     if any(interface.is_experts(module) for module in model.modules()):
         interface.register()
-        model.set_experts_implementation(
-            interface.PACKED if config is not None and config.experts else interface.GROUPED
-        )
+        packed = quantization.kind == "nf4" and quantization.experts == "nf4"
+        model.set_experts_implementation(interface.PACKED if packed else interface.GROUPED)
     keep_trainable_layout(model)
     check_quantized(model, quantization)
     return model
