@@ -28,6 +28,10 @@ class Quantization(Section):
     experts: Literal["nf4", "none"] = Field(
         "nf4", description="a mixture-of-experts model's experts, when kind is 'nf4': packed too, or left in 16 bit"
     )
+    keep: bool = Field(
+        False,
+        description="keep the packed base in the cache: the next run reads a quarter of the bytes, and packs nothing",
+    )
 
 
 class Lora(Section):

@@ -17,6 +17,7 @@ from radeon_stack.contracts.sections import is_made
 from radeon_stack.errors import CheckError
 from radeon_stack.kernels import interface, quantizer
 from radeon_stack.kernels.nf4 import NF4
+from radeon_stack.workloads.finetune import kept
 from radeon_stack.workloads.finetune.bars import bars
 from radeon_stack.workloads.job import Job
 
@@ -47,14 +48,21 @@ def load_for_training(
     job: Job, folder: Path, quantization: Quantization, dtype: torch.dtype, attention: str = AUTO
 ) -> Any:
     """The frozen base on the device, linear layers and experts in NF4 where asked. Attention nobody chose is sdpa."""
+    config = quantization_config(quantization, dtype)
+    packed = kept.folder_of(job, folder, quantization, str(dtype)) if config and quantization.keep else None
+    again = packed is not None and packed.is_dir()
+    # A packed one has its own configuration; None would be taken for there being none.
+    asked = {} if again or config is None else {"quantization_config": config}
     with bars(job, "load"):
         model = AutoModelForCausalLM.from_pretrained(
-            folder,
+            packed if again else folder,
             dtype=dtype,
-            quantization_config=quantization_config(quantization, dtype),
+            **asked,
             device_map={"": device()},
             attn_implementation="sdpa" if attention == AUTO else attention,
         )
+    if packed is not None and not again:
+        kept.keep(job, model, packed)
     return ready(model, quantization)
 
 
