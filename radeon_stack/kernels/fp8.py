@@ -224,6 +224,9 @@ class Fp8Linear(nn.Linear):
     make them in the weight's dtype, and round their first values to 8 bit.
     """
 
+    weight: nn.Parameter
+    weight_scale: nn.Parameter
+
     def __init__(
         self,
         in_features: int,

@@ -57,7 +57,7 @@ def fp8_linear(
 
     w: uint8, codes of e4m3fn, row-major. scales: float32, [rows of w] or, with BLOCKS, [⌈rows / 128⌉, ⌈columns / 128⌉]:
     BLOCK_N and BLOCK_K then divide 128. Where a step's scale is one for all that is reduced, it is applied in float32
-    to the sum; only a scale along the reduction (channels, on the way back) goes onto the weight, which is then rounded.
+    to the sum; only a scale along the reduction (channels, on the way back) goes onto the weight, which is rounded.
     """
     m_tile, n_tile = swizzle(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(n_size, BLOCK_N), GROUP)
     dtype: tl.constexpr = x.dtype.element_ty
