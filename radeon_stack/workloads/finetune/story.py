@@ -14,7 +14,7 @@ from transformers import set_seed
 from radeon_stack.contracts.finetune import FinetuneConfig
 from radeon_stack.errors import CheckError
 from radeon_stack.runs.events import Phase, Sample, read_events
-from radeon_stack.workloads.finetune import adapter, base, merging, training
+from radeon_stack.workloads.finetune import adapter, base, fp8, merging, training
 from radeon_stack.workloads.finetune.checkpoints import Checkpoint
 from radeon_stack.workloads.finetune.data import Rows
 from radeon_stack.workloads.finetune.encoding import encode_rows
@@ -67,12 +67,12 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
     if config.export.merge:
         del trainer, model
         free_memory()
-        merged, merged_folder = merging.merge(
-            job, base.load_16bit(job, folder, dtype, "load 16 bit", on=torch.device("cpu")), folder, saved, tokenizer
-        )
+        with fp8.in_16_bit(job, folder, dtype) as whole:
+            unmerged = base.load_16bit(job, whole, dtype, "load 16 bit", on=torch.device("cpu"))
+            merged, merged_folder = merging.merge(job, unmerged, whole, saved, tokenizer)
         # One 16-bit model at a time: two of 8B do not fit a 32 GB card.
         in_memory = speak(merged.to(base.device()), tokenizer, config, question) if question else None
-        del merged
+        del merged, unmerged
         free_memory()
         reloaded = base.load_16bit(job, merged_folder, dtype, "reload", on=base.device())
         if question and in_memory:
