@@ -143,30 +143,32 @@ def test_adapters_begin_as_they_do_in_16_bit(folder: Path, tiny_model: Path, tmp
         assert torch.equal(weight, plain[name].lora_A["default"].weight)
 
 
-def test_each_source_ends_in_a_trained_merged_model_with_the_loss_of_16_bit(
-    source: str, folder: Path, cli: Cli, tiny_run: list[str], tmp_path: Path
+def test_each_source_ends_in_a_trained_and_merged_model_with_the_losses_of_16_bit(
+    cli: Cli, tiny_run: list[str], tiny_model: Path, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file
 
-    words = [{"train-llama": "train-llama-fp8"}.get(word, word) for word in tiny_run]
-    at = words.index("--model") + 1
-    plain = cli(*tiny_run, *LOCAL, "--set", "quantization.kind=none", "--set", "export.merge=false", cwd=tmp_path)
-    words[at] = str(folder)
-    result = cli(*words, *LOCAL, cwd=tmp_path)
-    assert result.code == Exit.OK, result.err
-    told = result.json
-    found, wanted = losses(told), losses(plain.json)
-    assert found.keys() == wanted.keys() and len(found) == 12
-    assert found[12] < 0.9 * found[1]
-    for step, loss in wanted.items():
-        assert abs(found[step] - loss) <= 0.02 * loss, f"step {step}: {found[step]} and {loss}"
-    assert told["facts"]["model"]["layers_8bit"] == (14 if source == "16 bit" else 13)
-    assert told["facts"]["merge"] == told["facts"]["merge"] | {"targeted": 14, "changed": 14}
-    merged = Path(told["artifacts"]["merged"])
-    tensors = load_file(merged / "model.safetensors")
-    assert not any("scale" in name or str(tensor.dtype) != "torch.bfloat16" for name, tensor in tensors.items())
-    assert "quantization_config" not in json.loads((merged / "config.json").read_text())
-    assert sorted(path.name for path in merged.parent.iterdir()) == ["adapter", "checkpoints", "merged"]
+    learning = ("--set", "train.learning_rate=5e-3")
+    in_16_bit = (*learning, "--set", "quantization.kind=none", "--set", "export.merge=false")
+    wanted = losses(cli(*tiny_run, *LOCAL, *in_16_bit, cwd=tmp_path).json)
+    words = ["train-llama-fp8" if word == "train-llama" else word for word in tiny_run]
+    for source, make in SOURCES.items():
+        words[words.index("--model") + 1] = str(make(tiny_model, tmp_path / "".join(filter(str.isalpha, source))))
+        result = cli(*words, *LOCAL, *learning, cwd=tmp_path)
+        assert result.code == Exit.OK, f"{source}: {result.err}"
+        told = result.json
+        found = losses(told)
+        assert found.keys() == wanted.keys() and len(found) == 12
+        assert found[12] < found[1] - 0.5
+        for step, loss in wanted.items():
+            assert abs(found[step] - loss) <= 0.02 * loss, f"{source}, step {step}: {found[step]}, in 16 bit {loss}"
+        assert told["facts"]["model"]["layers_8bit"] == (14 if source == "16 bit" else 13)
+        assert told["facts"]["merge"] == told["facts"]["merge"] | {"targeted": 14, "changed": 14}
+        merged = Path(told["artifacts"]["merged"])
+        tensors = load_file(merged / "model.safetensors")
+        assert not any("scale" in name or str(tensor.dtype) != "torch.bfloat16" for name, tensor in tensors.items())
+        assert "quantization_config" not in json.loads((merged / "config.json").read_text())
+        assert sorted(path.name for path in merged.parent.iterdir()) == ["adapter", "checkpoints", "merged"]
 
 
 def test_what_is_in_fp8_is_not_quantised_again(tiny_model: Path, tmp_path: Path) -> None:
@@ -250,20 +252,19 @@ def test_while_it_is_rounded_no_second_16_bit_weight_is_held(
 
     import torch
 
-    from radeon_stack.kernels import fp8_quantizer
+    from radeon_stack.kernels import fp8, fp8_quantizer
 
     most = 0
-    quantize = fp8_quantizer.quantize
 
     def watched(matrix: Any) -> Any:
         nonlocal most
         gc.collect()
         held = [
-            t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.dtype == torch.bfloat16 and t.ndim == 2
+            t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.dtype == torch.bfloat16 and t.ndim == 2
         ]
         shapes = {(64, 64), (32, 64), (128, 64), (64, 128)}
         most = max(most, len({t.data_ptr() for t in held if t.device.type == "cpu" and tuple(t.shape) in shapes}))
-        return quantize(matrix)
+        return fp8.quantize(matrix)
 
     monkeypatch.setattr(fp8_quantizer, "quantize", watched)
     gc.collect()
