@@ -260,7 +260,9 @@ def test_while_it_is_rounded_no_second_16_bit_weight_is_held(
         nonlocal most
         gc.collect()
         held = [
-            t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.dtype == torch.bfloat16 and t.ndim == 2
+            t
+            for t in gc.get_objects()
+            if issubclass(type(t), torch.Tensor) and t.dtype == torch.bfloat16 and t.ndim == 2
         ]
         shapes = {(64, 64), (32, 64), (128, 64), (64, 128)}
         most = max(most, len({t.data_ptr() for t in held if t.device.type == "cpu" and tuple(t.shape) in shapes}))
