@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from radeon_stack.contracts.finetune import Quantization
-from radeon_stack.errors import Exit, UsageError
+from radeon_stack.errors import Exit, MachineError, UsageError
 from tests.conftest import Cli
 from tests.work.checkpoints import IGNORED, block_fp8, fp8_dynamic
 from tests.work.test_runs import losses
@@ -177,6 +177,26 @@ def test_what_is_in_fp8_is_not_quantised_again(tiny_model: Path, tmp_path: Path)
         with pytest.raises(UsageError, match=r"fp8 is in FP8 already \(compressed-tensors\)") as raised:
             loaded(folder, tmp_path, kind)
         assert "train-llama-fp8" in str(raised.value.remedy)
+
+
+def test_scaled_mm_is_used_where_the_probe_finds_it_right_alone(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from radeon_stack.contracts.capabilities import Answer
+    from radeon_stack.workloads.finetune import base, fp8
+
+    asked = Quantization(kind="fp8", products="scaled_mm")
+    model = base.load_for_training(job_in(tmp_path)[0], tiny_model, asked, torch.bfloat16)
+    assert {layer.way for layer in eight_bit(model).values()} == {"scaled_mm"}
+    ids = torch.arange(16)[None]
+    plain = loaded(tiny_model, tmp_path)(input_ids=ids).logits
+    assert 1e-4 < float((model(input_ids=ids).logits - plain).norm() / plain.norm()) < 0.1
+    wrong = Answer(question="scaled_mm.row", verdict="wrong", detail="forward: it is off")
+    monkeypatch.setattr(fp8, "answers", lambda *_, **__: iter([wrong]))
+    with pytest.raises(MachineError, match=r"torch\._scaled_mm: wrong \(forward: it is off\)"):
+        base.load_for_training(job_in(tmp_path)[0], tiny_model, asked, torch.bfloat16)
 
 
 def damaged(folder: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> Path:

@@ -20,11 +20,13 @@ from transformers import AutoConfig
 
 from radeon_stack import atomic
 from radeon_stack.contracts.finetune import Quantization
-from radeon_stack.errors import UsageError
+from radeon_stack.errors import MachineError, UsageError
 from radeon_stack.kernels import fp8_quantizer
 from radeon_stack.kernels.fp8 import BLOCK, Fp8Linear, Fp8Weight, dequantize
 from radeon_stack.kernels.sizes import cdiv
 from radeon_stack.text import printable
+from radeon_stack.workloads.capabilities.asking import answers
+from radeon_stack.workloads.capabilities.questions import chosen
 from radeon_stack.workloads.finetune.merging import tensor_files
 from radeon_stack.workloads.job import Job
 
@@ -34,6 +36,7 @@ SCALES = (".weight_scale", ".weight_scale_inv")  # beside a layer's .weight
 UNUSED = ".input_scale"  # of static activation scales: activations stay in 16 bit here
 CODES = "F8_E4M3"  # safetensors' name for float8_e4m3fn
 SHARD = 2 << 30  # bytes of a written file, which are in memory at once
+SCALED_MM = "scaled_mm.row"  # the probe's question
 NAME = 200  # characters of a tensor's name that are told
 
 
@@ -48,7 +51,8 @@ class Checkpoint:
 def arguments(folder: Path, quantization: Quantization) -> dict[str, Any]:
     """What `from_pretrained` is given to load `folder` for `quantization`; {} where this is no matter of FP8.
 
-    UsageError for a checkpoint that is quantised and was not asked for as such, or in another way.
+    UsageError for a checkpoint that is quantised and was not asked for as such, or in another way; MachineError where
+    products are asked for that this card gets wrong.
     """
     method = quantized_by(folder)
     if quantization.kind != "fp8":
@@ -59,6 +63,8 @@ def arguments(folder: Path, quantization: Quantization) -> dict[str, Any]:
                 remedy="train it as it is: radeon-stack run train-llama-fp8, or --set quantization.kind=fp8",
             )
         return {}
+    if quantization.products == "scaled_mm":
+        require_scaled_mm()
     fp8_quantizer.register()
     if method is None:
         return {"quantization_config": fp8_quantizer.Fp8Config(way=quantization.products)}
@@ -67,6 +73,17 @@ def arguments(folder: Path, quantization: Quantization) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(folder)
     config.quantization_config = fp8_quantizer.Fp8Config(layers, quantization.products).to_dict()
     return {"config": config}
+
+
+def require_scaled_mm() -> None:
+    """MachineError unless the probe's own question finds `torch._scaled_mm` right, in a process that may crash."""
+    found = next(answers(chosen(SCALED_MM), seconds=120, seed=0))
+    if found.verdict != "works":
+        raise MachineError(
+            f"torch._scaled_mm: {found.verdict}" + f" ({printable(found.detail)})" * bool(found.detail),
+            where="config.quantization.products",
+            remedy="leave it at 'auto'",
+        )
 
 
 def quantized_by(folder: Path) -> str | None:
