@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from radeon_stack.contracts.finetune import FinetuneConfig
 from radeon_stack.runs.events import Metric
+from radeon_stack.workloads.finetune import fp8
 from radeon_stack.workloads.finetune.adapter import lora_config
 from radeon_stack.workloads.finetune.checkpoints import Checkpoint, checkpoints, scratch
 from radeon_stack.workloads.finetune.encoding import Encoded
@@ -32,6 +33,7 @@ def trainer_for(job: Job, config: FinetuneConfig, model: Any, tokenizer: Any, ro
         processing_class=tokenizer,
         peft_config=lora_config(config.lora, model),
     )
+    fp8.leave_to_each_process(trainer.model)
     trainer.add_callback(_Teller(job, config.train.steps))
     return trainer
 
