@@ -42,13 +42,15 @@ class Nf4Config(BitsAndBytesConfig):
     """NF4 in blocks of 64 for linear layers and experts.
 
     double: scales are quantised too (0.516 bytes a value instead of 0.5625; the experts' kernels are quicker without).
-    compute: what linear layers compute in; experts compute in what they were saved in. skip: modules left in 16 bit.
+    compute: what linear layers compute in; experts compute in what they were saved in. experts: whether they are
+    packed. skip: modules left in 16 bit.
     """
 
     def __init__(
         self,
         double: bool = False,
         compute: torch.dtype | str = torch.bfloat16,
+        experts: bool = True,
         skip: Sequence[str] | None = None,
         **_: Any,
     ) -> None:
@@ -59,6 +61,7 @@ class Nf4Config(BitsAndBytesConfig):
             bnb_4bit_compute_dtype=compute,
             llm_int8_skip_modules=None if skip is None else list(skip),
         )
+        self.experts = experts
         self.quant_method = METHOD
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,6 +70,7 @@ class Nf4Config(BitsAndBytesConfig):
             "quant_method": METHOD,
             "double": self.bnb_4bit_use_double_quant,
             "compute": str(self.bnb_4bit_compute_dtype).removeprefix("torch."),
+            "experts": self.experts,
             "skip": self.llm_int8_skip_modules,
         }
 
@@ -88,6 +92,8 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, device_map: Any = None, **more: Any) -> None:
         super()._process_model_before_weight_loading(model, device_map=device_map, **more)
+        if not self.quantization_config.experts:
+            return
         kept = self.modules_to_not_convert or []
         for path, module in model.named_modules():
             if any(path == name or path.endswith(f".{name}") for name in kept):

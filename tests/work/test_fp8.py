@@ -168,9 +168,10 @@ def test_each_source_ends_in_a_trained_and_merged_model_with_the_losses_of_16_bi
         assert told["facts"]["model"]["layers_8bit"] == (14 if source == "16 bit" else 13)
         assert told["facts"]["merge"] == told["facts"]["merge"] | {"targeted": 14, "changed": 14}
         merged = Path(told["artifacts"]["merged"])
-        tensors = load_file(merged / "model.safetensors")
+        tensors = {name: tensor for file in merged.glob("*.safetensors") for name, tensor in load_file(file).items()}
         assert not any("scale" in name or str(tensor.dtype) != "torch.bfloat16" for name, tensor in tensors.items())
         assert "quantization_config" not in json.loads((merged / "config.json").read_text())
+        assert {"tokenizer.json", "generation_config.json"} <= {path.name for path in merged.iterdir()}
         assert sorted(path.name for path in merged.parent.iterdir()) == ["adapter", "checkpoints", "merged"]
 
 

@@ -28,7 +28,7 @@ from radeon_stack.kernels.sizes import cdiv
 from radeon_stack.text import printable
 from radeon_stack.workloads.capabilities.asking import answers
 from radeon_stack.workloads.capabilities.questions import chosen
-from radeon_stack.workloads.finetune.merging import tensor_files
+from radeon_stack.workloads.finetune.merging import REST, tensor_files
 from radeon_stack.workloads.job import Job
 
 # quant_method in config.json: llm-compressor's checkpoints, and DeepSeek's and Qwen's block-wise ones.
@@ -36,6 +36,7 @@ METHODS = ("compressed-tensors", "fp8")
 SCALES = (".weight_scale", ".weight_scale_inv")  # beside a layer's .weight
 UNUSED = ".input_scale"  # of static activation scales: activations stay in 16 bit here
 CODES = "F8_E4M3"  # safetensors' name for float8_e4m3fn
+INDEX = "model.safetensors.index.json"
 SHARD = 2 << 30  # bytes of a written file, which are in memory at once
 SCALED_MM = "scaled_mm.row"  # the probe's question
 NAME = 200  # characters of a tensor's name that are told
@@ -157,7 +158,7 @@ def in_16_bit(job: Job, folder: Path, dtype: torch.dtype) -> Iterator[Path]:
 
 
 def write_16_bit(job: Job, folder: Path, into: Path, dtype: torch.dtype) -> None:
-    """config.json and weights of a checkpoint in FP8, decoded tensor by tensor."""
+    """A checkpoint in FP8 as one in 16 bit: weights decoded tensor by tensor, and what else lies beside them."""
     found = read(folder)
     dropped = {scales for scales, _ in found.layers.values()}
     names = [name for name in sorted(found.files) if name not in dropped and not name.endswith(UNUSED)]
@@ -173,12 +174,12 @@ def write_16_bit(job: Job, folder: Path, into: Path, dtype: torch.dtype) -> None
         size, total = size + tensor.nbytes, total + tensor.nbytes
         job.progress("decode FP8", number + 1, len(names), unit="tensors")
     _write_shard(shard, into, places)
+    for file in {file for pattern in REST for file in folder.glob(pattern)}:
+        shutil.copyfile(file, into / file.name)
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    atomic.write_text(into / "model.safetensors.index.json", json.dumps(index))
+    atomic.write_text(into / INDEX, json.dumps(index))
     config = {key: value for key, value in _config(folder).items() if key != "quantization_config"}
     atomic.write_text(into / "config.json", json.dumps(config))
-    if (folder / "generation_config.json").is_file():
-        shutil.copy(folder / "generation_config.json", into)
 
 
 def facts(model: torch.nn.Module) -> dict[str, Any]:
