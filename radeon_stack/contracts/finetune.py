@@ -23,8 +23,17 @@ class Data(Dataset):
 class Quantization(Section):
     """How the frozen base is held."""
 
-    kind: Literal["nf4", "none"] = Field("nf4", description="'nf4': 4-bit NormalFloat, block 64; 'none': 16 bit")
-    double: bool = Field(True, description="quantise the block scales (absmax) too")
+    kind: Literal["nf4", "fp8", "none"] = Field(
+        "nf4",
+        description="'nf4': 4-bit NormalFloat, block 64; 'fp8': 8-bit floats (e4m3fn), as the checkpoint has them "
+        "or rounded while it is read; 'none': 16 bit",
+    )
+    double: bool = Field(True, description="of 'nf4': quantise the block scales (absmax) too")
+    products: Literal["auto", "dequantize", "triton", "scaled_mm"] = Field(
+        "auto",
+        description="of 'fp8': decode a weight for each product, or in the product's kernel; 'auto' chooses by size. "
+        "'scaled_mm' rounds activations to 8 bit too: only where a probe found it right",
+    )
     experts: Literal["nf4", "none"] = Field(
         "nf4", description="a mixture-of-experts model's experts, when kind is 'nf4': packed too, or left in 16 bit"
     )

@@ -39,6 +39,14 @@ def full_precision_tile() -> Tile:
     return Tile(32, 32, 32, 4, 1)
 
 
+def fp8_tile(family: str, rows: int, *, scaled: bool) -> Tile:
+    """For a dense layer in 8-bit floats. Its n and k divide 128, a block of scales.
+
+    scaled: the scales lie along the reduction, so that the weight itself is scaled and rounded, which takes registers.
+    """
+    return FP8[family, scaled][row_block(rows)]
+
+
 def row_block(rows: float) -> int:
     """16, 32, 64 or 128: the least that holds `rows`, if any does."""
     return next((block for block in (16, 32, 64) if rows <= block), 128)
@@ -74,6 +82,7 @@ def decode_once(family: str, rows: int) -> bool:
 MAX_RANK = 128  # of adapters in a product's tile: up to here the audit finds no spills
 ADAPTER_STAGES = 2  # of the adapters' own small products
 LOW_RANK_WARPS = 8
+FP8_DECODE_BLOCK = 1024  # columns of a row that a program decodes
 DECODE_EXPERTS_ONCE_ROWS = {"cuda": 192.0, "hip": float("inf")}
 DECODE_ONCE_ROWS = {"cuda": 512, "hip": 512}  # from here torch's products; benchmarks/tune_kernels.py times both ways
 LINEAR = {
@@ -88,6 +97,32 @@ LINEAR = {
         32: Tile(32, 64, 64, 8, 2),
         64: Tile(64, 64, 64, 8, 2),
         128: Tile(64, 64, 64, 8, 2),
+    },
+}
+FP8 = {  # compiled and audited, not timed yet
+    ("cuda", False): {
+        16: Tile(16, 64, 128, 4, 3),
+        32: Tile(32, 64, 128, 4, 3),
+        64: Tile(64, 64, 64, 4, 3),
+        128: Tile(128, 128, 64, 8, 3),
+    },
+    ("cuda", True): {
+        16: Tile(16, 64, 64, 4, 3),
+        32: Tile(32, 64, 64, 4, 3),
+        64: Tile(64, 64, 64, 4, 3),
+        128: Tile(128, 64, 64, 8, 3),
+    },
+    ("hip", False): {
+        16: Tile(16, 64, 64, 4, 2),
+        32: Tile(32, 64, 64, 4, 2),
+        64: Tile(64, 64, 64, 8, 2),
+        128: Tile(128, 64, 64, 8, 2),
+    },
+    ("hip", True): {  # with k 64, gfx1100 spills
+        16: Tile(16, 64, 32, 4, 2),
+        32: Tile(32, 64, 32, 4, 2),
+        64: Tile(64, 64, 32, 8, 2),
+        128: Tile(128, 64, 32, 8, 2),
     },
 }
 TILES: dict[tuple[str, bool, Kind], dict[int, Tile]] = {

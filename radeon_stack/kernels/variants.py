@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from radeon_stack.kernels import configs
-from radeon_stack.kernels.configs import Kind, Tile
-from radeon_stack.kernels.jit import decode, grouped, linear, routing
+from radeon_stack.kernels.configs import FP8_DECODE_BLOCK, Kind, Tile
+from radeon_stack.kernels.jit import decode, fp8, grouped, linear, routing
 from radeon_stack.kernels.variant import Variant
 
 EXPERTS = {"EXPERTS": 128, "PADDED": 128}  # Qwen3-30B-A3B's
@@ -33,7 +33,7 @@ WEIGHT = ("w", "absmax", "code", "nested_absmax", "nested_code", "nested_offset"
 def variants(arch: str) -> tuple[Variant, ...]:
     """All of them for an AMD target ("gfx1201", …). Every target has the same: the tables know a family only."""
     del arch
-    return (*_experts(), *_gradients(), *_dense(), *_routing())
+    return (*_experts(), *_gradients(), *_dense(), *_fp8(), *_routing())
 
 
 def _experts() -> Iterator[Variant]:
@@ -101,6 +101,26 @@ def _dense() -> Iterator[Variant]:
         )
 
 
+def _fp8() -> Iterator[Variant]:
+    types = {"w": "*u8", "scales": "*fp32"}
+    for blocks, stored in ((0, "channel"), (1, "block")):
+        for over in (True, False):
+            way = "forward" if over else "backward"
+            constants = {"OVER_COLUMNS": over, "BLOCKS": blocks, "BIAS": False}
+            tiles = configs.FP8[FAMILY, not over and not blocks]
+            for rows, tile in tiles.items():
+                yield _fp8_linear(f"fp8 {way} {stored} rows {rows}", tile, constants, types)
+            middle = tiles[MIDDLE]
+            yield _fp8_linear(f"fp8 {way} {stored} fp16", middle, constants, types, "*fp16")
+            if over:
+                yield _fp8_linear(f"fp8 {way} {stored} bias", middle, {**constants, "BIAS": True}, types)
+        constants = {"BLOCKS": blocks, "BLOCK_C": FP8_DECODE_BLOCK}
+        yield _variant(
+            f"fp8 decode {stored}", fp8.fp8_decode, constants, {**types, "columns": "i32"}, dot=False,
+            aligned=("columns",),
+        )  # fmt: skip
+
+
 def _routing() -> Iterator[Variant]:
     sizes = {"PADDED": 128, "BLOCK": 512, "CHUNK": 32}
     types = {"expert_of": "*i64", "counts": "*i32", "slots": "*i32", "offsets": "*i32", "size": "i32", "blocks": "i32"}
@@ -149,6 +169,14 @@ def _linear(name: str, stored: str, tile: Tile, constants: Mapping[str, Any]) ->
         stages=tile.stages,
         fp_fusion=stored == "16 bit",
     )
+
+
+def _fp8_linear(
+    name: str, tile: Tile, constants: Mapping[str, Any], types: Mapping[str, str], dtype: str = "*bf16"
+) -> Variant:
+    blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": tile.group}
+    every = {**constants, **blocks}
+    return _variant(name, fp8.fp8_linear, every, types, dtype=dtype, warps=tile.warps, stages=tile.stages)
 
 
 def _variant(

@@ -57,6 +57,18 @@ def test_the_other_words_of_an_error_are_known_too(code: str, line: str) -> None
     assert diagnose(io.BytesIO(line.encode() + b"\n"))[0].signature.id == code
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "AttributeError: '_OpNamespace' 'fbgemm' object has no attribute 'quantize_fp8_per_row'",
+        "The model is quantized with CompressedTensorsConfig but you are passing a TorchAoConfig config",
+        "RuntimeError: Cannot set version_counter for inference tensor",
+    ],
+)
+def test_whoever_failed_to_train_in_fp8_is_told_what_does(line: str) -> None:
+    assert "run train-llama-fp8 " in diagnose(io.BytesIO(line.encode() + b"\n"))[0].signature.remedy
+
+
 @pytest.mark.parametrize("code", KNOWN)
 def test_no_other_cause_is_seen_in_it(code: str) -> None:
     """A disk and a shm that are full say the same words; the nearer one is first."""

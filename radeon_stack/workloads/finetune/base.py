@@ -1,4 +1,4 @@
-"""The base model: loaded in 4 bit to train, its experts too, in 16 bit to merge."""
+"""The base model: loaded in 4 bit to train, its experts too, or in 8; in 16 bit to merge."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from radeon_stack.contracts.sections import is_made
 from radeon_stack.errors import CheckError
 from radeon_stack.kernels import interface, quantizer
 from radeon_stack.kernels.nf4 import NF4
-from radeon_stack.workloads.finetune import kept
+from radeon_stack.workloads.finetune import fp8, kept
 from radeon_stack.workloads.finetune.bars import bars
 from radeon_stack.workloads.job import Job
 
@@ -47,12 +47,13 @@ def load_tokenizer(folder: Path) -> Any:
 def load_for_training(
     job: Job, folder: Path, quantization: Quantization, dtype: torch.dtype, attention: str = AUTO
 ) -> Any:
-    """The frozen base on the device, linear layers and experts in NF4 where asked. Attention nobody chose is sdpa."""
+    """The frozen base on the device, linear layers and experts in NF4, or in FP8. Attention nobody chose is sdpa."""
     config = quantization_config(quantization, dtype)
     packed = kept.folder_of(job, folder, quantization, str(dtype)) if config and quantization.keep else None
     again = packed is not None and packed.is_dir()
     # A packed one has its own configuration; None would be taken for there being none.
     asked = {} if again or config is None else {"quantization_config": config}
+    asked |= fp8.arguments(folder, quantization)
     with bars(job, "load"):
         model = AutoModelForCausalLM.from_pretrained(
             packed if again else folder,
@@ -137,8 +138,10 @@ def describe(model: Any, folder: Path, source: str) -> dict[str, Any]:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     small = quantized(inner)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    eight = fp8.facts(inner)
     half = sum(p.numel() for p in model.parameters() if p.is_floating_point()) - trainable
-    total = sum(small.values()) + half + trainable
+    half -= eight.get("parameters_8bit", 0) + eight.get("scales_8bit", 0)
+    total = sum(small.values()) + eight.get("parameters_8bit", 0) + half + trainable
     experts = [module for module in inner.modules() if interface.is_experts(module)]
     return {
         "class": type(inner).__name__,
@@ -154,6 +157,7 @@ def describe(model: Any, folder: Path, source: str) -> dict[str, Any]:
         "half_parameters": half,
         "dtype": str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch."),
         "memory_bytes": memory(model),
+        **eight,
     }
 
 

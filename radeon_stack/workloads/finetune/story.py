@@ -13,7 +13,7 @@ from transformers import set_seed
 
 from radeon_stack.contracts.finetune import FinetuneConfig
 from radeon_stack.runs.events import Phase, Sample, read_events
-from radeon_stack.workloads.finetune import adapter, base, merging, sources, training
+from radeon_stack.workloads.finetune import adapter, base, fp8, merging, sources, training
 from radeon_stack.workloads.finetune.checkpoints import Checkpoint
 from radeon_stack.workloads.finetune.data import Rows
 from radeon_stack.workloads.finetune.encoding import encode_rows
@@ -66,7 +66,8 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
     if config.export.merge:
         del trainer, model
         free_memory()
-        merged = merging.merge(job, folder, saved, tokenizer)
+        with fp8.in_16_bit(job, folder, dtype) as whole:
+            merged = merging.merge(job, whole, saved, tokenizer)
         if config.export.reload == "quantized":
             ask("merged", base.load_for_training(job, merged, config.quantization, dtype))
         else:

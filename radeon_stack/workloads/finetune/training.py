@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from radeon_stack.contracts.finetune import FinetuneConfig
 from radeon_stack.kernels.adapters import add_experts_lora
 from radeon_stack.runs.events import Metric
+from radeon_stack.workloads.finetune import fp8
 from radeon_stack.workloads.finetune.adapter import experts_alpha, lora_config
 from radeon_stack.workloads.finetune.checkpoints import Checkpoint, checkpoints, scratch
 from radeon_stack.workloads.finetune.encoding import Encoded
@@ -35,6 +36,7 @@ def trainer_for(job: Job, config: FinetuneConfig, model: Any, tokenizer: Any, ro
     )
     if config.lora.experts_rank:
         add_experts_lora(trainer.model, config.lora.experts_rank, experts_alpha(config.lora))
+    fp8.leave_to_each_process(trainer.model)
     trainer.add_callback(_Teller(job, config.train.steps))
     return trainer
 
