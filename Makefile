@@ -41,8 +41,17 @@ $(READY): pyproject.toml Makefile docker/locks/train-cpu.txt docker/locks/dev.tx
 demo: setup  ## teach a 135M model a birthday on this CPU, in about two minutes
 	@$(BIN)/radeon-stack run train-llama --preset demo --engine local
 
+# Two at a time: one waits for engines and children, while the other computes on one thread.
 test: setup  ## every test this machine can run
-	@$(BIN)/python -m pytest --ignore=tests/kernels
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-host test-work
+
+.PHONY: test-host test-work
+test-host:
+	@$(BIN)/python -m pytest tests/unit tests/engine
+
+test-work: export OMP_NUM_THREADS = 1
+test-work:
+	@$(BIN)/python -m pytest tests/work
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
 
 lint: setup  ## ruff, mypy, and whether the locks are made from today's inputs
