@@ -22,19 +22,20 @@ from radeon_stack.contracts.options import AUTO
 from radeon_stack.contracts.sections import PACKAGE_PREFIX
 from radeon_stack.errors import MachineError, UsageError
 from radeon_stack.workloads.job import Job
+from radeon_stack.workloads.ranks import rank
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def device() -> torch.device:
     """The accelerator this process sees (HIP answers to torch's name `cuda`), else the CPU."""
-    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda", rank().local) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def peak_memory() -> int:
-    """Bytes: the most that tensors took on the accelerator, or this process's largest resident set on a CPU."""
+    """Bytes: the most that tensors took on one accelerator, or this process's largest resident set on a CPU."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+        return max(torch.cuda.max_memory_allocated(card) for card in range(torch.cuda.device_count()))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -14,7 +14,7 @@ from transformers import set_seed
 from radeon_stack.contracts.finetune import FinetuneConfig
 from radeon_stack.errors import CheckError
 from radeon_stack.runs.events import Phase, Sample, read_events
-from radeon_stack.workloads.finetune import adapter, base, merging, training
+from radeon_stack.workloads.finetune import adapter, base, merging, ranks, training
 from radeon_stack.workloads.finetune.checkpoints import Checkpoint
 from radeon_stack.workloads.finetune.data import Rows
 from radeon_stack.workloads.finetune.encoding import encode_rows
@@ -24,6 +24,7 @@ from radeon_stack.workloads.job import Job
 
 def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoint | None) -> dict[str, Any]:
     """Fine-tune (from a checkpoint if there is one), save, merge and check; returns the result's figures."""
+    ranks.join(job.rank)
     job.fact("environment", environment())
     set_seed(config.train.seed)
     dtype = base.DTYPES[config.train.precision]
@@ -31,7 +32,7 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
     answer = config.samples.expected or (rows.answer if question == rows.question else None)
     job.fact("prompt", {"prompt": question, "expected": answer})
 
-    folder = base.base_folder(job)
+    folder = ranks.first_then_all(job.rank, lambda: base.base_folder(job))
     tokenizer = base.load_tokenizer(folder)
     encoded = encode_rows(job, tokenizer, rows.rows, max_length=config.data.max_length, loss_on=config.data.loss_on)
     tokens = sum(len(row.input_ids) for row in encoded)
@@ -43,7 +44,7 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
     result: dict[str, Any] = {"steps": config.train.steps, "samples": config.samples.count}
 
     def ask(phase: Phase, of: Any) -> None:
-        if question and config.samples.count:
+        if question and config.samples.count and job.rank.first:
             if of is not None:
                 sample(job, of, tokenizer, config.samples, phase, question, answer, config.train.seed)
             result.update(score(job, phase))
@@ -59,6 +60,9 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
     if output := training.train(job, trainer, checkpoint):
         job.fact("trainer_output", output)
         result["train_seconds"] = output["train_runtime"]
+    ranks.part()
+    if not job.rank.first:
+        return result
     result["final_loss"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1]
     job.fact("lora_after", adapter.statistics(trainer.model))
     result["peak_memory_bytes"] = base.peak_memory()
