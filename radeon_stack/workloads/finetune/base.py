@@ -64,9 +64,18 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_for_training(
-    job: Job, folder: Path, quantization: Quantization, dtype: torch.dtype, attention: str = AUTO
+    job: Job,
+    folder: Path,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    attention: str = AUTO,
+    *,
+    spread: bool = False,
 ) -> Any:
-    """The frozen base on the device, its Linear layers in NF4 where asked. Attention that nobody chose is sdpa."""
+    """The frozen base on the device, its Linear layers in NF4 where asked. Attention that nobody chose is sdpa.
+
+    `spread`: its layers over all GPUs that this process sees, which are the chosen ones.
+    """
     config = None
     if quantization.kind == "nf4":
         config = BitsAndBytesConfig(
@@ -80,7 +89,7 @@ def load_for_training(
             folder,
             dtype=dtype,
             quantization_config=config,
-            device_map={"": device()},
+            device_map="balanced" if spread else {"": device()},
             attn_implementation="sdpa" if attention == AUTO else attention,
         )
     keep_trainable_layout(model)

@@ -40,7 +40,10 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
         "data",
         {"name": rows.name, "rows": len(encoded), "tokens_mean": tokens / len(encoded), "sample": encoded[0].text},
     )
-    model = base.load_for_training(job, folder, config.quantization, dtype, config.model_options.attention)
+    spread = config.train.parallel == "layers"
+    model = base.load_for_training(
+        job, folder, config.quantization, dtype, config.model_options.attention, spread=spread
+    )
     result: dict[str, Any] = {"steps": config.train.steps, "samples": config.samples.count}
 
     def ask(phase: Phase, of: Any) -> None:
@@ -74,11 +77,12 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
         merged, merged_folder = merging.merge(
             job, base.load_16bit(job, folder, dtype, "load 16 bit", on=torch.device("cpu")), folder, saved, tokenizer
         )
-        # One 16-bit model at a time: two of 8B do not fit a 32 GB card.
-        in_memory = speak(merged.to(base.device()), tokenizer, config, question) if question else None
+        # One 16-bit model at a time: two of 8B do not fit a 32 GB card. What one card could not train does not either.
+        device = torch.device("cpu") if spread else base.device()
+        in_memory = speak(merged.to(device), tokenizer, config, question) if question else None
         del merged
         free_memory()
-        reloaded = base.load_16bit(job, merged_folder, dtype, "reload", on=base.device())
+        reloaded = base.load_16bit(job, merged_folder, dtype, "reload", on=device)
         if question and in_memory:
             check_reloaded(job, in_memory, speak(reloaded, tokenizer, config, question))
         ask("merged", reloaded)
