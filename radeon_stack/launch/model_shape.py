@@ -168,6 +168,7 @@ def _few(sizes: list[int]) -> bool:
 
 def _header(file: Path) -> dict[str, Any]:
     """The JSON header of a safetensors file: https://github.com/huggingface/safetensors, "Format"."""
+    _require_file(file)
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
@@ -178,7 +179,13 @@ def _header(file: Path) -> dict[str, Any]:
         raise UsageError(f"cannot read it: {error.strerror}", where=str(file)) from error
 
 
+def _require_file(file: Path) -> None:
+    if not file.is_file():  # a pipe would be waited for without end
+        raise UsageError("is not a file", where=str(file))
+
+
 def _bytes(file: Path, most: int) -> bytes:
+    _require_file(file)
     try:
         with file.open("rb") as stream:
             found = stream.read(most + 1)
