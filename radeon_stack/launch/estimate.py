@@ -144,7 +144,10 @@ def layers(model: ModelShape, training: Training) -> int:
     """
     tokens, h = training.tokens, model.hidden
     stream = FLOAT if training.prepared else HALF  # float32 embeddings make the residual stream float32
-    working = tokens * _working(model, training) + _scores(model, training, 12)
+    working = max(
+        tokens * _working(model, training) + _scores(model, training, 6),
+        tokens * (16 * h + _narrow(model, training)) + _scores(model, training, 12),
+    )
     head = tokens * 10 * h + min(tokens, TILE_TOKENS) * TILE_WORDS * HALF
     decoded = max(linear.parameters for linear in model.linears) * HALF if training.quantized else 0
     if training.checkpointing:
@@ -155,20 +158,34 @@ def layers(model: ModelShape, training: Training) -> int:
 
 def _saved(model: ModelShape, training: Training) -> int:
     """Bytes a token that a layer keeps for its way back."""
-    h, lora = model.hidden, _lora(model, training)
-    narrow = 4 * model.key_value + lora + (6 * h if training.prepared else 0)
+    h, f, narrow = model.hidden, model.intermediate, _narrow(model, training)
     if model.experts:
         return 20 * h + narrow + model.experts_per_token * (2 * h + 6 * model.expert_width)
-    return 16 * h + narrow + 8 * model.intermediate
+    adapted = 2 * h + 2 * f if _adapts_mlp(model, training) else 0  # the inputs of the adapted
+    return 14 * h + 6 * f + adapted + narrow
 
 
 def _working(model: ModelShape, training: Training) -> int:
-    """Bytes a token that a layer's way back has at its peak, what it keeps included."""
-    h, lora = model.hidden, _lora(model, training)
-    narrow = 4 * model.key_value + lora + (6 * h if training.prepared else 0)
+    """Bytes a token at the peak of a layer's way back, what it keeps included: in its MLP, or in its attention."""
+    h, f, narrow = model.hidden, model.intermediate, _narrow(model, training)
     if model.experts:
         return 25 * h + narrow + model.experts_per_token * (8 * h + 6 * model.expert_width)
-    return 18 * h + narrow + 12 * model.intermediate
+    return max(18 * h + (12 if _adapts_mlp(model, training) else 10) * f, 32 * h + 4 * f) + narrow
+
+
+def _narrow(model: ModelShape, training: Training) -> int:
+    """Bytes a token of keys, values and A's products, and what a residual stream in float32 adds."""
+    adapted = sum(_targeted(linear.name, training.targets) for linear in model.linears)
+    products = HALF * training.rank * -(-adapted // model.layers)
+    return 4 * model.key_value + products + (6 * model.hidden if training.prepared else 0)
+
+
+def _adapts_mlp(model: ModelShape, training: Training) -> bool:
+    """Does the adapter cover a layer as wide as the MLP?"""
+    return any(
+        model.intermediate in (linear.inputs, linear.outputs) and _targeted(linear.name, training.targets)
+        for linear in model.linears
+    )
 
 
 def _scores(model: ModelShape, training: Training, width: int) -> int:
@@ -176,12 +193,6 @@ def _scores(model: ModelShape, training: Training, width: int) -> int:
     if training.attention != "eager":
         return 0
     return training.batch * model.heads * training.length**2 * width
-
-
-def _lora(model: ModelShape, training: Training) -> int:
-    """Bytes a token of A's products in one layer."""
-    adapted = sum(_targeted(linear.name, training.targets) for linear in model.linears)
-    return HALF * training.rank * -(-adapted // model.layers)
 
 
 def _nf4(parameters: int, double: bool) -> int:

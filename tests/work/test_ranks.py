@@ -129,13 +129,8 @@ def test_a_stop_of_one_process_alone_is_agreed_upon_by_all(several: Any, home: P
     assert "saved at step" in json.loads(out)["error"]["what"]
 
 
-@pytest.mark.parametrize("victim", [1, 0])
-def test_one_process_killed_ends_the_run_and_resumed_its_losses_are_the_uninterrupted_ones(
-    cli: Cli, several: Any, home: Path, victim: int
-) -> None:
-    whole = cli(*several(2, 1, steps=12))
-    assert whole.code == Exit.OK, whole.err
-    assert cli("runs", "rm", "last").code == 0
+def kill_one(several: Any, home: Path, victim: int) -> Run:
+    """A run of twelve steps of which one process is killed after the fifth; checked to have ended as it should."""
     attached = started(several(2, 1, steps=12))
     run = the_run(home)
     both = ranks(run)
@@ -143,9 +138,22 @@ def test_one_process_killed_ends_the_run_and_resumed_its_losses_are_the_uninterr
     os.kill(both[victim].pid, signal.SIGKILL)
     out, err = attached.communicate(timeout=120)
     assert attached.returncode == Exit.WORKLOAD, err
-    assert "killed (SIGKILL)" in err and json.loads(out)["state"] == "failed"
+    assert "one of the run's processes was killed (SIGKILL)" in err and json.loads(out)["state"] == "failed"
     assert not any(process.alive for process in both.values())
+    return run
 
+
+def test_the_first_process_killed_ends_the_run(several: Any, home: Path) -> None:
+    assert (kill_one(several, home, 0).artifacts / "checkpoints" / "step-3").is_dir()
+
+
+def test_another_process_killed_ends_the_run_and_resumed_its_losses_are_the_uninterrupted_ones(
+    cli: Cli, several: Any, home: Path
+) -> None:
+    whole = cli(*several(2, 1, steps=12))
+    assert whole.code == Exit.OK, whole.err
+    assert cli("runs", "rm", "last").code == 0
+    run = kill_one(several, home, 1)
     resumed = cli("run", "--resume", "last", "--json")
     assert resumed.code == Exit.OK, resumed.err
     expected, found = losses(whole.json), losses(resumed.json)
@@ -153,7 +161,7 @@ def test_one_process_killed_ends_the_run_and_resumed_its_losses_are_the_uninterr
     for step, loss in expected.items():
         assert abs(found[step] - loss) <= 1e-4 * loss, f"loss of step {step}"
     begun = [event.resumed_step for event in ev.read_events(run.events) if isinstance(event, ev.Attempt)]
-    assert begun[0] is None and len(begun) == 2 and begun[1] == 3
+    assert begun == [None, 3]
 
 
 def test_the_launcher_killed_takes_its_processes_with_it(several: Any, home: Path) -> None:
