@@ -230,7 +230,7 @@ def test_layers_are_spread_when_asked_over_the_cards_that_are_seen(
         asked.append(options["device_map"])
         return torch.nn.Module()
 
-    monkeypatch.setattr(base.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
     job, _ = job_in(tmp_path)
     base.load_for_training(job, tiny_model, Quantization(), torch.bfloat16, spread=True)
     base.load_for_training(job, tiny_model, Quantization(), torch.bfloat16)
