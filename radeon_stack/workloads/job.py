@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -126,16 +127,17 @@ def carry_out(argv: list[str], work: Callable[[Job], dict[str, Any]], sizes: Siz
         job.emit(ev.Result(values=work(job)))
         return Exit.OK
     except StopRequested as stop:
-        agreed = stop.step is not None  # by all processes: the first one tells
-        if agreed or not _ended_already(job):
-            (job.emit if agreed else write)(ev.Stopped(stage=stop.stage, step=stop.step))
+        told = ev.Stopped(stage=stop.stage, step=stop.step)
+        if told.step is not None:  # agreed upon by all
+            job.emit(told)
+        else:
+            _tell_first(job, write, told)
         return Exit.INTERRUPTED
     except Exception as error:
         traceback.print_exc()
         sys.stderr.flush()
         failure = _failure(error, job)
-        if not _ended_already(job):
-            write(failure)
+        _tell_first(job, write, failure)
         return failure.exit_code
 
 
@@ -143,12 +145,18 @@ def _silent(event: ev.Event) -> None:
     pass
 
 
-def _ended_already(job: Job) -> bool:
-    """Has another process of this attempt told how it ended? Then the others end because of it."""
-    ended = False
-    for event in [] if job.rank.alone else ev.read_events(job.arguments.run / "events.jsonl"):
-        ended = isinstance(event, ev.Error | ev.Stopped) or (ended and not isinstance(event, ev.Attempt))
-    return ended
+def _tell_first(job: Job, write: Callable[[ev.Event], None], event: ev.Error | ev.Stopped) -> None:
+    """Tell how this process ended, unless another one of this attempt did: then this one ended because of it."""
+    if job.rank.alone:
+        write(event)
+        return
+    with (job.arguments.run / "events.jsonl").open("rb") as events:
+        fcntl.flock(events, fcntl.LOCK_EX)
+        ended = False
+        for earlier in ev.read_events(Path(events.name)):
+            ended = isinstance(earlier, ev.Error | ev.Stopped) or (ended and not isinstance(earlier, ev.Attempt))
+        if not ended:
+            write(event)
 
 
 def _failure(error: Exception, job: Job) -> ev.Error:
