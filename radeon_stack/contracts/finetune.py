@@ -25,6 +25,13 @@ class Quantization(Section):
 
     kind: Literal["nf4", "none"] = Field("nf4", description="'nf4': 4-bit NormalFloat, block 64; 'none': 16 bit")
     double: bool = Field(True, description="quantise the block scales (absmax) too")
+    experts: Literal["nf4", "none"] = Field(
+        "nf4", description="a mixture-of-experts model's experts, when kind is 'nf4': packed too, or left in 16 bit"
+    )
+    keep: bool = Field(
+        False,
+        description="keep the packed base in the cache: the next run reads a quarter of the bytes, and packs nothing",
+    )
 
 
 class Lora(Section):
@@ -35,6 +42,9 @@ class Lora(Section):
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     target_modules: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | Literal["all-linear"] = Field(
         "all-linear", description="'all-linear' (all but the output head), or a list of module names"
+    )
+    experts_rank: int = Field(
+        0, ge=0, le=128, description="rank of adapters an expert, scaled by alpha / rank too; 0: none"
     )
 
 
@@ -63,6 +73,14 @@ class Train(Section):
     checkpoint_every: int = Field(25, ge=1, description="steps between checkpoints; what --resume goes back to")
 
 
+class Speed(Section):
+    """What makes it quicker and leaves the result as it is, but for rounding; each can be switched off."""
+
+    nf4_linear: bool = Field(
+        True, description="4-bit linear layers and their adapters as one operation of ours, on a GPU; false: PEFT's"
+    )
+
+
 class Samples(Section):
     """The question put to the model before and after."""
 
@@ -78,6 +96,9 @@ class Export(Section):
     """What is left behind besides the adapter."""
 
     merge: bool = Field(True, description="merge into the 16-bit base, reload it and check it")
+    reload: Literal["16bit", "quantized"] = Field(
+        "16bit", description="how the merged model is read back: as it is, or quantised like the base (a large one)"
+    )
 
 
 class FinetuneConfig(TakesData, TakesModel, TakesOptions):
@@ -87,5 +108,6 @@ class FinetuneConfig(TakesData, TakesModel, TakesOptions):
     quantization: Quantization = Quantization()
     lora: Lora = Lora()
     train: Train = Train()
+    speed: Speed = Speed()
     samples: Samples = Samples()
     export: Export = Export()

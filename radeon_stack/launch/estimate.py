@@ -94,12 +94,12 @@ def training_of(config: FinetuneConfig, processes: int = 1) -> Training:
         targets=None if isinstance(targets, str) else targets,
         quantized=config.quantization.kind == "nf4",
         double=config.quantization.double,
-        experts_quantized=getattr(config.quantization, "experts", "none") == "nf4",
+        experts_quantized=config.quantization.experts == "nf4",
         optimizer=config.train.optimizer,
         checkpointing=config.train.gradient_checkpointing,
         attention=config.model_options.attention,
         processes=processes,
-        merged=config.export.merge,
+        merged=config.export.merge and config.export.reload != "quantized",
     )
 
 

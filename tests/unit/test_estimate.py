@@ -142,10 +142,12 @@ def test_a_recipe_gives_what_decides_the_memory() -> None:
         assert isinstance(config, FinetuneConfig)
         return training_of(config)
 
-    assert of() == Training(5, 64, 64, merged=True, attention="auto")
+    assert of() == Training(5, 64, 64, merged=True, attention="auto", experts_quantized=True)
     assert of("data.dataset=chats.jsonl", "data.max_length=512").length == 512
     assert of("lora.target_modules=['q_proj']", "export.merge=false").targets == ("q_proj",)
     assert not of("quantization.kind=none").quantized
+    assert not of("quantization.experts=none").experts_quantized
+    assert not of("export.reload=quantized").merged
 
 
 HEADER = json.dumps({"a.weight": {"dtype": "BF16", "shape": [4, 4]}}).encode()

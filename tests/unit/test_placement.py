@@ -29,6 +29,7 @@ from tests.stages import STAGES, build
 from tests.unit.test_launch import circumstances
 
 GIB = 1 << 30
+LARGE = "quantization.experts=none"  # 57 GiB of experts in 16 bit
 
 
 @pytest.fixture(scope="module")
@@ -87,18 +88,23 @@ def test_a_model_that_fits_each_of_three_cards_is_trained_data_parallel(cards: t
 
 
 def test_a_model_too_large_for_one_card_has_its_layers_spread(cards: tuple[Gpu, ...], qwen: Path) -> None:
-    effective, placement = placed(training(qwen), cards)
+    effective, placement = placed(training(qwen, LARGE), cards)
     assert (placement.parallel, placement.processes, parallel(effective)) == ("layers", 1, "layers")
     assert "with its layers spread" in placement.why and "a card has 29.9GiB" in placement.why
+
+
+def test_with_its_experts_in_4_bit_the_same_model_fits_each_card(cards: tuple[Gpu, ...], qwen: Path) -> None:
+    assert placed(training(qwen), cards[:1])[1].parallel == "none"
+    assert placed(training(qwen), cards)[1].parallel == "data"
 
 
 def test_what_does_not_fit_all_cards_together_is_refused_with_figures_and_changes(
     cards: tuple[Gpu, ...], qwen: Path, llama: Path
 ) -> None:
     with pytest.raises(MachineError, match=r"about 5\d.*GiB, and a card has 29.9GiB.*more cards"):
-        placed(training(qwen), cards[:1])
+        placed(training(qwen, LARGE), cards[:1])
     with pytest.raises(MachineError, match=r"with its layers spread .*GiB a card"):
-        placed(training(qwen), tuple(small(card, 12) for card in cards))
+        placed(training(qwen, LARGE), tuple(small(card, 12) for card in cards))
     wasteful = training(llama, "train.gradient_checkpointing=false", "data.dataset=x.jsonl", "data.max_length=2048")
     with pytest.raises(MachineError) as caught:
         placed(wasteful, cards[:1])
@@ -115,8 +121,8 @@ def test_the_change_that_is_advised_is_taken(cards: tuple[Gpu, ...], llama: Path
 
 
 def test_a_wish_outvotes_the_estimate(cards: tuple[Gpu, ...], qwen: Path, llama: Path) -> None:
-    assert placed(training(qwen, "train.parallel=data"), cards[:1])[1].parallel == "none"
-    assert placed(training(qwen, "train.parallel=data"), cards)[1].processes == 3
+    assert placed(training(qwen, LARGE, "train.parallel=data"), cards[:1])[1].parallel == "none"
+    assert placed(training(qwen, LARGE, "train.parallel=data"), cards)[1].processes == 3
     spread, placement = placed(training(llama, "train.parallel=layers"), cards)
     assert (placement.parallel, placement.processes, parallel(spread)) == ("layers", 1, "layers")
     assert placement.why.startswith("asked for")

@@ -15,9 +15,10 @@ from transformers import TrainerCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from radeon_stack.contracts.finetune import FinetuneConfig
+from radeon_stack.kernels.adapters import add_experts_lora
 from radeon_stack.runs.events import Metric
 from radeon_stack.workloads.finetune import ranks
-from radeon_stack.workloads.finetune.adapter import lora_config
+from radeon_stack.workloads.finetune.adapter import experts_alpha, lora_config
 from radeon_stack.workloads.finetune.checkpoints import Checkpoint, checkpoints, scratch
 from radeon_stack.workloads.finetune.encoding import Encoded
 from radeon_stack.workloads.job import Job, StopRequested
@@ -31,8 +32,10 @@ def trainer_for(job: Job, config: FinetuneConfig, model: Any, tokenizer: Any, ro
         args=sft_arguments(config, scratch(job.artifacts)),
         train_dataset=data,
         processing_class=tokenizer,
-        peft_config=lora_config(config.lora, model),
+        peft_config=lora_config(config.lora, model, config.speed),
     )
+    if config.lora.experts_rank:
+        add_experts_lora(trainer.model, config.lora.experts_rank, experts_alpha(config.lora))
     trainer.add_callback(_Teller(job, config.train.steps))
     return trainer
 
