@@ -236,6 +236,7 @@ def test_layers_are_spread_when_asked_over_the_cards_that_are_seen(
         return torch.nn.Module()
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
+    monkeypatch.setattr(base, "ready", lambda model, quantization: model)
     job, _ = job_in(tmp_path)
     base.load_for_training(job, tiny_model, Quantization(), torch.bfloat16, spread=True)
     base.load_for_training(job, tiny_model, Quantization(), torch.bfloat16)
