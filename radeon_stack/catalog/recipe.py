@@ -17,16 +17,21 @@ class _Table(BaseModel):
 
 
 class GpuRange(_Table):
-    """How many GPUs a recipe needs and can use."""
+    """How many GPUs a recipe needs and can use; how many it takes when nobody says how many."""
 
     min: int = Field(0, ge=0, le=64)
     max: int = Field(0, ge=0, le=64)
+    default: int | None = Field(None, ge=0, le=64, description="taken without --gpus; None: all that are free")
 
     @model_validator(mode="after")
     def _ordered(self) -> GpuRange:
         if self.min > self.max:
             raise ValueError("min not above max")
         return self
+
+    @property
+    def usual(self) -> int:
+        return self.max if self.default is None else max(self.min, min(self.default, self.max))
 
 
 class Resources(_Table):

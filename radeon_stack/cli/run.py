@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from radeon_stack.catalog.load import Effective, read, resolve
+from radeon_stack.cli.estimate import tell
 from radeon_stack.errors import Exit, UsageError
 from radeon_stack.host.bundle import is_here, opened
 from radeon_stack.launch.circumstances import Asked, find_out
@@ -71,10 +72,13 @@ def _with(command: Command, *options: Callable[[Command], Command]) -> Command:
 @plan_options
 @resume_options
 @click.option("--dry-run", is_flag=True, help="Print the commands that would be run, and do nothing.")
+@click.option(
+    "--estimate", "only_estimate", is_flag=True, help="Print how much GPU memory it would take, and do nothing."
+)
 @click.option("--detach", "detached", is_flag=True, help="Start it and come back; watch it with: runs attach.")
 @click.option("--compare", "earlier", metavar="RUN", help="Of a benchmark: exit 7 when a figure is worse than there.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout at the end; progress on stderr.")
-def run(dry_run: bool, detached: bool, earlier: str | None, as_json: bool, **options: Any) -> int:
+def run(dry_run: bool, only_estimate: bool, detached: bool, earlier: str | None, as_json: bool, **options: Any) -> int:
     """Run a recipe and record it.
 
     \b
@@ -82,11 +86,16 @@ def run(dry_run: bool, detached: bool, earlier: str | None, as_json: bool, **opt
       radeon-stack run train-llama --model ./Meta-Llama-3.1-8B-Instruct --set train.steps=200 --gpus gfx1201
       radeon-stack run train-llama --preset demo --data chats.jsonl --set data.loss_on=assistant
       radeon-stack run train-llama --preset demo --engine docker --dry-run
+      radeon-stack run train-llama --model ./Meta-Llama-3.1-8B-Instruct --estimate
       radeon-stack run bench-attention --compare last
       radeon-stack run --resume last
     """
     if earlier and detached:
         raise click.UsageError("--compare waits for the end: leave --detach out, and use: runs compare")
+    if only_estimate:
+        values = {name: options[name] for name in ("recipe", "preset", "sets", "model", "data")}
+        with opened(options["sysroot"]) as place:
+            return tell(asked_recipe(**values), place, as_json=as_json)
     if not dry_run and not is_here(options["sysroot"]):
         raise UsageError("a run for another machine can only be looked at", where="--sysroot", remedy="add --dry-run")
     store = RunStore(home())
@@ -131,6 +140,7 @@ def drafted_from(
 ) -> tuple[Draft, str]:
     """The drafted launch, and why its engine; `at` another place than the store's next run directory."""
     resumed: Run | None = None
+    as_many: int | None = None
     effective: Effective
     if resume is not None:
         if recipe or preset or sets or model or data:
@@ -142,20 +152,28 @@ def drafted_from(
         before = _plan_before(resumed)
         if before is not None:
             image = image or (before.image if engine == before.engine else None)
+            as_many = len(before.gpus) or None
             share, without = share or before.shared, without or before.without
-    elif recipe is None:
-        raise click.UsageError("which recipe? see: radeon-stack list")
     else:
-        flags: dict[str, dict[str, Any]] = {}
-        if model:
-            flags["--model"] = {"config": {"model": model}}
-        if data:
-            flags["--data"] = {"config": {"data": {"dataset": data}}}
-        effective = resolve(read(recipe), preset, sets, flags)
-    asked = Asked(gpus, engine or "auto", image, share, without)
+        effective = asked_recipe(recipe, preset, sets, model, data)
+    asked = Asked(gpus, engine or "auto", image, share, without, as_many)
     with opened(sysroot) as place:
         here = find_out(effective, place, asked, store.home)
         return draft(effective, here, store, resumed or at, resume=resumed is not None, cache=cache), here.choice.why
+
+
+def asked_recipe(
+    recipe: str | None, preset: str | None, sets: tuple[str, ...], model: str | None, data: str | None
+) -> Effective:
+    """The recipe with its preset, values and flags laid over it."""
+    if recipe is None:
+        raise click.UsageError("which recipe? see: radeon-stack list")
+    flags: dict[str, dict[str, Any]] = {}
+    if model:
+        flags["--model"] = {"config": {"model": model}}
+    if data:
+        flags["--data"] = {"config": {"data": {"dataset": data}}}
+    return resolve(read(recipe), preset, sets, flags)
 
 
 def _plan_before(run: Run) -> LaunchPlan | None:

@@ -61,7 +61,7 @@ class Train(Section):
     """How it is learnt."""
 
     steps: int = Field(100, ge=1, description="optimizer steps")
-    batch_size: int = Field(5, ge=1, description="sequences a device and forward pass")
+    batch_size: int = Field(5, ge=1, description="sequences a process and forward pass")
     gradient_accumulation: int = Field(2, ge=1, description="forward passes an optimizer step")
     learning_rate: float = Field(5e-5, gt=0.0, le=1.0)
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
@@ -73,6 +73,12 @@ class Train(Section):
     gradient_checkpointing: bool = True
     seed: int = Field(42, ge=0, lt=1 << 32, description="LoRA initialisation, dropout, sampling")
     data_seed: int = Field(3407, ge=0, lt=1 << 32, description="order of the data")
+    parallel: Literal["auto", "data", "layers"] = Field(
+        "auto",
+        description="over several GPUs: 'data', the whole model on each and a part of every batch; 'layers', a part of "
+        "the layers on each; 'auto': 'data' where the memory estimate says that the model fits one, else 'layers'",
+    )
+    processes: int | None = Field(None, ge=1, le=64, description="on the CPU; on GPUs it is one a GPU")
     checkpoint_every: int = Field(25, ge=1, description="steps between checkpoints; what --resume goes back to")
 
 

@@ -16,6 +16,7 @@ from radeon_stack.host.selection import Selection, select
 from radeon_stack.host.sysroot import Sysroot
 from radeon_stack.launch.choose import Choice, choose
 from radeon_stack.launch.leases import busy, lease_folder
+from radeon_stack.launch.placement import ONE, Placement
 from radeon_stack.launch.probing import found_for, subject_of
 from radeon_stack.launch.supervise import going_on
 
@@ -30,6 +31,8 @@ class Asked:
     shared: bool = False
     without: tuple[str, ...] = ()
     """Known issues whose mitigations are left out."""
+    as_many: int | None = None
+    """So many GPUs where `gpus` does not say it: as the run had that is resumed."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Circumstances:
     subject: Subject = ()
     probe: Found = field(default_factory=Found)
     choices: tuple[Taken, ...] = ()
-    """What a draft decided for its recipe."""
+    placement: Placement = ONE
+    """What a draft decided for its recipe: `choices`, and how the work is shared."""
 
 
 def find_out(effective: Effective, sysroot: Sysroot, asked: Asked, home: Path) -> Circumstances:
@@ -55,8 +59,9 @@ def find_out(effective: Effective, sysroot: Sysroot, asked: Asked, home: Path) -
     machine = look(sysroot)
     wanted = effective.recipe.resources.gpus
     in_use = busy(machine.gpus, lease_folder(home), going_on) if sysroot.live and not asked.shared else {}
+    most = wanted.max if asked.gpus else asked.as_many or wanted.usual
     selection = select(
-        machine.gpus, asked.gpus, least=wanted.min, most=wanted.max, busy=in_use, wsl=machine.wsl and wanted.min > 0
+        machine.gpus, asked.gpus, least=wanted.min, most=most, busy=in_use, wsl=machine.wsl and wanted.min > 0
     )
     choice = choose(effective, selection, asked.engine, asked.image)
     _require_same_gfx(selection, choice)

@@ -18,6 +18,7 @@ from radeon_stack.launch.circumstances import Circumstances
 from radeon_stack.launch.engine import engine_named
 from radeon_stack.launch.explaining import require_reboot, with_other_order
 from radeon_stack.launch.inputs import absolute_inputs
+from radeon_stack.launch.placement import placed
 from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.launch.planner import plan
 from radeon_stack.launch.probing import decided
@@ -49,7 +50,10 @@ def draft(
     """Decide everything; writes nothing. `run`: this one, instead of the store's next."""
     run = run or store.new(effective.name)
     effective, taken = decided(effective, here.probe, here.setup)
-    here = replace(here, choices=taken)
+    effective, placement = placed(effective, here.selection.gpus)
+    if resume:
+        require_as_many(run, placement.processes)
+    here = replace(here, choices=taken, placement=placement)
     launch_plan = plan(
         effective,
         here,
@@ -77,6 +81,20 @@ def resumable(run: Run, *, after_fault: bool = False) -> Effective:
     status = run.status()
     require_reboot(status, anyway=after_fault)
     return from_record(with_other_order(record, status), run.config)
+
+
+def require_as_many(run: Run, processes: int) -> None:
+    """UsageError for another number of processes than the run had: its steps would have another size from here on."""
+    try:
+        before = read_plan(run).processes
+    except UsageError:
+        return
+    if before != processes:
+        raise UsageError(
+            f"{run.id} has trained as {before} process{'es' * (before > 1)}, and would go on as {processes}",
+            where="--resume",
+            remedy="give it as many GPUs as it had: --gpus 0,1,…",
+        )
 
 
 def write_records(drafted: Draft, store: RunStore) -> None:

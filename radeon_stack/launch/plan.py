@@ -22,10 +22,11 @@ class LaunchPlan:
     """What an engine carries out. Dry run, JSON and the real launch are renderings of it.
 
     `memory` and `shm` are bytes, `gpus` PCI addresses (of a partition with its number); `shared` that others may have
-    them too. `subject` is what a probe's answers hold for (card, image), `choices` what was chosen by them. `client`
-    is the command line that speaks to the engine: docker or podman. `unset` are variables that the workload must not
-    see, `without` known issues that are not looked after. A field that an engine has no use for is empty, and its
-    reason says so. `reasons` has one for each field, and may have more: `env.NAME`, `choices.NAME`, `mounts.TARGET`.
+    them too. `subject` is what a probe's answers hold for (card, image), `choices` what was chosen by them. `parallel`
+    is how `processes` share the work: none, data, or layers (one process over several GPUs). `client` is the command
+    line that speaks to the engine: docker or podman. `unset` are variables that the workload must not see, `without`
+    known issues that are not looked after. A field that an engine has no use for is empty, and its reason says so.
+    `reasons` has one for each field, and may have more: `env.NAME`, `choices.NAME`, `mounts.TARGET`.
     """
 
     run_id: str
@@ -37,6 +38,8 @@ class LaunchPlan:
     shared: bool
     subject: tuple[tuple[str, str], ...]
     choices: tuple[tuple[str, str], ...]
+    parallel: str
+    processes: int
     command: tuple[str, ...]
     env: tuple[tuple[str, str], ...]
     unset: tuple[str, ...]

@@ -17,6 +17,7 @@ from radeon_stack.launch.circumstances import Circumstances
 from radeon_stack.launch.confinement import Reasoned, confined
 from radeon_stack.launch.inputs import data_file, model_folder
 from radeon_stack.launch.plan import LaunchPlan, Mount
+from radeon_stack.launch.torchrun import started, variables
 
 ROOM = "/radeon-stack"  # everything of ours inside a container is below this folder
 VENV_PYTHON = "/opt/venv/bin/python"  # the contract of rocm/pytorch images
@@ -44,7 +45,8 @@ def plan(
     if isinstance(config, TakesData):
         paths.add_data(config.data.dataset, effective.origin.get("config.data.dataset", "") + ": config.data.dataset")
     python = VENV_PYTHON if inside else sys.executable
-    command = (python, "-m", f"radeon_stack.workloads.{effective.recipe.workload}", *paths.arguments)
+    module = f"radeon_stack.workloads.{effective.recipe.workload}"
+    command = (*started(python, here.placement.processes), module, *paths.arguments)
     values = _common(effective, here, run_id, run_dir)
     values["command"] = ((*command, "--resume") if resume else command, "the recipe's workload; paths as it sees them")
     env = _Environment(effective, here)
@@ -123,6 +125,8 @@ class _Environment:
         self.add("PYTHONUNBUFFERED", "1", "its lines arrive as they are printed")
         self.add("PYTHONFAULTHANDLER", "1", "a crash in native code leaves its Python stack in the log")
         self.add("HF_HUB_DISABLE_TELEMETRY", "1", "nothing is told to anyone")
+        for name, value, why in variables(here.placement.processes, STOP_SECONDS):
+            self.add(name, value, why)
         if recipe.resources.network == "none":
             self.add("HF_HUB_OFFLINE", "1", "there is no network")
         if here.choice.image is not None:
@@ -175,6 +179,8 @@ def _common(effective: Effective, here: Circumstances, run_id: str, run_dir: Pat
             tuple((choice.name, choice.value) for choice in here.choices),
             "by what was measured" if here.choices else "this recipe leaves nothing to choose",
         ),
+        "parallel": (here.placement.parallel, here.placement.why),
+        "processes": (here.placement.processes, here.placement.why),
         "shared": (here.shared, "asked for" if here.shared else "one run has a card at a time"),
         "without": (
             here.without,

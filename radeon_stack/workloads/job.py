@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from typing import Any
 
 from radeon_stack.errors import Exit, StackError
 from radeon_stack.runs import events as ev
+from radeon_stack.workloads.ranks import ALONE, Rank, end_with_the_launcher, lost_another, rank
 
 
 class StopRequested(BaseException):
@@ -59,6 +61,7 @@ class Job:
     emit: Callable[[ev.Event], None]
     sizes: Sizes = Sizes()
     stage: str = "starting"
+    rank: Rank = ALONE
     stop_asked: bool = field(default=False, init=False)
     _deferred: bool = field(default=False, init=False)
 
@@ -114,27 +117,59 @@ def read_config(run: Path) -> dict[str, Any]:
 def carry_out(argv: list[str], work: Callable[[Job], dict[str, Any]], sizes: Sizes = Sizes()) -> int:
     """Run a workload to its last event; returns the process's exit code."""
     arguments = read_arguments(argv)
-    job = Job(arguments, ev.EventWriter(arguments.run / "events.jsonl"), sizes)
+    here, write = rank(), ev.EventWriter(arguments.run / "events.jsonl")
+    job = Job(arguments, write if here.first else _silent, sizes, rank=here)
+    if not here.alone:
+        end_with_the_launcher()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, job.on_signal)
     try:
         job.emit(ev.Result(values=work(job)))
         return Exit.OK
     except StopRequested as stop:
-        job.emit(ev.Stopped(stage=stop.stage, step=stop.step))
+        told = ev.Stopped(stage=stop.stage, step=stop.step)
+        if told.step is not None:  # agreed upon by all
+            job.emit(told)
+        else:
+            _tell_first(job, write, told)
         return Exit.INTERRUPTED
     except Exception as error:
         traceback.print_exc()
         sys.stderr.flush()
         failure = _failure(error, job)
-        job.emit(failure)
+        _tell_first(job, write, failure)
         return failure.exit_code
+
+
+def _silent(event: ev.Event) -> None:
+    pass
+
+
+def _tell_first(job: Job, write: Callable[[ev.Event], None], event: ev.Error | ev.Stopped) -> None:
+    """Tell how this process ended, unless another one of this attempt did: then this one ended because of it."""
+    if job.rank.alone:
+        write(event)
+        return
+    with (job.arguments.run / "events.jsonl").open("rb") as events:
+        fcntl.flock(events, fcntl.LOCK_EX)
+        ended = False
+        for earlier in ev.read_events(Path(events.name)):
+            ended = isinstance(earlier, ev.Error | ev.Stopped) or (ended and not isinstance(earlier, ev.Attempt))
+        if not ended:
+            write(event)
 
 
 def _failure(error: Exception, job: Job) -> ev.Error:
     """The error event of an exception: known ones in our words, others by their last line."""
     if isinstance(error, StackError):
         return ev.Error(what=error.what, where=error.where, remedy=error.remedy, exit_code=error.exit_code)
+    if not job.rank.alone and lost_another(error):
+        return ev.Error(
+            what=f"another of the run's {job.rank.count} processes ended while {job.stage}",
+            where="log.txt",
+            remedy="see why: radeon-stack runs logs last; then continue: radeon-stack run --resume last",
+            exit_code=Exit.WORKLOAD,
+        )
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in str(error):
         free = os.statvfs(job.artifacts)
         return ev.Error(

@@ -506,7 +506,7 @@ def test_mitigations_are_in_the_plan_with_their_reason_and_can_be_left_out(cli: 
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         (model / name).write_text("{}")
     words = ("explain", "train-llama", "--model", model, "--engine", "local", "--sysroot", tmp_path / "tree", "--json")
-    more = ("--set", "resources.gpus.max=2")
+    more = ("--gpus", "0,1")
     told = cli(*words, *more)
     assert told.code == Exit.OK, told.err
     fields = told.json["fields"]

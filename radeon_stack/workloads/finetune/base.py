@@ -20,19 +20,20 @@ from radeon_stack.kernels.nf4 import NF4
 from radeon_stack.workloads.finetune import fp8, kept
 from radeon_stack.workloads.finetune.bars import bars
 from radeon_stack.workloads.job import Job
+from radeon_stack.workloads.ranks import rank
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def device() -> torch.device:
     """The accelerator this process sees (HIP answers to torch's name `cuda`), else the CPU."""
-    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda", rank().local) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def peak_memory() -> int:
-    """Bytes: the most that tensors took on the accelerator, or this process's largest resident set on a CPU."""
+    """Bytes: the most that tensors took on one accelerator, or this process's largest resident set on a CPU."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+        return max(torch.cuda.max_memory_allocated(card) for card in range(torch.cuda.device_count()))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -45,9 +46,18 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_for_training(
-    job: Job, folder: Path, quantization: Quantization, dtype: torch.dtype, attention: str = AUTO
+    job: Job,
+    folder: Path,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    attention: str = AUTO,
+    *,
+    spread: bool = False,
 ) -> Any:
-    """The frozen base on the device, linear layers and experts in NF4, or in FP8. Attention nobody chose is sdpa."""
+    """The frozen base on the device, linear layers and experts in NF4, or in FP8. Attention nobody chose is sdpa.
+
+    `spread`: its layers over all GPUs that this process sees, which are the chosen ones.
+    """
     config = quantization_config(quantization, dtype)
     packed = kept.folder_of(job, folder, quantization, str(dtype)) if config and quantization.keep else None
     again = packed is not None and packed.is_dir()
@@ -59,10 +69,10 @@ def load_for_training(
             packed if again else folder,
             dtype=dtype,
             **asked,
-            device_map={"": device()},
+            device_map="balanced" if spread else {"": device()},
             attn_implementation="sdpa" if attention == AUTO else attention,
         )
-    if packed is not None and not again:
+    if packed is not None and not again and job.rank.first:
         kept.keep(job, model, packed)
     return ready(model, quantization)
 

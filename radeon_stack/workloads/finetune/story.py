@@ -13,7 +13,7 @@ from transformers import set_seed
 
 from radeon_stack.contracts.finetune import FinetuneConfig
 from radeon_stack.runs.events import Phase, Sample, read_events
-from radeon_stack.workloads.finetune import adapter, base, fp8, merging, sources, training
+from radeon_stack.workloads.finetune import adapter, base, fp8, merging, ranks, sources, training
 from radeon_stack.workloads.finetune.checkpoints import Checkpoint
 from radeon_stack.workloads.finetune.data import Rows
 from radeon_stack.workloads.finetune.encoding import encode_rows
@@ -23,6 +23,7 @@ from radeon_stack.workloads.job import Job
 
 def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoint | None) -> dict[str, Any]:
     """Fine-tune (from a checkpoint if there is one), save, merge and check; returns the result's figures."""
+    ranks.join(job.rank)
     job.fact("environment", environment())
     set_seed(config.train.seed)
     dtype = base.DTYPES[config.train.precision]
@@ -30,7 +31,7 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
     answer = config.samples.expected or (rows.answer if question == rows.question else None)
     job.fact("prompt", {"prompt": question, "expected": answer})
 
-    folder = sources.base_folder(job)
+    folder = ranks.first_then_all(job.rank, lambda: sources.base_folder(job))
     tokenizer = base.load_tokenizer(folder)
     encoded = encode_rows(job, tokenizer, rows.rows, max_length=config.data.max_length, loss_on=config.data.loss_on)
     tokens = sum(len(row.input_ids) for row in encoded)
@@ -38,11 +39,14 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
         "data",
         {"name": rows.name, "rows": len(encoded), "tokens_mean": tokens / len(encoded), "sample": encoded[0].text},
     )
-    model = base.load_for_training(job, folder, config.quantization, dtype, config.model_options.attention)
+    spread = config.train.parallel == "layers"
+    model = base.load_for_training(
+        job, folder, config.quantization, dtype, config.model_options.attention, spread=spread
+    )
     result: dict[str, Any] = {"steps": config.train.steps, "samples": config.samples.count}
 
     def ask(phase: Phase, of: Any) -> None:
-        if question and config.samples.count:
+        if question and config.samples.count and job.rank.first:
             if of is not None:
                 sample(job, of, tokenizer, config.samples, phase, question, answer, config.train.seed)
             result.update(score(job, phase))
@@ -58,6 +62,9 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
     if output := training.train(job, trainer, checkpoint):
         job.fact("trainer_output", output)
         result["train_seconds"] = output["train_runtime"]
+    ranks.part()
+    if not job.rank.first:
+        return result
     result["final_loss"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1]
     job.fact("lora_after", adapter.statistics(trainer.model))
     result["peak_memory_bytes"] = base.peak_memory()
@@ -69,9 +76,11 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
         with fp8.in_16_bit(job, folder, dtype) as whole:
             merged = merging.merge(job, whole, saved, tokenizer)
         if config.export.reload == "quantized":
-            ask("merged", base.load_for_training(job, merged, config.quantization, dtype))
+            ask("merged", base.load_for_training(job, merged, config.quantization, dtype, spread=spread))
         else:
-            ask("merged", base.load_16bit(job, merged, dtype, "reload", on=base.device()))
+            # What one card could not train does not fit it in 16 bit either.
+            device = torch.device("cpu") if spread else base.device()
+            ask("merged", base.load_16bit(job, merged, dtype, "reload", on=device))
     return result
 
 

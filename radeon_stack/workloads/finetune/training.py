@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from radeon_stack.contracts.finetune import FinetuneConfig
 from radeon_stack.kernels.adapters import add_experts_lora
 from radeon_stack.runs.events import Metric
-from radeon_stack.workloads.finetune import fp8
+from radeon_stack.workloads.finetune import fp8, ranks
 from radeon_stack.workloads.finetune.adapter import experts_alpha, lora_config
 from radeon_stack.workloads.finetune.checkpoints import Checkpoint, checkpoints, scratch
 from radeon_stack.workloads.finetune.encoding import Encoded
@@ -67,6 +67,8 @@ def sft_arguments(config: FinetuneConfig, folder: Path) -> SFTConfig:
         dataset_kwargs={"skip_prepare_dataset": True},  # rows come encoded
         max_length=None,
         report_to=[],
+        ddp_find_unused_parameters=False,
+        ddp_timeout=int(ranks.PATIENCE.total_seconds()),
         disable_tqdm=True,
     )
 
@@ -83,8 +85,10 @@ def train(job: Job, trainer: SFTTrainer, checkpoint: Checkpoint | None) -> dict[
         return {}
     with job.deferred_stop():
         output = trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-    shutil.rmtree(scratch(job.artifacts), ignore_errors=True)
-    if job.stop_asked:
+    ranks.meet()
+    if job.rank.first:
+        shutil.rmtree(scratch(job.artifacts), ignore_errors=True)
+    if ranks.any_of(job.stop_asked):
         raise StopRequested("training", trainer.state.global_step)
     return dict(output.metrics)
 
@@ -106,12 +110,18 @@ class _Teller(TrainerCallback):
         self._job.progress("train", state.global_step, self._steps, unit="steps")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        if self._job.stop_asked:
+        if ranks.any_of(self._job.stop_asked):
             control.should_save = True
             control.should_training_stop = True
         return control
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        ranks.meet()  # each process adds its own state of chance to the folder
+        if self._job.rank.first:
+            self._keep(state)
+        ranks.meet()
+
+    def _keep(self, state: Any) -> None:
         folder = checkpoints(self._job.artifacts)
         made = scratch(self._job.artifacts) / f"checkpoint-{state.global_step}"
         kept = folder / f"step-{state.global_step}"

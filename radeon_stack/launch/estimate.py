@@ -1,0 +1,212 @@
+"""How much memory does a fine-tune take on a card? Worked out beforehand, in bytes by kind; pure functions.
+
+**Weights** are exact: NF4 is half a byte a parameter and an absmax a block of 64, which is float32 or, quantised too
+("double"), one byte and a float32 a 256 blocks (QLoRA, arXiv 2305.14314, section 3; bitsandbytes `quantize_4bit`).
+
+**Activations** are counted, not guessed. `tests/work/test_estimate.py` runs transformers' own Llama and Qwen3-MoE with
+TRL's loss and counts every live tensor; the coefficients below are the slopes of these counts: bytes a token, h the
+hidden size, f the intermediate, k the width of keys or values, e of experts a token, r the rank. They hold for bf16,
+sdpa's fused kernels, no dropout, and TRL's head (1.16), which never makes the logits whole: it works on tiles of 4096
+tokens by 32768 words (`trl/kernels/chunked_logprob.py`, `_CHUNKED_LOGPROB_CHUNK_SIZE`).
+
+**Optimizers**: 8-bit AdamW keeps two bytes a parameter and two float32 a block of 256 (arXiv 2110.02861); torch's keeps
+two numbers of the parameter's own type, and TRL holds the adapter of a quantised model in bf16, else PEFT in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from radeon_stack.contracts.finetune import FinetuneConfig
+from radeon_stack.contracts.sections import BIRTHDAY
+from radeon_stack.launch.model_shape import ModelShape
+
+NF4_BLOCK, ABSMAX_BLOCK = 64, 256
+EIGHT_BIT_BLOCK = 256
+HALF, FLOAT = 2, 4  # bytes
+TILE_TOKENS, TILE_WORDS = 4096, 32768
+# Contexts of the runtime, its BLAS workspaces, and what the allocator cannot use for want of a fitting gap. Not
+# measured on a Radeon: taken.
+RUNTIME = 512 << 20
+TOLERANCE = 0.1  # of what was measured; benchmarks and tests hold it
+BIRTHDAY_TOKENS = 64  # the chat of that data set with any of the common templates
+
+
+@dataclass(frozen=True)
+class Training:
+    """What decides the memory besides the model. `length` in tokens, `batch` in sequences a device and pass.
+
+    `prepared`: what is not quantised is held in float32, as PEFT's `prepare_model_for_kbit_training` does; ours is not.
+    """
+
+    batch: int
+    length: int
+    rank: int
+    targets: tuple[str, ...] | None = None
+    """None: all linear layers but the head."""
+    quantized: bool = True
+    double: bool = True
+    experts_quantized: bool = False
+    optimizer: str = "adamw_8bit"
+    checkpointing: bool = True
+    attention: str = "sdpa"
+    processes: int = 1
+    prepared: bool = False
+    merged: bool = False
+    """The merged 16-bit model is read back onto the device at the end."""
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by kind while training; `merged` what reading the merged model back takes afterwards."""
+
+    parts: Mapping[str, int]
+    trained: int
+    """Parameters of the adapter."""
+    merged: int = 0
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> int:
+        """The most that torch's allocator has given out: `torch.cuda.max_memory_allocated`."""
+        return sum(self.parts.values())
+
+    @property
+    def total(self) -> int:
+        """With what the runtime takes besides."""
+        return self.tensors + RUNTIME
+
+
+def training_of(config: FinetuneConfig, processes: int = 1) -> Training:
+    """What a recipe asks for. Rows are as long as they may be: what data holds is not looked at here."""
+    targets = config.lora.target_modules
+    return Training(
+        batch=config.train.batch_size,
+        length=min(config.data.max_length, BIRTHDAY_TOKENS)
+        if config.data.dataset == BIRTHDAY
+        else config.data.max_length,
+        rank=config.lora.rank,
+        targets=None if isinstance(targets, str) else targets,
+        quantized=config.quantization.kind == "nf4",
+        double=config.quantization.double,
+        experts_quantized=config.quantization.experts == "nf4",
+        optimizer=config.train.optimizer,
+        checkpointing=config.train.gradient_checkpointing,
+        attention=config.model_options.attention,
+        processes=processes,
+        merged=config.export.merge and config.export.reload != "quantized",
+    )
+
+
+def estimate(model: ModelShape, training: Training) -> Estimate:
+    """What one device of the run holds at its peak, the whole model on it."""
+    trained = sum(
+        training.rank * (linear.inputs + linear.outputs)
+        for linear in model.linears
+        if _targeted(linear.name, training.targets)
+    )
+    wide = HALF if training.quantized else FLOAT
+    in_4bit = (model.quantizable + model.experts * training.experts_quantized) * training.quantized
+    in_16bit = model.parameters - in_4bit
+    kept = FLOAT if training.prepared else HALF
+    activations = layers(model, training)
+    parts = {
+        "weights in 4 bit": _nf4(in_4bit, training.double),
+        "weights in 16 bit": in_16bit * kept,
+        "adapter": trained * wide,
+        "gradients": trained * wide * (2 if training.processes > 1 else 1),
+        "optimizer": _optimizer(trained, training.optimizer, wide),
+        "activations": activations,
+    }
+    reasons = {
+        "weights in 4 bit": f"{in_4bit:,} parameters" + (", absmax quantised too" if training.double else ""),
+        "weights in 16 bit": f"{in_16bit:,} parameters: "
+        + ("embeddings, head, norms" if training.quantized else "nothing is quantised")
+        + (", experts" if model.experts and not training.experts_quantized and training.quantized else ""),
+        "adapter": f"{trained:,} parameters of {wide} bytes",
+        "gradients": "of the adapter" + (", and their copy for the all-reduce" if training.processes > 1 else ""),
+        "optimizer": training.optimizer,
+        "activations": f"{training.batch} × {training.length} tokens, "
+        + ("one layer at a time" if training.checkpointing else f"all {model.layers} layers"),
+    }
+    merged = model.parameters * HALF if training.merged else 0
+    return Estimate(parts, trained, merged, reasons)
+
+
+def layers(model: ModelShape, training: Training) -> int:
+    """Bytes of activations at the peak: what is kept for the way back, and the larger of one layer's way back and the
+    head's, with the largest weight decoded beside it.
+    """
+    tokens, h = training.tokens, model.hidden
+    stream = FLOAT if training.prepared else HALF  # float32 embeddings make the residual stream float32
+    working = max(
+        tokens * _working(model, training) + _scores(model, training, 6),
+        tokens * (16 * h + _narrow(model, training)) + _scores(model, training, 12),
+    )
+    head = tokens * 10 * h + min(tokens, TILE_TOKENS) * TILE_WORDS * HALF
+    decoded = max(linear.parameters for linear in model.linears) * HALF if training.quantized else 0
+    if training.checkpointing:
+        return model.layers * tokens * h * stream + max(working + decoded, head)
+    saved = tokens * _saved(model, training) + _scores(model, training, 6)
+    return model.layers * saved + max(working - saved, 0) + max(decoded, head)
+
+
+def _saved(model: ModelShape, training: Training) -> int:
+    """Bytes a token that a layer keeps for its way back."""
+    h, f, narrow = model.hidden, model.intermediate, _narrow(model, training)
+    if model.experts:
+        return 20 * h + narrow + model.experts_per_token * (2 * h + 6 * model.expert_width)
+    adapted = 2 * h + 2 * f if _adapts_mlp(model, training) else 0  # the inputs of the adapted
+    return 14 * h + 6 * f + adapted + narrow
+
+
+def _working(model: ModelShape, training: Training) -> int:
+    """Bytes a token at the peak of a layer's way back, what it keeps included: in its MLP, or in its attention."""
+    h, f, narrow = model.hidden, model.intermediate, _narrow(model, training)
+    if model.experts:
+        return 25 * h + narrow + model.experts_per_token * (8 * h + 6 * model.expert_width)
+    return max(18 * h + (12 if _adapts_mlp(model, training) else 10) * f, 32 * h + 4 * f) + narrow
+
+
+def _narrow(model: ModelShape, training: Training) -> int:
+    """Bytes a token of keys, values and A's products, and what a residual stream in float32 adds."""
+    adapted = sum(_targeted(linear.name, training.targets) for linear in model.linears)
+    products = HALF * training.rank * -(-adapted // model.layers)
+    return 4 * model.key_value + products + (6 * model.hidden if training.prepared else 0)
+
+
+def _adapts_mlp(model: ModelShape, training: Training) -> bool:
+    """Does the adapter cover a layer as wide as the MLP?"""
+    return any(
+        model.intermediate in (linear.inputs, linear.outputs) and _targeted(linear.name, training.targets)
+        for linear in model.linears
+    )
+
+
+def _scores(model: ModelShape, training: Training, width: int) -> int:
+    """Bytes of a layer's attention scores, where they are made whole: eager attention alone."""
+    if training.attention != "eager":
+        return 0
+    return training.batch * model.heads * training.length**2 * width
+
+
+def _nf4(parameters: int, double: bool) -> int:
+    blocks = -(-parameters // NF4_BLOCK)
+    scales = blocks + FLOAT * -(-blocks // ABSMAX_BLOCK) if double else FLOAT * blocks
+    return -(-parameters // 2) + scales
+
+
+def _optimizer(trained: int, optimizer: str, wide: int) -> int:
+    if "8bit" in optimizer:
+        return 2 * (trained + FLOAT * -(-trained // EIGHT_BIT_BLOCK))
+    return 2 * trained * wide
+
+
+def _targeted(name: str, targets: tuple[str, ...] | None) -> bool:
+    """As PEFT matches a list: the whole name, or its end after a point."""
+    return targets is None or any(name == target or name.endswith(f".{target}") for target in targets)

@@ -1,0 +1,62 @@
+"""The processes of a data-parallel run: how they meet, agree and part. Alone, each of these does nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from radeon_stack.workloads.ranks import Rank
+
+T = TypeVar("T")
+
+# The others wait while the first one samples a large model before training. One that died is not waited for:
+# torchrun ends the run.
+PATIENCE = timedelta(hours=2)
+
+
+def join(rank: Rank) -> None:
+    """Meet the other processes, each on its own card: over RCCL on GPUs, over gloo on CPUs."""
+    if rank.alone:
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank.local)
+        dist.init_process_group("nccl", timeout=PATIENCE, device_id=torch.device("cuda", rank.local))
+    else:
+        dist.init_process_group("gloo", timeout=PATIENCE)
+
+
+def meet() -> None:
+    """Wait until each process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def any_of(flag: bool) -> bool:
+    """Is it so in at least one process? All get the same answer, and have to ask together."""
+    if not dist.is_initialized():
+        return flag
+    where = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    votes = torch.tensor([int(flag)], device=where)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes.item())
+
+
+def part() -> None:
+    """From here on each goes its own way: nobody waits in a collective while the first one merges for an hour."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def first_then_all(rank: Rank, make: Callable[[], T]) -> T:
+    """What `make` gives; the first process makes it, the others find it made."""
+    if rank.first:
+        made = make()
+        meet()
+        return made
+    meet()
+    return make()

@@ -1,0 +1,59 @@
+"""Which of a run's processes is this one? As torchrun tells it; alone without torchrun. Needs no torch."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+MOST = 1024
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# What torch raises when another process of the group has gone, by backend: NCCL's errors have types of their own.
+LOST_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError")
+LOST_WORDS = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One process of `count`; `local` is its number on this machine, which is its card's."""
+
+    number: int = 0
+    local: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """The one that tells, samples, saves and merges; the others only train."""
+        return self.number == 0
+
+    @property
+    def alone(self) -> bool:
+        return self.count == 1
+
+
+ALONE = Rank()
+
+
+def rank(environ: Mapping[str, str] = os.environ) -> Rank:
+    """RANK, LOCAL_RANK and WORLD_SIZE of torchrun; what makes no sense counts as being alone."""
+    try:
+        found = Rank(*(int(environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+    except (KeyError, ValueError):
+        return ALONE
+    return found if 0 <= found.local <= found.number < found.count <= MOST else ALONE
+
+
+def end_with_the_launcher() -> None:
+    """Be killed when torchrun is: it gives each process a session of its own, which a kill of its group misses."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def lost_another(error: BaseException) -> bool:
+    """Does this error say no more than that another process of the run is gone?"""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & set(LOST_TYPES)) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in LOST_WORDS)
+    )

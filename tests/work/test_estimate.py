@@ -1,0 +1,95 @@
+"""The estimate's activations against what transformers, PEFT and TRL take for a step, every tensor counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from radeon_stack.launch import estimate as estimating
+from radeon_stack.launch.estimate import TOLERANCE, Training, layers
+from radeon_stack.launch.model_shape import ModelShape, read_shape
+from tests.shapes import ATTENTION
+
+pytestmark = pytest.mark.work
+WORDS = 64  # the head's tiles are as small: its own test has them large
+
+LLAMA = {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8, "num_key_value_heads": 2}
+MOE = {"hidden_size": 512, "moe_intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2}
+MOE |= {"head_dim": 64, "num_experts": 8, "num_experts_per_tok": 4}
+
+
+def made(kind: str, sizes: dict[str, Any], folder: Path, training: Training) -> tuple[Any, ModelShape]:
+    """A model of these sizes with TRL's head and an adapter in bf16, as for training; and its shape, read back."""
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+    from trl.trainer.utils import add_fused_lm_head
+
+    config = getattr(transformers, f"{kind}Config")(vocab_size=WORDS, tie_word_embeddings=False, **sizes)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).to(torch.bfloat16)
+    model.set_attn_implementation(training.attention)
+    model.save_pretrained(folder)
+    model.requires_grad_(False)
+    if training.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    targets: Any = list(training.targets) if training.targets else "all-linear"
+    model = get_peft_model(model, LoraConfig(r=training.rank, target_modules=targets, task_type="CAUSAL_LM"))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model.train(), read_shape(folder)
+
+
+def difference(kind: str, sizes: dict[str, Any], folder: Path, training: Training) -> float:
+    """Of the estimate from what was counted, as a share of the latter."""
+    from tests.work.counting import peak_of_a_step
+
+    model, shape = made(kind, sizes, folder, training)
+    counted = peak_of_a_step(model, training.batch, training.length)
+    counted -= sum(p.numel() * 2 for p in model.parameters() if p.requires_grad)  # gradients are told apart
+    return layers(shape, training) / counted - 1
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    import trl.trainer.utils
+
+    monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", WORDS)
+    monkeypatch.setattr(estimating, "TILE_WORDS", WORDS)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "sizes", "targets"),
+    [
+        ("Llama", LLAMA, None),
+        ("Llama", LLAMA | {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}, None),
+        ("Llama", LLAMA | {"intermediate_size": 768}, ATTENTION),
+        ("Llama", LLAMA | {"intermediate_size": 1024}, ATTENTION),
+        ("Qwen3Moe", MOE, ATTENTION),
+        ("Qwen3Moe", MOE | {"num_experts_per_tok": 2, "moe_intermediate_size": 512}, ATTENTION),
+    ],
+)
+def test_the_layers_take_what_was_estimated(
+    tmp_path: Path, kind: str, sizes: dict[str, Any], targets: tuple[str, ...] | None, checkpointing: bool
+) -> None:
+    training = Training(2, 256, 16, targets=targets, quantized=False, checkpointing=checkpointing)
+    assert abs(difference(kind, sizes | {"num_hidden_layers": 3}, tmp_path, training)) < TOLERANCE
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_eager_attention_takes_what_was_estimated(tmp_path: Path) -> None:
+    training = Training(1, 1024, 16, quantized=False, attention="eager")
+    assert abs(difference("Llama", LLAMA | {"num_hidden_layers": 2}, tmp_path, training)) < TOLERANCE
+
+
+def test_the_head_takes_a_tile_and_never_the_whole_logits(tmp_path: Path) -> None:
+    training = Training(2, 512, 16, quantized=False)
+    narrow = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
+    assert abs(difference("Llama", narrow | {"num_hidden_layers": 1}, tmp_path, training)) < TOLERANCE
