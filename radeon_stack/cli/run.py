@@ -37,7 +37,7 @@ def plan_options(command: Command) -> Command:
         click.option("--preset", metavar="NAME", help="A preset of the recipe, such as demo."),
         click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="A value: train.steps=50."),
         click.option("--model", metavar="PATH", help="The model's folder."),
-        click.option("--data", metavar="FILE", help="A .jsonl or .parquet file of 'messages' or 'text' rows."),
+        click.option("--data", metavar="FILE", help="A .jsonl, .json or .parquet file of chats or texts."),
         click.option("--engine", type=click.Choice(["auto", "docker", "local"]), default=None, help="Default: auto."),
         click.option("--image", metavar="REF", help="A particular image instead of the newest that fits."),
         click.option("--gpus", metavar="WHICH", help="0,2 or all or gfx1201 or '>=24GiB'. Default: free ones."),

@@ -55,7 +55,11 @@ def test_the_help_listed_for_a_command_is_its_own(name: str) -> None:
             Exit.USAGE,
             "--model: config.model: no model",
         ),
-        (["run", "train-llama", "--preset", "demo", "--data", "x.csv"], Exit.USAGE, "ending in .jsonl or .parquet"),
+        (
+            ["run", "train-llama", "--preset", "demo", "--data", "x.csv"],
+            Exit.USAGE,
+            "ending in .jsonl, .json or .parquet",
+        ),
         (["run", "train-llama"], Exit.MACHINE, "--preset demo"),
         (["run", "train-llama", "--preset", "demo", "--engine", "docker"], Exit.MACHINE, "no container engine answers"),
         (["run", "--resume", "last", "--set", "train.steps=3"], Exit.USAGE, "--resume continues a run as it was"),
