@@ -18,6 +18,9 @@ class Data(Dataset):
     loss_on: Literal["all", "assistant"] = Field(
         "all", description="'assistant': only the assistant's answers are learnt, prompts are masked"
     )
+    eval_share: float = Field(
+        0.0, ge=0.0, le=0.9, description="share of the rows that is evaluated on and not learnt, drawn by train.seed"
+    )
 
 
 class Quantization(Section):
@@ -55,6 +58,12 @@ class Train(Section):
     seed: int = Field(42, ge=0, lt=1 << 32, description="LoRA initialisation, dropout, sampling")
     data_seed: int = Field(3407, ge=0, lt=1 << 32, description="order of the data")
     checkpoint_every: int = Field(25, ge=1, description="steps between checkpoints; what --resume goes back to")
+    eval_every: int = Field(25, ge=1, description="steps between evaluations, where data.eval_share holds rows back")
+    early_stopping: int = Field(
+        0,
+        ge=0,
+        description="evaluations without a better loss that end training; the best adapter is what is saved; 0: off",
+    )
 
 
 class Samples(Section):

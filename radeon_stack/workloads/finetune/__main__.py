@@ -10,6 +10,7 @@ from radeon_stack.contracts.finetune import FinetuneConfig
 from radeon_stack.runs.events import Attempt
 from radeon_stack.workloads.finetune.checkpoints import last_checkpoint
 from radeon_stack.workloads.finetune.data import read_rows
+from radeon_stack.workloads.finetune.evaluation import require_evaluation
 from radeon_stack.workloads.job import Job, Sizes, carry_out, read_config
 
 SIZES = Sizes(
@@ -23,6 +24,7 @@ def work(job: Job) -> dict[str, Any]:
     checkpoint = last_checkpoint(job.artifacts) if job.arguments.resume else None
     job.emit(Attempt(pid=os.getpid(), resumed_step=checkpoint.step if checkpoint else None))
     config = FinetuneConfig.model_validate(read_config(job.arguments.run))
+    require_evaluation(config)
     # Bad data is told before torch's seconds of importing.
     rows = read_rows(config.data, job.arguments.data)
     job.progress("import", 0, 1, note="torch, transformers, peft, trl")
