@@ -84,6 +84,7 @@ def run(dry_run: bool, detached: bool, earlier: str | None, as_json: bool, **opt
       radeon-stack run train-llama --preset demo --engine docker --dry-run
       radeon-stack run bench-attention --compare last
       radeon-stack run --resume last
+      radeon-stack run --resume last --set train.learning_rate=1e-5
     """
     if earlier and detached:
         raise click.UsageError("--compare waits for the end: leave --detach out, and use: runs compare")
@@ -133,10 +134,10 @@ def drafted_from(
     resumed: Run | None = None
     effective: Effective
     if resume is not None:
-        if recipe or preset or sets or model or data:
-            raise click.UsageError("--resume continues a run as it was: give no recipe, preset or values with it")
+        if recipe or preset or model or data:
+            raise click.UsageError("--resume continues a run as it was: give no recipe, preset, model or data with it")
         resumed = store.find(resume)
-        effective = resumable(resumed, after_fault=after_fault)
+        effective = resumable(resumed, sets, after_fault=after_fault)
         status = resumed.status()
         engine = engine or (status.engine if status else None)
         before = _plan_before(resumed)

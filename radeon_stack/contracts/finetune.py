@@ -64,6 +64,16 @@ class Train(Section):
         ge=0,
         description="evaluations without a better loss that end training; the best adapter is what is saved; 0: off",
     )
+    stop_diverging: bool = Field(True, description="end training when the loss diverges; nan ends it always")
+
+
+# What may be given anew with --resume: where a run is continued does not depend on it.
+RESUMABLE = (
+    "config.train.learning_rate",
+    "config.train.batch_size",
+    "config.train.gradient_accumulation",
+    "config.train.gradient_checkpointing",
+)
 
 
 class Samples(Section):

@@ -62,7 +62,7 @@ def test_the_help_listed_for_a_command_is_its_own(name: str) -> None:
         ),
         (["run", "train-llama"], Exit.MACHINE, "--preset demo"),
         (["run", "train-llama", "--preset", "demo", "--engine", "docker"], Exit.MACHINE, "no container engine answers"),
-        (["run", "--resume", "last", "--set", "train.steps=3"], Exit.USAGE, "--resume continues a run as it was"),
+        (["run", "--resume", "last", "--preset", "demo"], Exit.USAGE, "--resume continues a run as it was"),
         (["run", "--resume", "nothing"], Exit.USAGE, "no runs in"),
         (["runs", "show", "last"], Exit.USAGE, "no runs in"),
         (["image", "render", "--arch", "gfx9"], Exit.USAGE, "no platform"),

@@ -1,14 +1,18 @@
-"""What happens beside the steps: they are told, checkpoints find their place, evaluations are heeded."""
+"""What happens beside the steps: they are told and watched, checkpoints find their place, evaluations are heeded."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import asdict
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from radeon_stack import atomic
+from radeon_stack.contracts.finetune import FinetuneConfig
+from radeon_stack.errors import WorkloadError
 from radeon_stack.runs.events import Metric
 from radeon_stack.workloads.finetune.checkpoints import best_folder, checkpoints, last_checkpoint, scratch
 from radeon_stack.workloads.finetune.evaluation import (
@@ -19,6 +23,7 @@ from radeon_stack.workloads.finetune.evaluation import (
     read_record,
     write_record,
 )
+from radeon_stack.workloads.finetune.health import SHOWN, Watch, diagnosis, figures, figures_in, remedy
 from radeon_stack.workloads.job import Job, StopRequested
 
 
@@ -91,3 +96,66 @@ class Evaluator(TrainerCallback):
         if out_of_patience(evaluations_in(state.log_history), best, self._patience):
             control.should_training_stop = True
         return control
+
+
+class Watcher(TrainerCallback):
+    """Ends training where the loss is not sound any more; the checkpoint before that stays the last."""
+
+    def __init__(self, job: Job, config: FinetuneConfig) -> None:
+        self._job = job
+        self._config = config
+        self._watch = Watch(config.train.precision == "fp16", config.train.stop_diverging)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for known in figures_in(state.log_history):
+            self._watch.see(known)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> Any:
+        if not logs or "loss" not in logs:
+            return control
+        watch = self._watch
+        if what := watch.see(figures(state.global_step, logs)):
+            self._give_up(what)
+        if watch.above or watch.unscaled:
+            # It may recover. If not, what is saved now would take the place of the last sound checkpoint.
+            control.should_save = control.should_save and self._job.stop_asked
+        return control
+
+    def _give_up(self, what: str) -> None:
+        watch, saved = self._watch, last_checkpoint(self._job.artifacts)
+        told = {
+            "what": what,
+            "step": watch.steps[-1].step,
+            "last_sound": [asdict(one) for one in watch.sound[-SHOWN:]],
+            "checkpoint": saved.step if saved else None,
+        }
+        self._job.fact("unsound_loss", told)
+        raise WorkloadError(
+            diagnosis(what, watch),
+            where="train",
+            remedy=remedy(
+                self._config,
+                watch,
+                checkpoint=saved.step if saved else None,
+                amd=torch.version.hip is not None,
+            ),
+        )
+
+
+class Rate(TrainerCallback):
+    """Has the configured learning rate hold after a resume: the optimizer and scheduler come back with the old one."""
+
+    def __init__(self, learning_rate: float) -> None:
+        self._rate = learning_rate
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **_: Any
+    ) -> None:
+        scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)
+        if all(base == self._rate for base in scheduler.base_lrs):
+            return
+        for group, old in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
+            group["lr"] *= self._rate / old
+            group["initial_lr"] = self._rate
+        scheduler.base_lrs = [self._rate for _ in scheduler.base_lrs]
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]

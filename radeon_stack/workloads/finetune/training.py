@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from radeon_stack.contracts.finetune import FinetuneConfig
 from radeon_stack.workloads.finetune.adapter import lora_config
-from radeon_stack.workloads.finetune.callbacks import Evaluator, Teller
+from radeon_stack.workloads.finetune.callbacks import Evaluator, Rate, Teller, Watcher
 from radeon_stack.workloads.finetune.checkpoints import Checkpoint, best_folder, scratch
 from radeon_stack.workloads.finetune.encoding import Encoded
 from radeon_stack.workloads.finetune.evaluation import evaluations_in, out_of_patience, read_record
@@ -39,7 +39,10 @@ def trainer_for(
         processing_class=tokenizer,
         peft_config=lora_config(config.lora, model),
     )
+    # In this order: a loss is told before it is judged.
     trainer.add_callback(Teller(job, config.train.steps))
+    trainer.add_callback(Watcher(job, config))
+    trainer.add_callback(Rate(config.train.learning_rate))
     if held_back:
         trainer.add_callback(Evaluator(job, config.train.early_stopping))
     return trainer
@@ -70,6 +73,7 @@ def sft_arguments(config: FinetuneConfig, folder: Path, *, evaluate: bool = Fals
         data_seed=train.data_seed,
         save_steps=train.checkpoint_every,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it would show the mean of the losses before in a nan's place
         eval_strategy="steps" if evaluate else "no",
         eval_steps=train.eval_every,
         per_device_eval_batch_size=train.batch_size,
