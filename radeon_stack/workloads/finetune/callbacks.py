@@ -24,6 +24,7 @@ from radeon_stack.workloads.finetune.evaluation import (
     write_record,
 )
 from radeon_stack.workloads.finetune.health import SHOWN, Watch, diagnosis, figures, figures_in, remedy
+from radeon_stack.workloads.finetune.resident import resident
 from radeon_stack.workloads.job import Job, StopRequested
 
 
@@ -140,6 +141,26 @@ class Watcher(TrainerCallback):
                 amd=torch.version.hip is not None,
             ),
         )
+
+
+class Ledger(TrainerCallback):
+    """Notes what is held between steps: what a step needs beyond it grows with the batch."""
+
+    def __init__(self, job: Job, optimizer: str) -> None:
+        self._job = job
+        self._per_parameter = 2 if optimizer.endswith("_8bit") else 8  # bytes of state: two moments, of 1 or 4 bytes
+        self._begun = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._begun = state.global_step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        held = torch.cuda.memory_allocated() if torch.cuda.is_available() else resident()
+        if state.global_step == self._begun:
+            # The first step brings gradients and optimizer states, which will stay or come again with every step.
+            trained = [p for p in model.parameters() if p.requires_grad]
+            held += sum(p.numel() * (p.element_size() + self._per_parameter) for p in trained)
+        self._job.held = held
 
 
 class Rate(TrainerCallback):

@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from radeon_stack.contracts.finetune import FinetuneConfig
 from radeon_stack.workloads.finetune.adapter import lora_config
-from radeon_stack.workloads.finetune.callbacks import Evaluator, Rate, Teller, Watcher
+from radeon_stack.workloads.finetune.callbacks import Evaluator, Ledger, Rate, Teller, Watcher
 from radeon_stack.workloads.finetune.checkpoints import Checkpoint, best_folder, scratch
 from radeon_stack.workloads.finetune.encoding import Encoded
 from radeon_stack.workloads.finetune.evaluation import evaluations_in, out_of_patience, read_record
@@ -42,6 +42,7 @@ def trainer_for(
     # In this order: a loss is told before it is judged.
     trainer.add_callback(Teller(job, config.train.steps))
     trainer.add_callback(Watcher(job, config))
+    trainer.add_callback(Ledger(job, config.train.optimizer))
     trainer.add_callback(Rate(config.train.learning_rate))
     if held_back:
         trainer.add_callback(Evaluator(job, config.train.early_stopping))
