@@ -96,6 +96,7 @@ class Export(Section):
 class FinetuneConfig(TakesData, TakesModel, TakesOptions):
     """Everything the `finetune` workload can be told; paths are added by the launch plan."""
 
+    any_architecture: bool = Field(False, description="train a model whose architecture is not known to train")
     data: Data = Data()
     quantization: Quantization = Quantization()
     lora: Lora = Lora()

@@ -19,18 +19,21 @@ def limited(size: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
-def test_a_batch_that_does_not_fit_is_told_with_one_that_does(cli: Cli, tiny_run: list[str]) -> None:
-    sets = ["--set", "data.copies=6000", "--set", "train.steps=1", "--set", "export.merge=false"]
+def test_a_batch_that_does_not_fit_is_told_with_a_smaller_one_until_it_fits(cli: Cli, tiny_run: list[str]) -> None:
+    sets = ["--set", "data.copies=3000", "--set", "train.steps=1", "--set", "export.merge=false"]
     run = [*tiny_run, "--engine", "local", *sets, "--set", "samples.count=0"]
-    batch = ["--set", "train.batch_size=6000", "--set", "train.gradient_accumulation=1"]
-    failed = cli(*run, *batch, preexec_fn=limited(6 * GIB))
-    assert failed.code == Exit.WORKLOAD, failed.err
-    assert re.search(
-        r"config.train.batch_size: out of memory while train: [\d.]+ [GM]iB short of [\d.]+ GiB", failed.error
-    )
-    proposed = re.search(r"--set train.batch_size=(\d+) --set train.gradient_accumulation=(\d+)", failed.error)
-    assert proposed is not None, failed.error
-    smaller, accumulation = map(int, proposed.groups())
-    assert smaller < 6000 and smaller * accumulation == 6000
-    again = cli(*run, *proposed[0].split(), preexec_fn=limited(6 * GIB))
-    assert again.code == Exit.OK, again.err
+    size, sizes = 3000, ["--set", "train.batch_size=3000", "--set", "train.gradient_accumulation=1"]
+    for _ in range(4):
+        result = cli(*run, *sizes, preexec_fn=limited(4 * GIB))
+        if result.code == Exit.OK:
+            break
+        told = result.error
+        assert result.code == Exit.WORKLOAD, result.err
+        assert re.search(r"train.batch_size: out of memory while train: [\d.]+ [GM]iB short of [\d.]+ GiB", told), told
+        proposed = re.search(r"--set train.batch_size=(\d+) --set train.gradient_accumulation=(\d+)", told)
+        assert proposed is not None, told
+        smaller, accumulation = map(int, proposed.groups())
+        assert smaller < size and smaller * accumulation == 3000
+        size, sizes = smaller, proposed[0].split()
+    assert result.code == Exit.OK, result.err
+    assert size < 3000

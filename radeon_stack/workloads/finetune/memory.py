@@ -3,7 +3,8 @@
 What a training step needs is what is held between the steps (weights, adapter, gradients, optimizer) and activations,
 which grow with the batch and with the length. So of a step that failed with `allocated` bytes in use and `asked` more
 wanted, activations were at least `allocated + asked - held`, at this batch. The sizes proposed are those whose share of
-that fits into `HEADROOM` of what can be had: the step had not come to its peak, and memory is never without gaps.
+that fits into `HEADROOM` of what can be had: memory is never without gaps. The step had not come to its peak, so what
+is proposed may have to be lowered once more; it is told again then.
 """
 
 from __future__ import annotations
