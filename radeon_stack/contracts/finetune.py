@@ -28,6 +28,9 @@ class Quantization(Section):
 
     kind: Literal["nf4", "none"] = Field("nf4", description="'nf4': 4-bit NormalFloat, block 64; 'none': 16 bit")
     double: bool = Field(True, description="quantise the block scales (absmax) too")
+    experts: Literal["nf4", "none"] = Field(
+        "nf4", description="a mixture-of-experts model's experts, when kind is 'nf4': packed too, or left in 16 bit"
+    )
 
 
 class Lora(Section):
@@ -38,6 +41,9 @@ class Lora(Section):
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     target_modules: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | Literal["all-linear"] = Field(
         "all-linear", description="'all-linear' (all but the output head), or a list of module names"
+    )
+    experts_rank: int = Field(
+        0, ge=0, le=128, description="rank of adapters an expert, scaled by alpha / rank too; 0: none"
     )
 
 
@@ -91,6 +97,9 @@ class Export(Section):
     """What is left behind besides the adapter."""
 
     merge: bool = Field(True, description="merge into the 16-bit base, reload it and check it")
+    reload: Literal["16bit", "quantized"] = Field(
+        "16bit", description="how the merged model is read back: as it is, or quantised like the base (a large one)"
+    )
 
 
 class FinetuneConfig(TakesData, TakesModel, TakesOptions):

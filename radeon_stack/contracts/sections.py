@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 PACKAGE_PREFIX = "package:"
+RANDOM_PREFIX = "random:"
+RANDOM_MODELS = ("qwen3-moe",)
 BIRTHDAY = "birthday"
 
 
@@ -19,8 +21,22 @@ class TakesModel(Section):
     """A workload that is given a model: the plan mounts its folder and passes it as `--model`."""
 
     model: str = Field(
-        min_length=1, description=f"a model folder, or '{PACKAGE_PREFIX}NAME' for weights inside a Python package"
+        min_length=1,
+        description=f"a model folder; '{PACKAGE_PREFIX}NAME' for weights inside a Python package; "
+        f"'{RANDOM_PREFIX}qwen3-moe' for a tiny one with random weights, to try the way",
     )
+
+    @field_validator("model")
+    @classmethod
+    def _known(cls, model: str) -> str:
+        if model.startswith(RANDOM_PREFIX) and model.removeprefix(RANDOM_PREFIX) not in RANDOM_MODELS:
+            raise ValueError(", ".join(f"'{RANDOM_PREFIX}{name}'" for name in RANDOM_MODELS))
+        return model
+
+
+def is_made(model: str) -> bool:
+    """Whether a model is no folder of the user's, but one that is made where the workload runs."""
+    return model.startswith((PACKAGE_PREFIX, RANDOM_PREFIX))
 
 
 class Dataset(Section):

@@ -13,6 +13,7 @@ from radeon_stack.errors import UsageError
 from radeon_stack.kernels import grouped
 from radeon_stack.kernels.configs import MAX_RANK
 from radeon_stack.kernels.grouped import LowRank, Weight, row_major
+from radeon_stack.kernels.launch import can_run_on
 from radeon_stack.kernels.nf4 import NF4, decode_reference
 from radeon_stack.kernels.routing import Routing, combine, route
 
@@ -70,9 +71,11 @@ def gated_experts(
 
     Nothing is read back by the host and sums have a fixed order. NF4 experts are decoded tile by tile; where each has
     very many rows, a matrix is decoded once a product (`configs.decode_experts_once`).
-    `partial`: index may hold numbers of no expert here; those slots count as zero.
+    `partial`: index may hold numbers of no expert here; those slots count as zero. On a CPU it is the definition.
     """
     _check_shapes(x, index, slot_weight, gate_up, down, gate_up_adapter, down_adapter)
+    if not can_run_on(x.device):
+        return gated_experts_reference(x, index, slot_weight, gate_up, down, gate_up_adapter, down_adapter)
     routing = route(index, gate_up.shape[0], partial=partial)
     adapters = (gate_up_adapter, down_adapter)
     factors = [

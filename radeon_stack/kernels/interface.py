@@ -2,7 +2,7 @@
 
 They are registered in transformers' own ExpertsInterface, so they serve every model that uses it (Qwen3-MoE, Mixtral,
 gpt-oss …) and touch no model's code. 4-bit experts are bitsandbytes' parametrised parameters, read packed where its own
-forward would decode all experts at every access. A packed model cannot be saved and loaded yet.
+forward would decode all experts at every access; `quantizer.py` makes them while a checkpoint is loaded.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from radeon_stack.errors import UsageError
-from radeon_stack.kernels.experts import Adapter, gated_experts, grouped_linear
+from radeon_stack.kernels.experts import gated_experts, grouped_linear
 from radeon_stack.kernels.grouped import Weight
+from radeon_stack.kernels.launch import can_run_on
 from radeon_stack.kernels.nf4 import BLOCK, NF4, from_bitsandbytes
 from radeon_stack.kernels.routing import Routing, route
 
 GROUPED, PACKED = "radeon_grouped", "radeon_nf4"
-LORA = "radeon_lora"  # the submodule that holds a layer's adapters
+ADAPTERS = "radeon_adapters"  # a layer's attribute: for each matrix, what has its adapter (adapters.py)
 
 
 def register() -> None:
@@ -38,7 +39,7 @@ def pack_experts(model: nn.Module, *, double: bool = False) -> int:
     """
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
-    found = [(module, name) for module in model.modules() for name in _matrices(module)]
+    found = [(module, name) for module in model.modules() for name in expert_matrices(module)]
     for module, name in found:  # all are looked at before the first is changed
         width = getattr(module, name).shape[-1]
         if width % BLOCK:
@@ -51,61 +52,6 @@ def pack_experts(model: nn.Module, *, double: bool = False) -> int:
         values += getattr(module, name).numel()
         replace_parameter_4bit(module, name, compress_statistics=double, quant_type="nf4", blocksize=BLOCK)
     return values
-
-
-class ExpertsLora(nn.Module):
-    """Adapters an expert for a layer's matrices: weight + alpha / rank · b·a. b starts at zero, as LoRA's does.
-
-    a: [experts, rank, columns], b: [experts, rows, rank], float32, for each of the layer's two matrices.
-    """
-
-    def __init__(self, experts: nn.Module, rank: int, alpha: float) -> None:
-        super().__init__()
-        self.scale = alpha / rank
-        for name in _names(experts):
-            weight = _weight(experts, name)
-            (count, rows, columns), device = weight.shape, weight.device
-            a = torch.empty(count, rank, columns, device=device)
-            nn.init.kaiming_uniform_(a, a=5**0.5)
-            self.register_parameter(f"{name}_a", nn.Parameter(a))
-            self.register_parameter(f"{name}_b", nn.Parameter(torch.zeros(count, rows, rank, device=device)))
-
-    def adapter(self, name: str) -> Adapter:
-        return Adapter(getattr(self, f"{name}_a"), getattr(self, f"{name}_b"), self.scale)
-
-
-def add_experts_lora(model: nn.Module, rank: int, alpha: float) -> list[ExpertsLora]:
-    """Adapters for all experts' layers of a model, trained through the same grouped products.
-
-    UsageError for layers whose gate is their own: the products there take no adapters.
-    """
-    layers = [module for module in model.modules() if _is_experts(module)]
-    for module in layers:
-        if not is_fused(module):
-            raise UsageError(
-                f"{type(module).__name__}: adapters for its experts are not there yet",
-                remedy="adapt its attention alone",
-            )
-        if hasattr(module, LORA):
-            raise UsageError(
-                f"{type(module).__name__} has adapters already", remedy="train those, or delete them first"
-            )
-    added = []
-    for module in layers:
-        lora = ExpertsLora(module, rank, alpha)
-        module.add_module(LORA, lora)
-        module.register_forward_pre_hook(_uses_adapters)
-        added.append(lora)
-    return added
-
-
-def _uses_adapters(module: Any, _: Any) -> None:
-    chosen = module.config._experts_implementation
-    if chosen not in (GROUPED, PACKED):
-        raise UsageError(
-            f"{type(module).__name__} has adapters, and experts_implementation={chosen!r} would pass them by",
-            remedy=f"model.set_experts_implementation({GROUPED!r}) or {PACKED!r}",
-        )
 
 
 def radeon_grouped(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -125,7 +71,7 @@ def is_fused(module: nn.Module) -> bool:
     act = getattr(module, "act_fn", None)
     return (
         bool(getattr(module, "has_gate", False))
-        and not any(getattr(module, name) for name in ("has_bias", "is_transposed", "has_post_expert_norm"))
+        and not any(getattr(module, name, False) for name in ("has_bias", "is_transposed", "has_post_expert_norm"))
         and bool(getattr(module, "is_concatenated", False))
         and getattr(type(module), "_apply_gate", None) is _default_apply_gate
         and (isinstance(act, nn.SiLU) or type(act).__name__ == "SiLUActivation")
@@ -133,8 +79,8 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def _forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor, *, packed: bool = False) -> Tensor:
-    up_name, down_name = _names(module)
-    up, down = _weight(module, up_name), _weight(module, down_name)
+    up_name, down_name = matrix_names(module)
+    up, down = experts_weight(module, up_name), experts_weight(module, down_name)
     for name, weight in ((up_name, up), (down_name, down)):
         if packed and not isinstance(weight, NF4):
             raise UsageError(
@@ -143,18 +89,23 @@ def _forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor, *, pac
                 remedy=f"pack_experts(model), or {GROUPED}",
             )
     x = hidden.to(_computed_in(hidden, up))
-    partial = bool(module._is_expert_parallel)
-    lora = getattr(module, LORA, None)
+    partial = bool(getattr(module, "_is_expert_parallel", True))  # transformers 5.17 does not tell
     if is_fused(module):
-        adapters = (lora.adapter(up_name), lora.adapter(down_name)) if lora is not None else (None, None)
+        wrappers = getattr(module, ADAPTERS, {})
+        adapters = (wrappers[name].adapter() if name in wrappers else None for name in (up_name, down_name))
         return gated_experts(x, index, weights, up, down, *adapters, partial=partial).to(hidden.dtype)
+    if not can_run_on(hidden.device):
+        from transformers.integrations.moe import grouped_mm_experts_forward
+
+        by_torch: Tensor = grouped_mm_experts_forward(module, hidden, index, weights)
+        return by_torch
     routing = route(index, up.shape[0], partial=partial)
     bias = (getattr(module, f"{name}_bias") if module.has_bias else None for name in (up_name, down_name))
     transposed = bool(module.is_transposed)
     y = grouped_linear(x, up, routing, bias=next(bias), transposed=transposed, by_token=True)
     y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
     y = grouped_linear(y, down, routing, bias=next(bias), transposed=transposed)
-    y = module.post_expert_norm(y) if module.has_post_expert_norm else y
+    y = module.post_expert_norm(y) if getattr(module, "has_post_expert_norm", False) else y
     return _weighted_sum(y, weights, routing).to(hidden.dtype)
 
 
@@ -177,21 +128,23 @@ def _weighted_sum(y: Tensor, weights: Tensor, routing: Routing) -> Tensor:
     return by_slot[: routing.size].view(routing.tokens, routing.top_k, -1).sum(1)
 
 
-def _is_experts(module: nn.Module) -> bool:
-    return hasattr(module, "_is_expert_parallel") and hasattr(module, "has_gate")
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module is one of transformers' layers of experts."""
+    return hasattr(module, "has_gate") and hasattr(module, "is_concatenated")
 
 
-def _names(module: Any) -> tuple[str, str]:
+def matrix_names(module: Any) -> tuple[str, str]:
+    """The names of its two matrices."""
     return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
 
 
-def _matrices(module: nn.Module) -> list[str]:
+def expert_matrices(module: nn.Module) -> list[str]:
     """Names of a layer's matrices that are still in 16 bit."""
     own = dict(module.named_parameters(recurse=False))  # a packed one is none, and asking for it would decode it
-    return [name for name in _names(module) if name in own] if _is_experts(module) else []
+    return [name for name in matrix_names(module) if name in own] if is_experts(module) else []
 
 
-def _weight(module: Any, name: str) -> Weight:
+def experts_weight(module: Any, name: str) -> Weight:
     """[experts, rows, columns], packed where bitsandbytes has parametrised it."""
     parametrised = getattr(module, "parametrizations", {})
     steps: Any = parametrised[name] if name in parametrised else ()  # noqa: SIM401 - a ModuleDict has no get

@@ -7,11 +7,17 @@ called as Triton's own tutorials call one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def can_run_on(device: torch.device) -> bool:
+    """Whether kernels run there: on GPUs, and on a CPU where Triton's interpreter was asked for."""
+    return device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Launcher:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from radeon_stack.contracts.sections import BIRTHDAY, PACKAGE_PREFIX, TakesData, TakesModel
+from radeon_stack.contracts.sections import BIRTHDAY, TakesData, TakesModel, is_made
 from radeon_stack.errors import UsageError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -16,11 +16,11 @@ DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 def model_folder(model: str, *, where: str) -> Path | None:
-    """The absolute folder of a model, or None for one that a Python package carries.
+    """The absolute folder of a model, or None for one that is made where the workload runs.
 
     UsageError when it is missing or lacks its configuration, tokenizer or weights.
     """
-    if model.startswith(PACKAGE_PREFIX):
+    if is_made(model):
         return None
     folder = Path(os.path.abspath(Path(model).expanduser()))
     if not folder.is_dir():

@@ -19,7 +19,7 @@ from radeon_stack.runs.store import Run, Status
 from radeon_stack.runs.summary import PHASES, answers_of, last_result, samples_of
 
 CHARTS = (("loss", "Loss"), ("grad_norm", "Gradient norm"), ("learning_rate", "Learning rate"))
-TOLD_APART = ("lora_before", "lora_after", "data", "prompt", "environment", "model", "merge", "reloaded", "card")
+TOLD_APART = ("lora_before", "lora_after", "data", "prompt", "environment", "model", "merge", "card")
 LOG_SPAN = 100.0  # a curve that falls by more than this is shown on a logarithmic axis too
 STATISTICS = ("mean", "std", "min", "q25", "median", "q75", "max")
 
@@ -98,7 +98,7 @@ def contents(run: Run) -> dict[str, Any]:
         "data": _table(facts.get("data")),
         "lora": statistics(facts),
         "statistics": STATISTICS,
-        "merge": _table(facts.get("merge")) | _table(facts.get("reloaded")),
+        "merge": _table(facts.get("merge")),
         "artifacts": [event for event in events if isinstance(event, Artifact)],
         "model": _table(facts.get("model")),
         "environment": environment,

@@ -28,6 +28,14 @@ ANSWER = 200  # characters of an answer
 COLOURS = {"works": "green", "missing": "dim", "not asked": "dim"}  # of an answer; what is bad is red
 MEASUREMENT_LENGTH = 240
 MEASURED = {"ok": "green", "missing": "dim", "wrong": "red", "crashed": "red", "failed": "red"}
+COUNTED = (
+    ("parameters", "parameters"),
+    ("quantized_parameters", "in 4 bit"),
+    ("quantized_experts", "of them experts'"),
+    ("half_parameters", "in 16 bit"),
+    ("trainable", "trained"),
+)
+COUNTS = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
 PHASES = {"before": "before training", "after": "after training", "merged": "merged and reloaded"}
 
 
@@ -63,6 +71,25 @@ def measurement_text(event: ev.Measurement) -> str:
     """A figure on one line."""
     line = figure_line(event.case, event.implementation, event.state, event.values, event.note)
     return one_line(line, MEASUREMENT_LENGTH)
+
+
+def model_text(event: ev.Fact) -> str:
+    """`model Qwen3MoeForCausalLM: 30.6 B parameters, 29.9 B in 4 bit, …`; "" for another fact. None of it is trusted."""
+    told = event.value
+    if event.name != "model" or not isinstance(told, dict):
+        return ""
+    parts = []
+    for key, words in COUNTED:
+        count = told.get(key)
+        if isinstance(count, int | float) and count > 0:
+            parts.append(f"{count_text(count)} {words}")
+    return f"model {one_line(str(told.get('class', '')), 60)}: {', '.join(parts)}" if parts else ""
+
+
+def count_text(count: float) -> str:
+    """`53.5 M`"""
+    unit, name = next(((unit, name) for unit, name in COUNTS if count >= unit), (1.0, ""))
+    return f"{count / unit:.3g} {name}".rstrip()
 
 
 class BarView:
@@ -112,6 +139,8 @@ class BarView:
         elif isinstance(event, ev.Measurement):
             colour = MEASURED[event.state]
             self._say(f"[{colour}]{mark(event.state == 'ok')}[/] {escape(measurement_text(event))}")
+        elif isinstance(event, ev.Fact) and (told := model_text(event)):
+            self._say(escape(told))
         elif isinstance(event, ev.Attempt) and event.resumed_step is not None:
             self._say(f"resumed from step {event.resumed_step}")
 
@@ -160,6 +189,8 @@ class LineView:
             return f"{event.phase:<7} {mark(event.correct)} {one_line(event.response)}"
         if isinstance(event, ev.Attempt) and event.resumed_step is not None:
             return f"resumed from step {event.resumed_step}"
+        if isinstance(event, ev.Fact):
+            return model_text(event)
         if isinstance(event, ev.Artifact):
             return f"wrote {one_line(event.path)}"
         return ""

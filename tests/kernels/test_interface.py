@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from radeon_stack.errors import UsageError
-from radeon_stack.kernels.interface import LORA, add_experts_lora, is_fused, pack_experts, register
+from radeon_stack.kernels import experts
+from radeon_stack.kernels.interface import is_experts, is_fused, pack_experts, register
 from tests.kernels.helpers import distance
 
 transformers = pytest.importorskip("transformers", reason="needs the packages of the extra 'work'")
@@ -77,31 +78,24 @@ def test_experts_in_16_bit_are_refused_where_4_bit_ones_were_asked_for(model: An
         step(model, "radeon_nf4")
 
 
-def test_adapters_begin_with_no_effect_and_get_all_the_gradients(model: Any) -> None:
-    layer = next(module for module in model.modules() if hasattr(module, "down_proj") and hasattr(module, "has_gate"))
+def test_adapters_in_pefts_form_give_what_their_definition_gives(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    peft = pytest.importorskip("peft", reason="needs the packages of the extra 'work'")
+    from radeon_stack.kernels.adapters import add_experts_lora
+
+    layer = next(module for module in model.modules() if is_experts(module))
     if not is_fused(layer):
-        with pytest.raises(UsageError, match="adapters for its experts are not there yet"):
-            add_experts_lora(model, 4, 8.0)
         return
     pack_experts(model)
-    before, _ = step(model, "radeon_nf4")
-    added = add_experts_lora(model, 4, 8.0)
-    after, gradients = step(model, "radeon_nf4")
-    assert len(added) == 2
-    assert torch.equal(before, after)
-    assert sum(f".{LORA}." in name for name in gradients) == 8
-    assert all(gradients[name].norm() > 0 for name in gradients if name.endswith("_b"))
-
-
-def test_adapters_are_not_passed_by_without_a_word(model: Any) -> None:
-    layer = next(module for module in model.modules() if hasattr(module, "down_proj") and hasattr(module, "has_gate"))
-    if not is_fused(layer):
-        return
-    add_experts_lora(model, 4, 8.0)
-    with pytest.raises(UsageError, match="would pass them by"):
-        step(model, "eager")
-    with pytest.raises(UsageError, match="has adapters already"):
-        add_experts_lora(model, 4, 8.0)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert len(add_experts_lora(adapted, 4, 8.0)) == 4
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(0, 0.1)
+    found = step(model, "radeon_nf4")
+    assert sum(".experts." in name for name in found[1]) == 2 * 2 * 2
+    monkeypatch.setattr(experts, "can_run_on", lambda device: False)
+    same(found, step(model, "radeon_nf4"))
 
 
 def test_experts_of_another_rank_count_as_nothing(model: Any) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -18,6 +19,7 @@ from radeon_stack.runs import events as ev
 from radeon_stack.runs.outcome import Outcome, judge
 from radeon_stack.runs.store import Run, RunStore, State, Status, home
 from radeon_stack.runs.summary import lines, summary
+from radeon_stack.runs.view import model_text
 
 
 def made(store: RunStore, recipe: str = "train-llama") -> Run:
@@ -233,3 +235,24 @@ def test_the_summary_is_plain_json(tmp_path: Path) -> None:
     told = json.loads(json.dumps(summary(run, LOST)))
     assert told["samples"]["after"][0]["response"] == "r"
     assert told["artifacts"] == {"adapter": str(run.path / "artifacts" / "adapter")}
+
+
+def test_before_the_first_step_it_is_told_what_is_in_4_bit_in_16_and_trained() -> None:
+    told = {
+        "class": "Qwen3MoeForCausalLM",
+        "parameters": 30_585_600_000,
+        "quantized_parameters": 29_896_736_768,
+        "quantized_experts": 28_991_029_248,
+        "half_parameters": 635_385_856,
+        "trainable": 53_477_376,
+    }
+    assert model_text(ev.Fact(name="model", value=told)) == (
+        "model Qwen3MoeForCausalLM: 30.6 B parameters, 29.9 B in 4 bit, 29 B of them experts', 635 M in 16 bit, "
+        "53.5 M trained"
+    )
+
+
+@pytest.mark.parametrize("value", [5, None, {}, {"class": "\x1b[2J", "parameters": "many"}, {"trainable": -1}])
+def test_a_model_that_is_told_otherwise_is_not_told(value: Any) -> None:
+    assert model_text(ev.Fact(name="model", value=value)) == ""
+    assert model_text(ev.Fact(name="data", value={"parameters": 5})) == ""

@@ -88,13 +88,13 @@ def test_a_known_architecture_trains_and_merges(architecture: str, tiny_model: P
     rows = encode_rows(job, tokenizer, read_rows(settings.data, None).rows, max_length=64, loss_on="assistant")
     model = base.load_for_training(job, folder, Quantization(), torch.bfloat16)
     trainer = training.trainer_for(job, settings, model, tokenizer, rows)
-    assert base.describe(trainer.model, folder, "")["quantized_layers"] > 0
+    assert base.describe(trainer.model, folder, "")["quantized_parameters"] > 0
     training.train(job, trainer, None)
     steps = [event.values for event in told if isinstance(event, ev.Metric)]
     assert len(steps) == 2 and all(math.isfinite(step["loss"]) and step["grad_norm"] > 0 for step in steps)
     adapter = merging.save_adapter(job, trainer.model, tokenizer)
-    loaded = base.load_16bit(job, folder, torch.bfloat16, "load", on=torch.device("cpu"))
-    assert merging.merge(job, loaded, folder, adapter, tokenizer)[1].is_dir()
+    merged = merging.merge(job, folder, adapter, tokenizer)
+    base.load_16bit(job, merged, torch.bfloat16, "reload", on=torch.device("cpu"))
 
 
 def test_an_unknown_architecture_is_refused_with_the_list_before_torch_and_may_be_forced(
@@ -105,7 +105,9 @@ def test_an_unknown_architecture_is_refused_with_the_list_before_torch_and_may_b
     (folder / "config.json").write_text(text.replace("LlamaForCausalLM", "LhamaForCausalLM"))
     result = cli(*tiny_run, "--engine", "local", "--model", folder)
     assert result.code == Exit.USAGE
-    assert "config.model: the architecture LhamaForCausalLM is not known; known: LlamaForCausalLM (Llama" in result.error
+    assert (
+        "config.model: the architecture LhamaForCausalLM is not known; known: LlamaForCausalLM (Llama" in result.error
+    )
     assert "--set any_architecture=true" in result.error
     assert "environment" not in result.json["facts"]
     sets = ("--set", "any_architecture=true", "--set", "train.steps=1", "--set", "export.merge=false")

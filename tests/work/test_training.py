@@ -206,12 +206,9 @@ def merge_parts(tiny_model: Path, folder: Path) -> tuple[Job, Any, Any, Path]:
 
 
 def merge(job: Job, tiny_model: Path, adapter: Path, tokenizer: Any) -> Path:
-    import torch
+    from radeon_stack.workloads.finetune import merging
 
-    from radeon_stack.workloads.finetune import base, merging
-
-    loaded = base.load_16bit(job, tiny_model, torch.bfloat16, "load", on=torch.device("cpu"))
-    return merging.merge(job, loaded, tiny_model, adapter, tokenizer)[1]
+    return merging.merge(job, tiny_model, adapter, tokenizer)
 
 
 def test_a_merge_changes_every_targeted_tensor_by_the_adapters_product_and_no_other(
@@ -230,7 +227,7 @@ def test_a_merge_changes_every_targeted_tensor_by_the_adapters_product_and_no_ot
         key = f"base_model.model.{name.removesuffix('.weight')}"
         a, b = lora[f"{key}.lora_A.weight"].float(), lora[f"{key}.lora_B.weight"].float()
         expected = base[name].float() + (64 / 4) * b @ a
-        torch.testing.assert_close(merged[name].float(), expected, rtol=2e-2, atol=2e-2)
+        assert torch.equal(merged[name], expected.to(torch.bfloat16)), "one rounding, no more"
 
 
 def test_an_adapter_that_changes_nothing_is_not_called_merged(tiny_model: Path, tmp_path: Path) -> None:
@@ -240,9 +237,7 @@ def test_an_adapter_that_changes_nothing_is_not_called_merged(tiny_model: Path, 
     file = adapter / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file({n: t * 0 if "layers.1.mlp.up_proj.lora_B" in n else t for n, t in tensors.items()}, file)
-    with pytest.raises(
-        CheckError, match=r"model.layers.1.mlp.up_proj.weight is unchanged although LoRA targeted it \(1 such"
-    ):
+    with pytest.raises(CheckError, match=r"model.layers.1.mlp.up_proj.weight is unchanged although LoRA targeted it"):
         merge(job, tiny_model, adapter, tokenizer)
     assert sorted(path.name for path in job.artifacts.iterdir()) == ["adapter"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from radeon_stack.contracts.finetune import FinetuneConfig
-from radeon_stack.contracts.sections import PACKAGE_PREFIX
+from radeon_stack.contracts.sections import is_made
 from radeon_stack.runs.events import Attempt
 from radeon_stack.workloads.finetune.architectures import require_known
 from radeon_stack.workloads.finetune.checkpoints import last_checkpoint
@@ -31,7 +31,7 @@ def work(job: Job) -> dict[str, Any]:
     config = FinetuneConfig.model_validate(read_config(job.arguments.run))
     require_evaluation(config)
     job.advise = lambda error: sizes_that_fit(job, config, error)
-    if not job.arguments.model.startswith(PACKAGE_PREFIX):
+    if not is_made(job.arguments.model):
         require_known(Path(job.arguments.model), anyway=config.any_architecture)
     # Bad data is told before torch's seconds of importing.
     rows = read_rows(config.data, job.arguments.data)

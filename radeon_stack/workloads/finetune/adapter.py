@@ -31,6 +31,11 @@ def lora_config(lora: Lora, model: torch.nn.Module) -> LoraConfig:
     )
 
 
+def experts_alpha(lora: Lora) -> float:
+    """alpha of the experts' adapters: their update is scaled as the others' is."""
+    return lora.alpha / lora.rank * lora.experts_rank
+
+
 def lora_layers(model: torch.nn.Module) -> dict[str, LoraLayer]:
     """The adapted layers by their name in the base model."""
     return {

@@ -36,7 +36,7 @@ def require_known(folder: Path, *, anyway: bool = False) -> None:
     """UsageError for a model folder whose architecture is not among the known ones, unless `anyway`."""
     found = architectures_of(folder)
     unknown = [name for name in found if name not in KNOWN]
-    if found and not unknown or anyway:
+    if (found and not unknown) or anyway:
         return
     told = (
         f"the architecture {one_line(unknown[0], 60)} is not known" if unknown else "config.json names no architecture"

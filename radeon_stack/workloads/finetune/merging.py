@@ -1,19 +1,24 @@
-"""The adapter and the merged 16-bit model: saved whole, and checked by reading them back."""
+"""The adapter, and the merged 16-bit model: written whole, tensor by tensor, and checked by reading them back."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from radeon_stack import atomic
 from radeon_stack.errors import CheckError
-from radeon_stack.workloads.finetune.adapter import lora_layers
+from radeon_stack.workloads.finetune.deltas import Target, targets
 from radeon_stack.workloads.job import Job
+
+# What of the base goes along: its configuration, which file has which tensor, its tokenizer and its licence.
+REST = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 
 
 def save_adapter(job: Job, model: Any, tokenizer: Any) -> Path:
@@ -28,55 +33,61 @@ def save_adapter(job: Job, model: Any, tokenizer: Any) -> Path:
     return folder
 
 
-def merge(job: Job, base: Any, base_folder: Path, adapter: Path, tokenizer: Any) -> tuple[Any, Path]:
-    """Merge the adapter into a 16-bit base, layer by layer; check the tensors; give model and folder.
+def merge(job: Job, base: Path, adapter: Path, tokenizer: Any) -> Path:
+    """Merge an adapter into a folder's 16-bit weights, file by file; give the folder of the merged model.
 
-    CheckError when a targeted tensor equals the base's or another one differs: then no `merged` folder appears.
+    No model is loaded: a file's tensors are in memory, and one more. The files, their names and tensors are the base's.
+    CheckError when read back a targeted tensor is the base's, or another one differs: then no `merged` folder appears.
     """
     folder = job.artifacts / "merged"
-    model = PeftModel.from_pretrained(base, adapter)
-    layers = lora_layers(model)
-    for number, layer in enumerate(layers.values()):
-        job.progress("merge", number, len(layers), unit="layers")
-        layer.merge(safe_merge=True)  # refuses NaN
-    merged = model.unload()
+    changed, files = targets(base, adapter), tensor_files(base)
+    if missing := sorted(set(changed) - set(files)):
+        raise CheckError(f"the base has no tensor {missing[0]}, which LoRA targeted", where=str(base))
     with atomic.whole_directory(folder) as partial:
-        merged.save_pretrained(partial)
+        for pattern in REST:
+            for file in base.glob(pattern):
+                shutil.copyfile(file, partial / file.name)
         tokenizer.save_pretrained(partial)
-        job.progress("merge", len(layers), len(layers), unit="layers")
-        job.fact("merge", check_tensors(job, base_folder, partial, {f"{name}.weight" for name in layers}))
+        done = 0
+        for file in sorted(set(files.values())):
+            held = {}
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - no dict
+                    tensor = tensors.get_tensor(name)
+                    held[name] = changed[name].added_to(tensor) if name in changed else tensor
+                    done += 1
+                    job.progress("merge", done, len(files), unit="tensors")
+            save_file(held, partial / file.name, metadata={"format": "pt"})
+        job.fact("merge", check_tensors(job, base, partial, changed))
     job.artifact("merged", folder)
-    return merged, folder
+    return folder
 
 
-def check_tensors(job: Job, base: Path, merged: Path, targeted: set[str]) -> dict[str, Any]:
-    """Compare two folders tensor by tensor; {"tensors", "targeted", "changed", "shards", "largest_change"}."""
+def check_tensors(job: Job, base: Path, merged: Path, changed: Mapping[str, Target]) -> dict[str, Any]:
+    """Compare two folders tensor by tensor; {"tensors", "targeted", "changed", "shards", "largest_change"}.
+
+    Each tensor must be what its base and its target make, to the bit, and one that the adapter changes must differ.
+    """
     before, after = tensor_files(base), tensor_files(merged)
-    missing = sorted(targeted - set(after)) or sorted(set(before) ^ set(after))
-    if missing:
-        raise CheckError(f"tensor {missing[0]} is on one side only", where=str(merged))
-    changed, largest = set(), 0.0
+    if lost := sorted(set(before) ^ set(after)):
+        raise CheckError(f"tensor {lost[0]} is on one side only", where=str(merged))
+    moved, largest = 0, 0.0
     for number, name in enumerate(sorted(after)):
         old, new = _tensor(before[name], name), _tensor(after[name], name)
-        if old.shape != new.shape:
-            raise CheckError(
-                f"tensor {name} changed its shape: {list(old.shape)} → {list(new.shape)}", where=str(merged)
-            )
-        difference = (old.float() - new.float()).abs().max().item()
-        if difference:
-            changed.add(name)
-            largest = max(largest, difference)
+        target = changed.get(name)
+        wanted = old if target is None else target.added_to(old)
+        if new.dtype != wanted.dtype or not torch.equal(new, wanted):
+            verb = "changed although nothing targeted it" if target is None else "is not what base and adapter make"
+            raise CheckError(f"tensor {name} {verb}", where=str(merged))
+        difference = (old.float() - new.float()).abs().max().item() if target is not None else 0.0
+        if target is not None and target.must_move and not difference:
+            raise CheckError(f"tensor {name} is unchanged although LoRA targeted it", where=str(merged))
+        moved, largest = moved + bool(difference), max(largest, difference)
         job.progress("check tensors", number + 1, len(after), unit="tensors")
-    wrong = sorted(targeted ^ changed)
-    if wrong:
-        verb = (
-            "is unchanged although LoRA targeted it" if wrong[0] in targeted else "changed although nothing targeted it"
-        )
-        raise CheckError(f"tensor {wrong[0]} {verb} ({len(wrong)} such)", where=str(merged))
     return {
         "tensors": len(after),
-        "targeted": len(targeted),
-        "changed": len(changed),
+        "targeted": len(changed),
+        "changed": moved,
         "shards": len(set(after.values())),
         "largest_change": largest,
     }
@@ -88,9 +99,8 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     if index.is_file():
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return {name: folder / Path(file).name for name, file in weight_map.items()}
-    files = sorted(folder.glob("*.safetensors"))
     found = {}
-    for file in files:
+    for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             found.update(dict.fromkeys(tensors.keys(), file))
     return found

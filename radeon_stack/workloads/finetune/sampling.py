@@ -47,13 +47,6 @@ def generate(model: Any, tokenizer: Any, settings: Samples, prompt: str, seed: i
     return rows * settings.count if greedy else rows
 
 
-def first_logits(model: Any, tokenizer: Any, prompt: str) -> torch.Tensor:
-    """Logits [vocabulary] of the answer's first token, float32 on the CPU."""
-    model.eval()
-    with torch.no_grad():
-        return model(**_inputs(model, tokenizer, prompt)).logits[0, -1].float().cpu()
-
-
 def _inputs(model: Any, tokenizer: Any, prompt: str) -> Any:
     text = render(tokenizer, [{"role": "user", "content": prompt}], ask=True)
     return tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)

@@ -14,7 +14,8 @@ from transformers import TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from radeon_stack.contracts.finetune import FinetuneConfig
-from radeon_stack.workloads.finetune.adapter import lora_config
+from radeon_stack.kernels.adapters import add_experts_lora
+from radeon_stack.workloads.finetune.adapter import experts_alpha, lora_config
 from radeon_stack.workloads.finetune.callbacks import Evaluator, Ledger, Rate, Teller, Watcher
 from radeon_stack.workloads.finetune.checkpoints import Checkpoint, best_folder, scratch
 from radeon_stack.workloads.finetune.encoding import Encoded
@@ -39,6 +40,8 @@ def trainer_for(
         processing_class=tokenizer,
         peft_config=lora_config(config.lora, model),
     )
+    if config.lora.experts_rank:
+        add_experts_lora(trainer.model, config.lora.experts_rank, experts_alpha(config.lora))
     # In this order: a loss is told before it is judged.
     trainer.add_callback(Teller(job, config.train.steps))
     trainer.add_callback(Watcher(job, config))
