@@ -25,7 +25,7 @@ KNOWN = {
     "Gemma2ForCausalLM": "Gemma 2",
     "Gemma3ForCausalLM": "Gemma 3 (text)",
     "Phi3ForCausalLM": "Phi 3 and 4",
-    "GptOssForCausalLM": "gpt-oss",
+    "GptOssForCausalLM": "gpt-oss, from 16-bit weights",
 }
 # transformers has no scaled-dot-product attention for them: they cap the scores, or have a sink beside them.
 EAGER = {"Gemma2ForCausalLM", "GptOssForCausalLM"}
