@@ -22,6 +22,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "LlamaForCausalLM": ("llama", {}),
     "MistralForCausalLM": ("mistral", {"sliding_window": None}),
+    "MixtralForCausalLM": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "Qwen2ForCausalLM": ("qwen2", {"tie_word_embeddings": True}),
     "Qwen2MoeForCausalLM": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 64}),
     "Qwen3ForCausalLM": ("qwen3", {}),
@@ -81,7 +82,7 @@ def test_a_known_architecture_trains_and_merges(architecture: str, tiny_model: P
     assert architectures_of(folder) == [architecture]
     job, told = job_in(tmp_path / "run")
     settings = config(steps=2, learning_rate=1e-2)
-    if "Moe" in architecture or architecture == "GptOssForCausalLM":
+    if any(word in architecture for word in ("Moe", "Mixtral", "GptOss")):
         attention = ("q_proj", "k_proj", "v_proj", "o_proj")  # experts have tests of their own
         settings = settings.model_copy(update={"lora": Lora(rank=4, target_modules=attention)})
     tokenizer = AutoTokenizer.from_pretrained(folder)

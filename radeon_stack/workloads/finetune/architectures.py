@@ -18,6 +18,7 @@ from radeon_stack.text import one_line
 KNOWN = {
     "LlamaForCausalLM": "Llama 2 and 3, SmolLM 1 and 2",
     "MistralForCausalLM": "Mistral",
+    "MixtralForCausalLM": "Mixtral",
     "Qwen2ForCausalLM": "Qwen 2 and 2.5",
     "Qwen2MoeForCausalLM": "Qwen 2 MoE",
     "Qwen3ForCausalLM": "Qwen 3",
