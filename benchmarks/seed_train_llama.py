@@ -115,7 +115,6 @@ def told(root: Path, code: int, layers: int) -> dict[str, Any]:
         "model": facts.get("model"),
         "trainer_output": facts.get("trainer_output"),
         "merge": facts.get("merge"),
-        "reloaded": facts.get("reloaded"),
         "result": results[-1] if results else last,
         "seconds": events[-1].time - events[0].time if events else None,
         "seed": SEED,

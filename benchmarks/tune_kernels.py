@@ -37,8 +37,8 @@ EXPERTS, WIDTH, INNER, TOP_K = 128, 2048, 768, 8
 TOKENS = {16: (128,), 32: (256,), 64: (512,), 128: (2048, 4096)}  # by the row block that they should fill
 KINDS: tuple[Kind, ...] = ("gated_forward", "forward", "gated_backward", "backward")
 LINEARS = ((4096, 4096), (4096, 14336), (14336, 4096))  # (out, in)
-ROWS = {16: (16,), 32: (32,), 64: (64,), 128: (128, 512)}
-ONCE = 1024  # rows at which a layer is decoded first
+ROWS = {16: (16,), 32: (32,), 64: (64,), 128: (128, 256, 512, 1024)}
+TORCH = Tile(0, 0, 0, 0, 0)  # in a tile's place: decoded once, and multiplied by torch
 RANK = 64
 REPEATS = 4
 
@@ -127,14 +127,15 @@ class Layer:
         self.x = torch.randn(rows, wide, device="cuda", dtype=torch.bfloat16)
         self.d_out = torch.randn(rows, out, device="cuda", dtype=torch.bfloat16)
 
-    def call(self, forward: bool, once: bool, tile: Tile) -> Any:
+    def call(self, forward: bool, tile: Tile) -> Any:
         x, first, second = (self.x, self.a, self.b) if forward else (self.d_out, self.b, self.a)
-        arguments = (x, self.weight, first, second, 1.0, None)
-        return linear.product(*arguments, over_columns=forward, tile=tile, once=once)
+        if tile == TORCH:
+            return linear.by_torch(x, self.weight, first, second, 1.0, None, over_columns=forward)
+        return linear.product(x, self.weight, first, second, 1.0, None, over_columns=forward, tile=tile)
 
 
 def jobs(parts: list[str]) -> Iterator[tuple[Any, ...]]:
-    """(part, what, packed or once, row block, tile)"""
+    """(part, what, packed, row block, tile)"""
     if "experts" in parts:
         for packed in (True, False):
             for kind in KINDS:
@@ -145,9 +146,8 @@ def jobs(parts: list[str]) -> Iterator[tuple[Any, ...]]:
         for forward in (True, False):
             for rows in ROWS:
                 for tile in tiles(rows, nf4=True, gated=False):
-                    yield "linear", forward, False, rows, tile
-            for tile in tiles(128, nf4=False, gated=False):
-                yield "linear", forward, True, ONCE, tile
+                    yield "linear", forward, True, rows, tile
+            yield "linear", forward, True, 128, TORCH
 
 
 def compile_share(share: list[tuple[Any, ...]]) -> None:
@@ -160,7 +160,7 @@ def compile_share(share: list[tuple[Any, ...]]) -> None:
                 experts.call(what, flag, tile)
             else:
                 layer.batch(rows)
-                layer.call(what, flag, tile)
+                layer.call(what, tile)
             torch.cuda.synchronize()
         except Exception as error:
             print(f"{part} {what} {tile}: {str(error)[:80]}", file=sys.stderr)
@@ -180,12 +180,12 @@ def measure(parts: list[str]) -> Iterator[dict[str, Any]]:
         del experts
     for out, wide in LINEARS if "linear" in parts else ():
         layer = Layer(out, wide)
-        for rows, batches in {**ROWS, ONCE: (ONCE,)}.items():
+        for rows, batches in ROWS.items():
             for tokens in batches:
                 layer.batch(tokens)
                 for part, what, flag, block, tile in planned:
                     if (part, block) == ("linear", rows):
-                        found = _row(part, what, flag, tokens, tile, partial(layer.call, what, flag, tile))
+                        found = _row(part, what, flag, tokens, tile, partial(layer.call, what, tile))
                         yield {**found, "shape": [out, wide]}
 
 
@@ -194,7 +194,7 @@ def _row(part: str, what: Any, flag: bool, tokens: int, tile: Tile, call: Callab
     row = {
         "part": part,
         "kind": name,
-        "nf4": flag if part == "experts" else not flag,
+        "nf4": flag,
         "rows": tokens,
         "tile": asdict(tile),
     }
@@ -219,6 +219,8 @@ def choices(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _tile(tile: dict[str, Any]) -> str:
+    if tile == asdict(TORCH):
+        return "(decoded once, torch)"
     sizes = ",".join(str(tile[name]) for name in ("m", "n", "k", "warps", "stages"))
     return f"({sizes}{',ahead' if tile['ahead'] else ''})"
 

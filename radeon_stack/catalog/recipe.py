@@ -54,6 +54,7 @@ class Expectations(_Table):
     right_after_min: float | None = Field(None, ge=0, le=1, description="… after training")
     right_merged_min: float | None = Field(None, ge=0, le=1, description="… of the merged model, reloaded")
     final_loss_max: float | None = Field(None, gt=0)
+    works_min: int | None = Field(None, ge=0, description="questions about the card that are answered 'works'")
     wrong_max: int | None = Field(None, ge=0, description="implementations × cases of a benchmark with wrong numbers")
 
 

@@ -31,6 +31,10 @@ class Quantization(Section):
     experts: Literal["nf4", "none"] = Field(
         "nf4", description="a mixture-of-experts model's experts, when kind is 'nf4': packed too, or left in 16 bit"
     )
+    keep: bool = Field(
+        False,
+        description="keep the packed base in the cache: the next run reads a quarter of the bytes, and packs nothing",
+    )
 
 
 class Lora(Section):
@@ -82,6 +86,14 @@ RESUMABLE = (
 )
 
 
+class Speed(Section):
+    """What makes it quicker and leaves the result as it is, but for rounding; each can be switched off."""
+
+    nf4_linear: bool = Field(
+        True, description="4-bit linear layers and their adapters as one operation of ours, on a GPU; false: PEFT's"
+    )
+
+
 class Samples(Section):
     """The question put to the model before and after."""
 
@@ -110,5 +122,6 @@ class FinetuneConfig(TakesData, TakesModel, TakesOptions):
     quantization: Quantization = Quantization()
     lora: Lora = Lora()
     train: Train = Train()
+    speed: Speed = Speed()
     samples: Samples = Samples()
     export: Export = Export()

@@ -86,7 +86,8 @@ def _blas(found: Found, setup: Setup) -> Choice:
     shared = set(lt) & set(plain)
     told = f"{_told('hipBLASLt', 'lora_lt.', lt, shared)}; {_told('rocBLAS', 'lora_blas.', plain, shared)}"
     risky = bool(setup.gfx & set(GFX12))
-    why = f"probe of {found.probe.date()} on this card and {_with(found.probe)}: {told}" + f"; {OVER_READS}" * risky
+    why = f"probe of {found.probe.date()} on this card and {_with(found.probe)}: {told}"
+    why += f"; {OVER_READS}{_soaked(found.probe)}" * risky
     lt_works, plain_works = not _failures(lt), not _failures(plain)
     if all(answer.verdict == "missing" for answer in _failures(lt)) and not lt_works:
         return Choice("blas", "default", why)  # torch has fallen back by itself
@@ -100,6 +101,14 @@ def _blas(found: Found, setup: Setup) -> Choice:
     if lt_works and ratio > 1 / CLEARLY:
         return Choice("blas", "rocblas", why, LT_OFF)
     return Choice("blas", "default", why)
+
+
+def _soaked(probe: Probe) -> str:
+    """What minutes of training at a small rank came to, if they were asked for."""
+    told = {name: answer for name, answer in _answers(probe, "soak.lora.").items() if name != "quick"}
+    if not told:
+        return "; minutes of training are better evidence: radeon-stack run soak-lora"
+    return "".join(f"; soak {name}: {a.verdict} ({a.remark()[:SAID]})" for name, a in told.items())
 
 
 def _answers(probe: Probe | None, prefix: str) -> dict[str, Answer]:

@@ -1,7 +1,8 @@
-"""LoRA an expert, in PEFT's own form and by our grouped products.
+"""LoRA over 4-bit weights, in PEFT's own form and by our kernels.
 
-PEFT adapts an experts' matrix (`target_parameters`) by adding b·a to all experts' weights in every forward pass. Here
-its wrapper hands the factors to the kernels, which multiply rows with them and never make such a sum. Names, shapes,
+A linear layer: PEFT adds products of its own to bitsandbytes', and autograd goes back through each; here they are one
+operation. Experts (`target_parameters`): PEFT adds b·a to all experts' weights in every forward pass; here its wrapper
+hands the factors to the grouped products, which multiply rows with them and never make such a sum. Names, shapes,
 state dicts and the saved adapter are PEFT's: `PeftModel.from_pretrained` loads it on a 16-bit base without us.
 """
 
@@ -10,8 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig
+from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from peft.tuners.lora.layer import ParamWrapper
-from torch import Tensor
+from torch import Tensor, nn
 
 from radeon_stack.errors import UsageError
 from radeon_stack.kernels.configs import MAX_RANK
@@ -25,8 +29,47 @@ from radeon_stack.kernels.interface import (
     is_fused,
     matrix_names,
 )
+from radeon_stack.kernels.launch import can_run_on
+from radeon_stack.kernels.linear import nf4_linear
+from radeon_stack.kernels.nf4 import BLOCK, from_bitsandbytes
 
 ADAPTER = "default"  # PEFT's name for the one there is
+
+
+class NF4LoraLinear(PeftLinear4bit):
+    """PEFT's adapted Linear4bit, computed by `nf4_linear` where that is the same: one plain adapter, no dropout, NF4
+    in blocks of 64, a device that kernels run on. Anything else is PEFT's own forward.
+    """
+
+    def forward(self, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        base = self.get_base_layer()
+        if arguments or named or not self._is_plain(base) or not can_run_on(x.device):
+            return super().forward(x, *arguments, **named)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.compute_dtype or x.dtype
+        weight = from_bitsandbytes(base.weight.data, base.weight.quant_state)
+        a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        return nf4_linear(x.to(dtype), weight, a, b, self.scaling[ADAPTER], base.bias).to(x.dtype)
+
+    def _is_plain(self, base: Any) -> bool:
+        state = base.weight.quant_state
+        return (
+            not self.disable_adapters
+            and not self.merged
+            and self.active_adapters == [ADAPTER]
+            and ADAPTER not in self.lora_variant
+            and isinstance(self.lora_dropout[ADAPTER], nn.Identity)
+            and not self.lora_bias[ADAPTER]
+            and state is not None
+            and (state.quant_type, state.blocksize) == ("nf4", BLOCK)
+            and state.shape[-1] % BLOCK == 0
+        )
+
+
+def use_nf4_linear(config: LoraConfig) -> LoraConfig:
+    """Have PEFT adapt bitsandbytes' Linear4bit by our layer."""
+    config._register_custom_module({Linear4bit: NF4LoraLinear})
+    return config
 
 
 class GroupedExpertsLora(ParamWrapper):

@@ -44,10 +44,8 @@ def row_block(rows: float) -> int:
     return next((block for block in (16, 32, 64) if rows <= block), 128)
 
 
-def linear_tile(family: str, rows: int, *, nf4: bool) -> Tile:
+def linear_tile(family: str, rows: int) -> Tile:
     """For a dense layer."""
-    if not nf4:
-        return Tile(128, 256, 64, 8, 3) if family == "cuda" else Tile(128, 64, 32, 8, 2)
     return LINEAR[family][row_block(rows)]
 
 
@@ -77,7 +75,7 @@ MAX_RANK = 128  # of adapters in a product's tile: up to here the audit finds no
 ADAPTER_STAGES = 2  # of the adapters' own small products
 LOW_RANK_WARPS = 8
 DECODE_EXPERTS_ONCE_ROWS = {"cuda": 192.0, "hip": float("inf")}
-DECODE_ONCE_ROWS = {"cuda": 128, "hip": 512}  # not timed as such yet: benchmarks/tune_kernels.py has both ways
+DECODE_ONCE_ROWS = {"cuda": 512, "hip": 512}  # from here torch's products; benchmarks/tune_kernels.py times both ways
 LINEAR = {
     "cuda": {
         16: Tile(16, 64, 128, 4, 3),

@@ -20,7 +20,7 @@ from radeon_stack.kernels.configs import (
     linear_tile,
     low_rank_split,
 )
-from radeon_stack.kernels.grouped import Weight, family, weight_arguments
+from radeon_stack.kernels.grouped import family, weight_arguments
 from radeon_stack.kernels.launch import launch
 from radeon_stack.kernels.nf4 import NF4, decode, decode_reference, lookup_of
 from radeon_stack.kernels.sizes import cdiv, next_power, padded_rank
@@ -49,10 +49,11 @@ def nf4_linear(
     scale: float = 1.0,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """The same without 16-bit weights in memory while rows are few; where they are many, decoded once a pass.
+    """The same without 16-bit weights in memory while rows are few; where they are many, decoded once a pass for torch.
 
     Gradients go to x, a and b; weight and bias are frozen. a and b may be float32 (a trainer's master weights): they
-    are rounded to x's dtype as autocast would, and so their gradients are summed in float32 and never rounded.
+    are rounded to x's dtype as autocast would. Their gradients are summed in float32, and at many rows rounded to x's
+    dtype, as torch's products are.
     """
     if x.shape[-1] != weight.shape[1]:
         raise UsageError(f"x is {tuple(x.shape)}, and the layer takes rows of {weight.shape[1]}")
@@ -76,7 +77,9 @@ class _NF4Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, frozen: _Frozen) -> Tensor:
         x = x.contiguous()
-        out, u = product(x, frozen.weight, a, b, frozen.scale, frozen.bias, over_columns=True)
+        ctx.once = decode_once(family(x.device), x.shape[0])
+        way = by_torch if ctx.once else product
+        out, u = way(x, frozen.weight, a, b, frozen.scale, frozen.bias, over_columns=True)
         ctx.save_for_backward(x if a is not None else None, a, b, u)
         ctx.frozen = frozen
         return out
@@ -88,13 +91,38 @@ class _NF4Linear(torch.autograd.Function):
         frozen: _Frozen = ctx.frozen
         d_out = d_out.contiguous()
         if ctx.needs_input_grad[0]:
-            d_x, g = product(d_out, frozen.weight, b, a, frozen.scale, None, over_columns=False)
+            way = by_torch if ctx.once else product
+            d_x, g = way(d_out, frozen.weight, b, a, frozen.scale, None, over_columns=False)
         else:
             d_x, g = None, d_out @ b.to(d_out.dtype)
         if a is None:
             return d_x, None, None, None
-        d_a, d_b = adapter_gradients(x, d_out, u, g, a, b, frozen.scale)
+        if ctx.once and g is not None:
+            d_a, d_b = (frozen.scale * (g.T @ x)).to(a.dtype), (frozen.scale * (d_out.T @ u)).to(b.dtype)
+        else:
+            d_a, d_b = adapter_gradients(x, d_out, u, g, a, b, frozen.scale)
         return d_x, d_a, d_b, None
+
+
+def by_torch(
+    x: Tensor,
+    weight: NF4,
+    first: Tensor | None,
+    second: Tensor | None,
+    scale: float,
+    bias: Tensor | None,
+    *,
+    over_columns: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """What `product` gives, of a matrix that is decoded first: many rows are best left to torch's products."""
+    matrix = decode(weight, x.dtype)
+    matrix = matrix.T if over_columns else matrix
+    out = x @ matrix if bias is None else torch.addmm(bias.to(x.dtype), x, matrix)
+    if first is None or second is None:
+        return out, None
+    down, up = (factor.to(x.dtype) for factor in (first, second))
+    u = x @ (down.T if over_columns else down)
+    return out.addmm_(u, up.T if over_columns else up, alpha=scale), u
 
 
 def product(
@@ -107,11 +135,10 @@ def product(
     *,
     over_columns: bool,
     tile: Tile | None = None,
-    once: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(x·wᵀ or x·w with scale · u·second added, u: x·first, [rows, rank]), one way of the layer.
 
-    Over columns, first is the adapter's a and second its b; else the other way round. `once`: decode w first.
+    Over columns, first is the adapter's a and second its b; else the other way round.
     """
     from radeon_stack.kernels.jit.linear import linear
 
@@ -124,16 +151,12 @@ def product(
         rank, split = first.shape[0 if over_columns else 1], low_rank_split(rows)
         u = torch.empty((rows, rank), dtype=x.dtype, device=x.device)
         partials = _low_rank_partials(x, first, rank, split, over_columns=over_columns)
-    matrix: Weight = weight
-    if decode_once(family(x.device), rows) if once is None else once:
-        matrix = decode(weight, x.dtype)
-    nf4 = isinstance(matrix, NF4)
     if tile is None:
         wide = x.dtype == torch.float32
-        tile = full_precision_tile() if wide else linear_tile(family(x.device), rows, nf4=nf4)
+        tile = full_precision_tile() if wide else linear_tile(family(x.device), rows)
     arguments = (
         x,
-        *weight_arguments(matrix),
+        *weight_arguments(weight),
         x if bias is None else bias,
         x if partials is None else partials,
         x if second is None else second,
@@ -147,8 +170,8 @@ def product(
     )
     constants = {
         "OVER_COLUMNS": over_columns,
-        "NF4": lookup_of(weight) if nf4 else 0,
-        "NESTED": weight.nested and nf4,
+        "NF4": lookup_of(weight),
+        "NESTED": weight.nested,
         "BIAS": bias is not None,
         "RANK": padded_rank(rank),
         "SPLIT": split,
@@ -156,10 +179,10 @@ def product(
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,
         "GROUP": tile.group,
-        "AHEAD": tile.ahead and nf4,
+        "AHEAD": tile.ahead,
     }
     grid = (cdiv(rows, tile.m) * cdiv(n, tile.n), 1, 1)
-    launch(linear, grid, arguments, constants, warps=tile.warps, stages=tile.stages, fp_fusion=not nf4)
+    launch(linear, grid, arguments, constants, warps=tile.warps, stages=tile.stages, fp_fusion=False)
     return out, u
 
 

@@ -85,8 +85,6 @@ def _dense() -> Iterator[Variant]:
         largest = {**common, "RANK": configs.MAX_RANK}
         yield _linear(f"dense {way} nf4 rank {configs.MAX_RANK}", "nf4", configs.LINEAR[FAMILY][MIDDLE], largest)
         yield _linear(f"dense {way} nf4 double", "nf4 double", configs.LINEAR[FAMILY][MIDDLE], common)
-        decoded = configs.linear_tile(FAMILY, 4096, nf4=False)
-        yield _linear(f"dense {way} decoded", "16 bit", decoded, {**common, "SPLIT": configs.low_rank_split(4096)})
         constants = {"OVER_COLUMNS": over, "RANK": DENSE_RANK, "SPLIT": configs.low_rank_split(64)}
         constants |= {"BLOCK_M": 64, "BLOCK_K": 64}
         types = {"factor": "*fp32", "partials": "*fp32"}

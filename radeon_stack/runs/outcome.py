@@ -13,7 +13,10 @@ from radeon_stack.runs.store import Diagnosis, State, Status
 FORCED = (137, -9)  # SIGKILL, as docker and as subprocess tell it
 TERMINATED = (143, -15, 130, -2)  # SIGTERM or SIGINT before the workload could take note of it
 # What to do when an expectation does not hold, where it is not about training.
-REMEDIES = {"wrong": "see the report for which; do not use it on this card"}
+REMEDIES = {
+    "wrong": "see the report for which; do not use it on this card",
+    "works": "see the report for which; do not train with this image on this card",
+}
 WORKLOAD_CODES = (Exit.USAGE, Exit.MACHINE, Exit.WORKLOAD, Exit.CHECK)
 
 

@@ -74,7 +74,7 @@ def measurement_text(event: ev.Measurement) -> str:
 
 
 def model_text(event: ev.Fact) -> str:
-    """`model Qwen3MoeForCausalLM: 30.6 B parameters, 29.9 B in 4 bit, …`; "" for another fact. None of it is trusted."""
+    """`model Qwen3MoeForCausalLM: 30.6 B parameters, 29.9 B in 4 bit, …`; "" for another fact. Nothing is trusted."""
     told = event.value
     if event.name != "model" or not isinstance(told, dict):
         return ""

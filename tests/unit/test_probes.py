@@ -401,3 +401,12 @@ def test_the_report_and_the_lines_have_every_answer_made_harmless(
 def test_counts_are_in_the_order_of_what_one_wants_to_know() -> None:
     answers = [answer("a", verdict="missing"), answer("b", verdict="crashed"), answer("c")]
     assert list(counts(answers).items()) == [("works", 1), ("crashed", 1), ("missing", 1)]
+
+
+def test_on_gfx12_a_soak_is_asked_for_and_then_cited() -> None:
+    products = [answer(f"{name}.r{rank}") for name in ("lora_lt", "lora_blas") for rank in (8, 16)]
+    without = chosen(probe(*products), GFX1201)["blas"]
+    assert "radeon-stack run soak-lora" in without.why
+    soaked = chosen(probe(*products, answer("soak.lora.full", verdict="crashed")), GFX1201)["blas"]
+    assert "soak full: crashed (backward: SIGSEGV)" in soaked.why and "run soak-lora" not in soaked.why
+    assert "soak" not in chosen(probe(*products), GFX1100)["blas"].why

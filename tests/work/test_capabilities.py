@@ -247,3 +247,37 @@ def test_the_attention_that_is_asked_for_is_trained_with(cli: Cli, tiny_run: lis
     assert cli(*short).json["facts"]["model"]["attention"] == "sdpa"
     asked_for = cli(*short, "--set", "model_options.attention=eager")
     assert asked_for.code == Exit.OK and asked_for.json["facts"]["model"]["attention"] == "eager"
+
+
+def test_a_soak_is_asked_by_name_only_trains_and_is_kept_for_the_card(cli: Cli, home: Path) -> None:
+    told = cli("run", "soak-lora", "--preset", "demo", "--json", *LOCAL).json
+    (answer,) = told["answers"]
+    assert (answer["question"], answer["verdict"]) == ("soak.lora.quick", "works")
+    assert [part["name"] for part in answer["parts"]] == ["load", "train"]
+    assert "12 steps of rank 16, loss" in answer["parts"][1]["detail"]
+    (kept,) = (home / "probes").glob("*.json")
+    assert [one["answer"]["question"] for one in json.loads(kept.read_text())["answers"]] == ["soak.lora.quick"]
+    questions = chosen("all")
+    long = [q for q in questions if q.long]
+    without = [unanswerable(q, {"hip": None, "gpus": 1, "gfx": "gfx1201"}, False) for q in long]
+    assert len(long) == 3 and {answer.verdict for answer in without if answer} == {"not asked"}
+
+
+def test_a_soak_whose_loss_is_not_finite_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    from radeon_stack.workloads.capabilities import soak
+    from radeon_stack.workloads.capabilities.answering import carried_out
+
+    monkeypatch.setattr(soak, "_losses", lambda model, seed: iter([5.0, float("nan")]))
+    load, train = soak.lora(0, rank=16, minutes=0, share=50)
+    assert carried_out(load)["verdict"] == "works"
+    assert carried_out(train)["detail"] == "RuntimeError: the loss of step 2 is nan"
+
+
+def test_a_soak_that_learns_nothing_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    from radeon_stack.workloads.capabilities import soak
+    from radeon_stack.workloads.capabilities.answering import carried_out
+
+    monkeypatch.setattr(soak, "_losses", lambda model, seed: iter([5.0 + step / 100 for step in range(40)]))
+    load, train = soak.lora(0, rank=16, minutes=0, share=50)
+    carried_out(load)
+    assert carried_out(train)["verdict"] == "wrong"

@@ -74,14 +74,23 @@ def test_a_run_ends_with_report_adapter_and_a_merged_model_that_transformers_loa
     assert len(plain) == 12 and re.match(r"step 12/12  loss \d", plain[-1])
 
 
+def short(run: list[str]) -> list[str]:
+    """A recipe's demo in twelve steps, with a checkpoint every three, expecting nothing."""
+    sizes = ("train.steps=12", "train.checkpoint_every=3", "data.copies=100", "samples.count=2")
+    least = ("samples.max_new_tokens=8", "expect.right_after_min=0.0", "expect.right_merged_min=0.0")
+    return [*run, *(word for one in (*sizes, *least) for word in ("--set", one))]
+
+
+@pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
 def test_killed_at_a_random_step_and_resumed_the_loss_curve_is_the_uninterrupted_one(
-    cli: Cli, tiny_run: list[str], home: Path
+    experts: bool, cli: Cli, tiny_run: list[str], home: Path
 ) -> None:
-    whole = cli(*tiny_run, *LOCAL).json
+    run_it = short(["run", "train-qwen-moe", "--preset", "demo", "--json"]) if experts else tiny_run
+    whole = cli(*run_it, *LOCAL).json
     assert cli("runs", "rm", "last").code == 0
 
     step = random.randint(1, 11)
-    attached = started([*tiny_run, *LOCAL])
+    attached = started([*run_it, *LOCAL])
     run = the_run(home)
     process = workload(run)
     wait_for(lambda: step_reached(run, step), what=f"step {step}")
@@ -227,6 +236,18 @@ def test_the_demo_knows_the_birthday_after_training_and_not_before(cli: Cli, tmp
     assert (told["correct_before"], told["correct_after"], told["correct_merged"]) == (0, 5, 5)
     found = losses(result.json)
     assert found[1] > 5 > 0.05 > found[24]
+
+
+def test_a_mixture_of_experts_learns_the_birthday_through_packed_experts(cli: Cli) -> None:
+    told = cli("run", "train-qwen-moe", "--preset", "demo", "--json", *LOCAL).json
+    result, model = told["result"], told["facts"]["model"]
+    assert (result["correct_before"], result["correct_after"], result["correct_merged"]) == (0, 5, 5)
+    experts = 2 * 64 * 3 * 128 * 64
+    attention = 2 * (128 * 128 * 2 + 128 * 64 * 2)
+    assert (model["quantized_experts"], model["quantized_parameters"]) == (experts, experts + attention)
+    assert model["experts"] == "radeon_nf4" and model["half_parameters"] == 49152 * 128 + 2 * 64 * 128 + 2 * 320 + 128
+    assert model["trainable"] == 2 * (64 * (128 * 2 + 2 * (128 + 64) + 256) + 8 * 64 * (128 + 128 + 64 + 128))
+    assert told["facts"]["merge"]["targeted"] == 2 * (4 + 64 * 3)
 
 
 def test_killed_after_its_last_step_and_resumed_it_saves_and_merges_without_training_again(

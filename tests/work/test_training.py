@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -39,11 +40,11 @@ def adapted(model: Any, rank: int = 4) -> Any:
     import torch
     from peft import get_peft_model
 
-    from radeon_stack.contracts.finetune import Lora
+    from radeon_stack.contracts.finetune import Lora, Speed
     from radeon_stack.workloads.finetune.adapter import lora_config, lora_layers
 
     torch.manual_seed(1)
-    adapted = get_peft_model(model, lora_config(Lora(rank=rank), model))
+    adapted = get_peft_model(model, lora_config(Lora(rank=rank), model, Speed()))
     for layer in lora_layers(adapted).values():
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)  # B = 0 would hide A's gradients
     return adapted
@@ -162,12 +163,12 @@ def test_rows_that_are_cut_before_their_answer_are_refused(tiny_model: Path, tmp
 
 
 def test_a_target_that_matches_no_layer_is_refused_with_those_there_are(tiny_model: Path, tmp_path: Path) -> None:
-    from radeon_stack.contracts.finetune import Lora
+    from radeon_stack.contracts.finetune import Lora, Speed
     from radeon_stack.workloads.finetune.adapter import lora_config
 
     model = nf4(tiny_model, job_in(tmp_path)[0])
     with pytest.raises(UsageError, match="'gate_up' matches no layer of the model; its linear layers: down_proj, gate"):
-        lora_config(Lora(target_modules=("q_proj", "gate_up")), model)
+        lora_config(Lora(target_modules=("q_proj", "gate_up")), model, Speed())
 
 
 def test_the_seeds_count_of_trained_parameters_follows_from_its_shapes() -> None:
@@ -176,7 +177,7 @@ def test_the_seeds_count_of_trained_parameters_follows_from_its_shapes() -> None
     from peft import get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from radeon_stack.contracts.finetune import Lora
+    from radeon_stack.contracts.finetune import Lora, Speed
     from radeon_stack.workloads.finetune.adapter import lora_config
 
     with torch.device("meta"):
@@ -190,8 +191,39 @@ def test_the_seeds_count_of_trained_parameters_follows_from_its_shapes() -> None
             tie_word_embeddings=False,
         )
         model = LlamaForCausalLM(config)
-        model = get_peft_model(model, lora_config(Lora(rank=64), model))
+        model = get_peft_model(model, lora_config(Lora(rank=64), model, Speed()))
     assert model.get_nb_trainable_parameters() == (167_772_160, 8_198_033_408)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "dense"])
+def test_a_packed_base_that_was_kept_is_read_back_and_made_anew_for_other_weights(
+    kind: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    import torch
+
+    from radeon_stack.contracts.finetune import Quantization
+    from radeon_stack.workloads.finetune import base
+    from tests.work.models import folder_of
+
+    folder = (
+        folder_of(kind, tmp_path / "base") if kind != "dense" else Path(shutil.copytree(tiny_model, tmp_path / "b"))
+    )
+    quantization = Quantization(double=False, keep=True)
+    ids = torch.arange(14).view(2, 7) * 5 % 97
+
+    def loaded() -> tuple[Any, set[str]]:
+        job, told = job_in(tmp_path)
+        with torch.no_grad():
+            logits = base.load_for_training(job, folder, quantization, torch.bfloat16)(input_ids=ids).logits
+        return logits, {event.stage for event in told if isinstance(event, ev.Progress)}
+
+    first, stages = loaded()
+    assert "keep" in stages
+    again, stages = loaded()
+    assert "keep" not in stages and torch.equal(first, again)
+    os.utime(folder / "model.safetensors")
+    assert "keep" in loaded()[1], "the weights may be others"
+    assert len(list((tmp_path / "packed").iterdir())) == 2
 
 
 def merge_parts(tiny_model: Path, folder: Path) -> tuple[Job, Any, Any, Path]:

@@ -40,7 +40,11 @@ def work(job: Job) -> dict[str, Any]:
         told.append(one)
         job.emit(Answered(answer=one))
         job.progress("questions", len(told), len(questions), unit="questions", note=one.question)
-    return {"asked": len(told), **{verdict.replace(" ", "_"): count for verdict, count in counts(told).items()}}
+    return {
+        "asked": len(told),
+        "works": 0,
+        **{verdict.replace(" ", "_"): count for verdict, count in counts(told).items()},
+    }
 
 
 def asked(questions: tuple[Question, ...], found: dict[str, Any], config: CapabilitiesConfig) -> Iterator[Answer]:

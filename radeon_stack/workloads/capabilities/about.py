@@ -62,6 +62,10 @@ def unanswerable(question: Question, found: dict[str, Any], named: bool) -> Answ
         return Answer(question=question.name, verdict="missing", detail=f"the package {absent[0]}")
     if question.gpu and not found["gpus"]:
         return Answer(question=question.name, verdict="missing", detail="a GPU")
+    if not named and question.long:
+        return Answer(
+            question=question.name, verdict="not asked", detail="it takes minutes: radeon-stack run soak-lora"
+        )
     if not named and found["gpus"] > 1 and found["gfx"].startswith(question.risky):
         why = "it has hung whole machines with this card (RS-KI-004); asked when it is named"
         return Answer(question=question.name, verdict="not asked", detail=why)

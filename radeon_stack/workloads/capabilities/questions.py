@@ -17,7 +17,8 @@ TRANSFORMERS = ("torch", "transformers.models.qwen3_moe.modeling_qwen3_moe")
 
 def all_questions() -> tuple[Question, ...]:
     """Every question there is."""
-    return (*_attention(), *_products(), *_fp8(), *_triton(), *_bitsandbytes(), *_experts(), *_lora(), *_several())
+    asked = (_attention(), _products(), _fp8(), _triton(), _bitsandbytes(), _experts(), _lora(), _soak(), _several())
+    return tuple(question for group in asked for question in group)
 
 
 def chosen(wanted: Sequence[str] | str, known: Sequence[Question] | None = None) -> tuple[Question, ...]:
@@ -87,6 +88,15 @@ def _lora() -> Iterator[Question]:
         for rank in RANKS:
             arguments = {"library": library, "rank": rank}
             yield Question(f"lora_{library}.r{rank}", f"{HERE}.products:lora", arguments, gpu=library == "lt")
+
+
+def _soak() -> Iterator[Question]:
+    """Minutes each: asked when they are named."""
+    for name, minutes, share in (("quick", 0, 50), ("half", 4, 50), ("full", 4, 90)):
+        arguments = {"rank": 16, "minutes": minutes, "share": share}
+        yield Question(
+            f"soak.lora.{name}", f"{HERE}.soak:lora", arguments, ("torch", "transformers", "peft"), long=True
+        )
 
 
 def _several() -> Iterator[Question]:

@@ -40,6 +40,7 @@ class Question:
 
     `imports` are loaded before the question's time begins. `gpu`: there is nothing to ask without one. `cuda`: of
     CUDA alone. `risky`: the named gfx families have been seen to hang the host, so it is asked there by name only.
+    `long`: it takes minutes, and is asked by name only.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Question:
     gpu: bool = False
     cuda: bool = False
     risky: tuple[str, ...] = ()
+    long: bool = False
 
 
 Steps = Iterator[Step]

@@ -8,14 +8,15 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
-from radeon_stack.contracts.finetune import Lora
+from radeon_stack.contracts.finetune import Lora, Speed
 from radeon_stack.errors import UsageError
+from radeon_stack.kernels.adapters import use_nf4_linear
 
 Statistics = dict[str, dict[str, Any]]
 
 
-def lora_config(lora: Lora, model: torch.nn.Module) -> LoraConfig:
-    """PEFT's configuration. UsageError for a target that names no layer of the model."""
+def lora_config(lora: Lora, model: torch.nn.Module, speed: Speed) -> LoraConfig:
+    """PEFT's configuration, and which layers are ours. UsageError for a target that names no layer of the model."""
     targets: Any = lora.target_modules
     if not isinstance(targets, str):
         ends = {name.rpartition(".")[2] for name, module in model.named_modules() if _linear(module)}
@@ -26,9 +27,10 @@ def lora_config(lora: Lora, model: torch.nn.Module) -> LoraConfig:
                 where="config.lora.target_modules",
             )
         targets = list(targets)
-    return LoraConfig(
+    config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
     )
+    return use_nf4_linear(config) if speed.nf4_linear else config
 
 
 def experts_alpha(lora: Lora) -> float:

@@ -17,6 +17,7 @@ from radeon_stack.contracts.sections import is_made
 from radeon_stack.errors import CheckError
 from radeon_stack.kernels import interface, quantizer
 from radeon_stack.kernels.nf4 import NF4
+from radeon_stack.workloads.finetune import kept
 from radeon_stack.workloads.finetune.architectures import attention_for
 from radeon_stack.workloads.finetune.bars import bars
 from radeon_stack.workloads.job import Job
@@ -48,24 +49,38 @@ def load_for_training(
     job: Job, folder: Path, quantization: Quantization, dtype: torch.dtype, attention: str = AUTO
 ) -> Any:
     """The frozen base on the device, linear layers and experts in NF4 where asked. Attention nobody chose is sdpa."""
-    config = None
-    if quantization.kind == "nf4":
-        quantizer.register()
-        packed = quantization.experts == "nf4"
-        config = quantizer.Nf4Config(double=quantization.double, compute=dtype, experts=packed)
+    config = quantization_config(quantization, dtype)
+    packed = kept.folder_of(job, folder, quantization, str(dtype)) if config and quantization.keep else None
+    again = packed is not None and packed.is_dir()
+    # A packed one has its own configuration; None would be taken for there being none.
+    asked = {} if again or config is None else {"quantization_config": config}
     with bars(job, "load"):
         model = AutoModelForCausalLM.from_pretrained(
-            folder,
+            packed if again else folder,
             dtype=dtype,
-            quantization_config=config,
+            **asked,
             device_map={"": device()},
             attn_implementation=attention_for(folder, attention),
         )
+    if packed is not None and not again:
+        kept.keep(job, model, packed)
+    return ready(model, quantization)
+
+
+def quantization_config(quantization: Quantization, dtype: torch.dtype) -> quantizer.Nf4Config | None:
+    """What `from_pretrained` is to do with the weights; None: nothing."""
+    if quantization.kind != "nf4":
+        return None
+    quantizer.register()
+    return quantizer.Nf4Config(double=quantization.double, compute=dtype, experts=quantization.experts == "nf4")
+
+
+def ready(model: Any, quantization: Quantization) -> Any:
+    """A model as it was loaded, with our experts and fit for training. CheckError when not all was quantised."""
     if any(interface.is_experts(module) for module in model.modules()):
         interface.register()
-        model.set_experts_implementation(
-            interface.PACKED if config is not None and config.experts else interface.GROUPED
-        )
+        packed = quantization.kind == "nf4" and quantization.experts == "nf4"
+        model.set_experts_implementation(interface.PACKED if packed else interface.GROUPED)
     keep_trainable_layout(model)
     check_quantized(model, quantization)
     return model

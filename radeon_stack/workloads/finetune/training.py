@@ -38,7 +38,7 @@ def trainer_for(
         train_dataset=_dataset(rows),
         eval_dataset=_dataset(held_back) if held_back else None,
         processing_class=tokenizer,
-        peft_config=lora_config(config.lora, model),
+        peft_config=lora_config(config.lora, model, config.speed),
     )
     if config.lora.experts_rank:
         add_experts_lora(trainer.model, config.lora.experts_rank, experts_alpha(config.lora))
