@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from radeon_stack.catalog.folders import data_folder
-from radeon_stack.catalog.merge import Layers, parse_assignment
+from radeon_stack.catalog.merge import Layers, flatten, parse_assignment
 from radeon_stack.catalog.problems import explain, nearest
 from radeon_stack.catalog.recipe import Recipe
 from radeon_stack.contracts import WORKLOADS
@@ -98,22 +98,40 @@ def resolve(
                 f"no preset '{preset}'; {nearest(preset, list(source.presets))}", where=f"{source.path}: presets"
             )
         layers.add(source.presets[preset], f"{source.path}: presets.{preset}")
-    for text in sets:
-        tree = parse_assignment(text)
-        own = set(tree) <= set(Recipe.model_fields)
-        layers.add(tree if own else {"config": tree}, f"--set {text.partition('=')[0]}")
+    _add_sets(layers, sets)
     for flag, values in (flags or {}).items():
         layers.add(values, flag)
     return _checked(source, preset, layers)
 
 
-def from_record(record: Mapping[str, Any], path: Path) -> Effective:
-    """The effective recipe that a run wrote down in its `config.json`."""
+def from_record(
+    record: Mapping[str, Any], path: Path, sets: Sequence[str] = (), allowed: Sequence[str] = ()
+) -> Effective:
+    """The effective recipe that a run wrote down in its `config.json`, with the `sets` among the `allowed` keys."""
     recipe, preset = record.get("recipe"), record.get("preset")
     tree: dict[str, Any] = recipe if isinstance(recipe, dict) else {}
     layers = Layers(tree, {})
+    for key in _add_sets(layers, sets):
+        if key not in allowed:
+            raise UsageError(
+                "cannot change while a run is continued",
+                where=f"--set {key.removeprefix('config.')}",
+                remedy=f"these can: {', '.join(name.removeprefix('config.') for name in allowed)}; or start a new run",
+            )
     source = RecipeFile(str(record.get("name")), path, {})
     return _checked(source, preset if isinstance(preset, str) else None, layers)
+
+
+def _add_sets(layers: Layers, sets: Sequence[str]) -> list[str]:
+    """Add a layer for each `--set`; their full keys."""
+    keys: list[str] = []
+    for text in sets:
+        tree = parse_assignment(text)
+        own = set(tree) <= set(Recipe.model_fields)
+        tree = tree if own else {"config": tree}
+        layers.add(tree, f"--set {text.partition('=')[0]}")
+        keys += [key for key, _ in flatten(tree)]
+    return keys
 
 
 def _checked(source: RecipeFile, preset: str | None, layers: Layers) -> Effective:

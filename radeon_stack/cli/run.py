@@ -38,7 +38,7 @@ def plan_options(command: Command) -> Command:
         click.option("--preset", metavar="NAME", help="A preset of the recipe, such as demo."),
         click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="A value: train.steps=50."),
         click.option("--model", metavar="PATH", help="The model's folder."),
-        click.option("--data", metavar="FILE", help="A .jsonl or .parquet file of 'messages' or 'text' rows."),
+        click.option("--data", metavar="FILE", help="A .jsonl, .json or .parquet file of chats or texts."),
         click.option("--engine", type=click.Choice(["auto", "docker", "local"]), default=None, help="Default: auto."),
         click.option("--image", metavar="REF", help="A particular image instead of the newest that fits."),
         click.option("--gpus", metavar="WHICH", help="0,2 or all or gfx1201 or '>=24GiB'. Default: free ones."),
@@ -89,6 +89,7 @@ def run(dry_run: bool, only_estimate: bool, detached: bool, earlier: str | None,
       radeon-stack run train-llama --model ./Meta-Llama-3.1-8B-Instruct --estimate
       radeon-stack run bench-attention --compare last
       radeon-stack run --resume last
+      radeon-stack run --resume last --set train.learning_rate=1e-5
     """
     if earlier and detached:
         raise click.UsageError("--compare waits for the end: leave --detach out, and use: runs compare")
@@ -143,10 +144,10 @@ def drafted_from(
     as_many: int | None = None
     effective: Effective
     if resume is not None:
-        if recipe or preset or sets or model or data:
-            raise click.UsageError("--resume continues a run as it was: give no recipe, preset or values with it")
+        if recipe or preset or model or data:
+            raise click.UsageError("--resume continues a run as it was: give no recipe, preset, model or data with it")
         resumed = store.find(resume)
-        effective = resumable(resumed, after_fault=after_fault)
+        effective = resumable(resumed, sets, after_fault=after_fault)
         status = resumed.status()
         engine = engine or (status.engine if status else None)
         before = _plan_before(resumed)

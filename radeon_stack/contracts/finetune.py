@@ -18,6 +18,9 @@ class Data(Dataset):
     loss_on: Literal["all", "assistant"] = Field(
         "all", description="'assistant': only the assistant's answers are learnt, prompts are masked"
     )
+    eval_share: float = Field(
+        0.0, ge=0.0, le=0.9, description="share of the rows that is evaluated on and not learnt, drawn by train.seed"
+    )
 
 
 class Quantization(Section):
@@ -80,6 +83,22 @@ class Train(Section):
     )
     processes: int | None = Field(None, ge=1, le=64, description="on the CPU; on GPUs it is one a GPU")
     checkpoint_every: int = Field(25, ge=1, description="steps between checkpoints; what --resume goes back to")
+    eval_every: int = Field(25, ge=1, description="steps between evaluations, where data.eval_share holds rows back")
+    early_stopping: int = Field(
+        0,
+        ge=0,
+        description="evaluations without a better loss that end training; the best adapter is what is saved; 0: off",
+    )
+    stop_diverging: bool = Field(True, description="end training when the loss diverges; nan ends it always")
+
+
+# What may be given anew with --resume: where a run is continued does not depend on it.
+RESUMABLE = (
+    "config.train.learning_rate",
+    "config.train.batch_size",
+    "config.train.gradient_accumulation",
+    "config.train.gradient_checkpointing",
+)
 
 
 class Speed(Section):
@@ -113,6 +132,7 @@ class Export(Section):
 class FinetuneConfig(TakesData, TakesModel, TakesOptions):
     """Everything the `finetune` workload can be told; paths are added by the launch plan."""
 
+    any_architecture: bool = Field(False, description="train a model whose architecture is not known to train")
     data: Data = Data()
     quantization: Quantization = Quantization()
     lora: Lora = Lora()

@@ -45,7 +45,7 @@ class Dataset(Section):
     dataset: str = Field(
         BIRTHDAY,
         min_length=1,
-        description="'birthday' (copies of one chat), or a .jsonl or .parquet file with 'messages' or 'text'",
+        description="'birthday' (copies of one chat), or a .jsonl, .json or .parquet file of chats or texts",
     )
 
 

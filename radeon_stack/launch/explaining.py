@@ -15,6 +15,7 @@ from radeon_stack.runs.outcome import Outcome
 from radeon_stack.runs.store import Diagnosis, State, Status
 
 NEXT_ORDER = 1  # added to the seed of the data's order: a fault comes again at the same step of the same order
+LOG = "log.txt"
 SEED = "config.train.data_seed"
 
 
@@ -34,7 +35,10 @@ def explained(outcome: Outcome, log: Path, *, boot: str, begins: int = 0) -> Out
     known = found[0].signature
     fault = any(match.signature.fault for match in found)
     diagnosis = Diagnosis(known.id, known.cause, found[0].line, boot if fault else "")
-    return replace(outcome, what=known.title, where="log.txt", remedy=known.remedy, diagnosis=diagnosis)
+    if outcome.where not in ("", LOG) and not fault:
+        # The workload knew itself what was wrong and where: that is nearer than what its log looks like.
+        return replace(outcome, diagnosis=diagnosis)
+    return replace(outcome, what=known.title, where=LOG, remedy=known.remedy, diagnosis=diagnosis)
 
 
 def refused(error: StackError) -> Outcome:

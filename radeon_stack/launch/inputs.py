@@ -12,7 +12,7 @@ from radeon_stack.contracts.sections import BIRTHDAY, TakesData, TakesModel, is_
 from radeon_stack.errors import UsageError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
-DATA_SUFFIXES = (".jsonl", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 def model_folder(model: str, *, where: str) -> Path | None:
@@ -42,9 +42,8 @@ def data_file(dataset: str, *, where: str) -> Path | None:
         return None
     path = Path(os.path.abspath(Path(dataset).expanduser()))
     if path.suffix not in DATA_SUFFIXES:
-        raise UsageError(
-            f"found '{dataset}'; allowed: '{BIRTHDAY}', or a file ending in {' or '.join(DATA_SUFFIXES)}", where=where
-        )
+        suffixes = f"{', '.join(DATA_SUFFIXES[:-1])} or {DATA_SUFFIXES[-1]}"
+        raise UsageError(f"found '{dataset}'; allowed: '{BIRTHDAY}', or a file ending in {suffixes}", where=where)
     if not path.is_file():
         raise UsageError(f"no data file {path}", where=where)
     return path

@@ -7,12 +7,14 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from radeon_stack import atomic
 from radeon_stack.catalog.load import Effective, from_record
+from radeon_stack.contracts.finetune import RESUMABLE
 from radeon_stack.errors import MachineError, UsageError
 from radeon_stack.launch.circumstances import Circumstances
 from radeon_stack.launch.engine import engine_named
@@ -65,8 +67,8 @@ def draft(
     return Draft(effective, launch_plan, run)
 
 
-def resumable(run: Run, *, after_fault: bool = False) -> Effective:
-    """The recipe of an ended run, as it was; after a GPU fault with its data in another order.
+def resumable(run: Run, sets: Sequence[str] = (), *, after_fault: bool = False) -> Effective:
+    """The recipe of an ended run, as it was but for `sets`; after a GPU fault with its data in another order.
 
     UsageError for one that goes on or has nothing to continue, MachineError where a fault wants a reboot first.
     """
@@ -80,7 +82,7 @@ def resumable(run: Run, *, after_fault: bool = False) -> Effective:
         raise UsageError("has no readable config.json", where=str(run.path), remedy="start a new run")
     status = run.status()
     require_reboot(status, anyway=after_fault)
-    return from_record(with_other_order(record, status), run.config)
+    return from_record(with_other_order(record, status), run.config, sets, RESUMABLE)
 
 
 def require_as_many(run: Run, processes: int) -> None:

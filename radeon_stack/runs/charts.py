@@ -55,28 +55,58 @@ class Scale:
         return self.start + share * (self.end - self.start)
 
 
-def line_chart(title: str, points: Sequence[Point], *, x_label: str = "step", log: bool = False) -> str:
-    """An `<svg>` of one line. Points that are not finite or huge (or not positive, for `log`) are left out."""
-    shown = [p for p in points if all(abs(value) <= LARGEST for value in p)]  # false for nan too
-    drawn = thinned([p for p in shown if p[1] >= 1 / LARGEST] if log else shown)
+def line_chart(
+    title: str,
+    points: Sequence[Point],
+    *,
+    also: tuple[str, Sequence[Point]] | None = None,
+    x_label: str = "step",
+    log: bool = False,
+) -> str:
+    """An `<svg>` of one line, or with `also` (its name and points) of two.
+
+    Points that are not finite or huge (or not positive, for `log`) are left out.
+    """
+    drawn = _drawable(points, log)
     if not drawn:
         return f'<p class="none">{escape(title)}: nothing was measured.</p>'
-    xs, ys = [x for x, _ in drawn], [y for _, y in drawn]
+    name, others = also or ("", ())
+    beside = _drawable(others, log)
+    xs, ys = [x for x, _ in [*drawn, *beside]], [y for _, y in [*drawn, *beside]]
     x_scale = Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT)
     y_ticks = log_ticks(min(ys), max(ys)) if log else linear_ticks(min(ys), max(ys))
     y_scale = Scale(min(*y_ticks, *ys), max(*y_ticks, *ys), HEIGHT - BOTTOM, TOP, log)
-    path = " ".join(f"{'L' if i else 'M'}{x_scale(x):.1f} {y_scale(y):.1f}" for i, (x, y) in enumerate(drawn))
     return "".join(
         [
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title, quote=True)}">',
             *(_y_tick(y_scale(tick), tick) for tick in y_ticks),
             *(_x_tick(x_scale(tick), tick) for tick in whole_ticks(min(xs), max(xs))),
             f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_label)}</text>',
-            f'<path class="line" d="{path}"/>',
-            *(_dot(x_scale(x), y_scale(y), f"{x_label} {x:g}: {y:.4g}") for x, y in drawn if len(drawn) <= 120),
+            *_line(drawn, x_scale, y_scale, x_label, ""),
+            *(_line(beside, x_scale, y_scale, f"{name}, {x_label}", " second") if beside else ()),
+            *(_legend(name) if beside else ()),
             "</svg>",
         ]
     )
+
+
+def _drawable(points: Sequence[Point], log: bool) -> list[Point]:
+    shown = [p for p in points if all(abs(value) <= LARGEST for value in p)]  # false for nan too
+    return thinned([p for p in shown if p[1] >= 1 / LARGEST] if log else shown)
+
+
+def _line(points: Sequence[Point], x_scale: Scale, y_scale: Scale, label: str, kind: str) -> list[str]:
+    path = " ".join(f"{'L' if i else 'M'}{x_scale(x):.1f} {y_scale(y):.1f}" for i, (x, y) in enumerate(points))
+    dots = [_dot(x_scale(x), y_scale(y), f"{label} {x:g}: {y:.4g}", kind) for x, y in points if len(points) <= 120]
+    return [f'<path class="line{kind}" d="{path}"/>', *dots]
+
+
+def _legend(name: str) -> list[str]:
+    right = WIDTH - RIGHT
+    return [
+        f'<text class="axis" x="{right}" y="{TOP + 10}" text-anchor="end">{escape(name)}</text>',
+        f'<path class="line second" d="M{right - 96 - 24} {TOP + 6}h20"/>',
+    ]
 
 
 def bar_chart(title: str, groups: Sequence[Group]) -> str:
@@ -155,5 +185,5 @@ def _x_tick(x: float, value: float) -> str:
     return f'<text class="axis" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{value:g}</text>'
 
 
-def _dot(x: float, y: float, told: str) -> str:
-    return f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="2.5"><title>{escape(told)}</title></circle>'
+def _dot(x: float, y: float, told: str, kind: str) -> str:
+    return f'<circle class="dot{kind}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"><title>{escape(told)}</title></circle>'

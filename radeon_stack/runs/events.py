@@ -211,8 +211,11 @@ def read_events(path: Path) -> list[Event]:
 
 
 def metrics_by_step(events: Iterable[Event]) -> dict[int, dict[str, float]]:
-    """Figures a step, in step order; where a resumed attempt repeats a step, the later one counts."""
-    latest = {event.step: event.values for event in events if isinstance(event, Metric)}
+    """Figures a step, in step order, of training and evaluation; what a resumed attempt tells again counts."""
+    latest: dict[int, dict[str, float]] = {}
+    for event in events:
+        if isinstance(event, Metric):
+            latest.setdefault(event.step, {}).update(event.values)
     return dict(sorted(latest.items()))
 
 

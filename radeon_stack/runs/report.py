@@ -130,9 +130,18 @@ def verdict(
         parts.append(f"Right answers of {result.get('samples', '?')}: {', '.join(scores)}.")
     if isinstance(result.get("train_seconds"), int | float):
         parts.append(f"{result.get('steps', '?')} steps in {result['train_seconds']:.0f} s of training.")
+    if isinstance(result.get("best_eval_loss"), int | float):
+        parts.append(evaluated(result))
     if not parts:
         parts.append("There is no result yet." if status and not status.state.ended else "It left no result.")
     return " ".join(parts)
+
+
+def evaluated(result: Mapping[str, Any]) -> str:
+    """What the evaluations came to, and which step's adapter was saved."""
+    best = f"Evaluated best at step {result.get('best_step', '?')}: loss {number(result['best_eval_loss'])}"
+    ended = "; training ended early, with no better one since" if result.get("stopped_early") else ""
+    return f"{best}{ended}. The adapter saved is that of step {result.get('saved_step', '?')}."
 
 
 def header(status: Status | None, plan: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str, str]:
@@ -163,6 +172,8 @@ def tiles(
     losses = [values["loss"] for values in metrics.values() if "loss" in values]
     if losses:
         found.append(("loss", f"{number(losses[0])} → {number(losses[-1])}", ""))
+    if isinstance(result.get("best_eval_loss"), int | float):
+        found.append(("evaluation loss, at its best", f"{number(result['best_eval_loss'])}", ""))
     found.append(("training", trainer.get("train_runtime"), " s"))
     found.append(("steps a second", trainer.get("train_steps_per_second"), ""))
     found.append(("samples a second", trainer.get("train_samples_per_second"), ""))
@@ -174,15 +185,23 @@ def tiles(
 
 
 def curves(metrics: Mapping[int, Mapping[str, float]]) -> Iterator[Chart]:
-    """Loss, gradient norm and learning rate over the steps."""
+    """Loss (that of the evaluations with it), gradient norm and learning rate over the steps."""
     for name, title in CHARTS:
-        points = [(float(step), values[name]) for step, values in metrics.items() if name in values]
+        points = curve(metrics, name)
         if not points:
             continue
-        yield Chart(title, charts.line_chart(title, points))
+        also = ("evaluation", curve(metrics, "eval_loss")) if name == "loss" else None
+        yield Chart(title, charts.line_chart(title, points, also=also))
         positive = [y for _, y in points if y > 0 and math.isfinite(y)]
         if name == "loss" and positive and max(positive) > LOG_SPAN * min(positive):
-            yield Chart(f"{title}, logarithmic", charts.line_chart(f"{title}, logarithmic", points, log=True))
+            yield Chart(
+                f"{title}, logarithmic", charts.line_chart(f"{title}, logarithmic", points, also=also, log=True)
+            )
+
+
+def curve(metrics: Mapping[int, Mapping[str, float]], name: str) -> list[charts.Point]:
+    """A figure over the steps."""
+    return [(float(step), values[name]) for step, values in metrics.items() if name in values]
 
 
 def columns(events: list[Event]) -> list[Column]:

@@ -55,6 +55,12 @@ def lines(run: Run, outcome: Outcome) -> list[str]:
     losses = [metric["loss"] for metric in told["metrics"] if "loss" in metric]
     if losses:
         rows.append(("loss", f"{losses[0]:.4g} → {losses[-1]:.4g} in {len(losses)} steps"))
+    if isinstance(result.get("best_eval_loss"), int | float):
+        best = f"{result['best_eval_loss']:.4g} at its best, step {result.get('best_step', '?')}"
+        early = ", where training ended early" if result.get("stopped_early") else ""
+        rows.append(
+            ("evaluated", f"{best}; saved: step {result.get('saved_step', '?')} of {result.get('steps', '?')}{early}")
+        )
     if isinstance(result.get("train_seconds"), int | float):
         rows.append(("training", f"{result['train_seconds']:.0f} s"))
     asked = answers_of(read_events(run.events))

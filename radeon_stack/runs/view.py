@@ -57,7 +57,7 @@ def mark(correct: bool | None) -> str:
 def metric_text(values: dict[str, float]) -> str:
     """The figures of a step that people watch."""
     parts = []
-    for key, label in (("loss", "loss"), ("grad_norm", "grad"), ("learning_rate", "lr")):
+    for key, label in (("loss", "loss"), ("grad_norm", "grad"), ("learning_rate", "lr"), ("eval_loss", "evaluation")):
         if key in values:
             parts.append(f"{label} {values[key]:.4g}")
     return "  ".join(parts)

@@ -47,10 +47,14 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What decides how much memory a workload takes, for the day there is not enough: its key, and what to do."""
+    """What decides how much memory a workload takes, for the day there is not enough: its key, and what to do.
+
+    `short` says how much there was and was not, where that is known.
+    """
 
     where: str = "config"
     remedy: str = "take smaller sizes"
+    short: str = ""
 
 
 @dataclass
@@ -62,6 +66,10 @@ class Job:
     sizes: Sizes = Sizes()
     stage: str = "starting"
     rank: Rank = ALONE
+    advise: Callable[[Exception], Sizes | None] | None = field(default=None, init=False)
+    """Sizes that fit, from an error for want of memory; set by a workload that can tell."""
+    held: int = field(default=0, init=False)
+    """Bytes held between two steps, on the accelerator or else in main memory; 0 before the first."""
     stop_asked: bool = field(default=False, init=False)
     _deferred: bool = field(default=False, init=False)
 
@@ -178,11 +186,12 @@ def _failure(error: Exception, job: Job) -> ev.Error:
             remedy="free some room, then continue: radeon-stack run --resume last",
             exit_code=Exit.WORKLOAD,
         )
-    if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
+    if _wants_memory(error):
+        sizes = (job.advise(error) if job.advise else None) or job.sizes
         return ev.Error(
-            what=f"out of memory while {job.stage}: {_first_line(error)}",
-            where=job.sizes.where,
-            remedy=job.sizes.remedy,
+            what=f"out of memory while {job.stage}: {sizes.short or _first_line(error)}",
+            where=sizes.where,
+            remedy=sizes.remedy,
             exit_code=Exit.WORKLOAD,
         )
     return ev.Error(
@@ -191,6 +200,14 @@ def _failure(error: Exception, job: Job) -> ev.Error:
         remedy="the whole traceback: radeon-stack runs logs last",
         exit_code=Exit.WORKLOAD,
     )
+
+
+def _wants_memory(error: Exception) -> bool:
+    """Python's, numpy's and torch's errors; torch has none of its own for main memory."""
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError", "_ArrayMemoryError"):
+        return True
+    told = str(error)[:1000]
+    return isinstance(error, RuntimeError) and ("out of memory" in told or "can't allocate memory: you tried" in told)
 
 
 def _first_line(error: BaseException) -> str:

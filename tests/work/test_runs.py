@@ -172,7 +172,10 @@ def test_bad_data_is_told_by_its_line_before_any_model_is_loaded(cli: Cli, tiny_
     file.write_text('{"text": "fine"}\n{"text": "fine"}\n{"txt": "not"}\n')
     result = cli(*tiny_run, *LOCAL, "--data", file)
     assert result.code == Exit.USAGE
-    assert result.error == "radeon-stack: chats.jsonl: line 3: needs either 'messages' or 'text'; found txt"
+    assert result.error == (
+        "radeon-stack: chats.jsonl: line 3: needs one of 'messages', 'conversations', "
+        "'instruction' with 'output', 'prompt' with 'completion', or 'text'; found txt"
+    )
     assert not [event for event in result.json["facts"] if event == "environment"]
 
 

@@ -104,8 +104,8 @@ def test_without_the_guard_bitsandbytes_drops_gradients_on_this_kind_of_cpu(
 def test_only_the_assistants_answers_are_learnt_when_asked(tiny_model: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from radeon_stack.workloads.finetune.data import Row
     from radeon_stack.workloads.finetune.encoding import IGNORED, encode
+    from radeon_stack.workloads.finetune.forms import Row
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     chat = tuple(
@@ -122,14 +122,31 @@ def test_only_the_assistants_answers_are_learnt_when_asked(tiny_model: Path, tmp
 def test_a_template_that_rewrites_earlier_turns_is_refused_for_masking(tiny_model: Path) -> None:
     from transformers import AutoTokenizer
 
-    from radeon_stack.workloads.finetune.data import Row
     from radeon_stack.workloads.finetune.encoding import encode
+    from radeon_stack.workloads.finetune.forms import Row
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     row = Row(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
     with pytest.raises(UsageError, match="rewrites earlier turns"):
         encode(tokenizer, row, max_length=99, loss_on="assistant")
+
+
+def test_a_chat_that_the_models_template_refuses_is_told_by_its_row(tiny_model: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from radeon_stack.workloads.finetune.encoding import encode_rows
+    from radeon_stack.workloads.finetune.forms import Row
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
+        "{% endif %}{{ m.content }}{% endfor %}"
+    )
+    answer = {"role": "assistant", "content": "b"}
+    rows = [Row(({"role": role, "content": "a"}, answer)) for role in ("user", "system")]
+    with pytest.raises(UsageError, match="row 2 of the data: the model's chat template does not take it: System role"):
+        encode_rows(job_in(tmp_path)[0], tokenizer, rows, max_length=99, loss_on="all")
 
 
 def test_rows_that_are_cut_before_their_answer_are_refused(tiny_model: Path, tmp_path: Path) -> None:

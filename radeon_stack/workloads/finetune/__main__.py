@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from radeon_stack.contracts.finetune import FinetuneConfig
+from radeon_stack.contracts.sections import is_made
 from radeon_stack.runs.events import Attempt
+from radeon_stack.workloads.finetune.architectures import require_known
 from radeon_stack.workloads.finetune.checkpoints import last_checkpoint
 from radeon_stack.workloads.finetune.data import read_rows
+from radeon_stack.workloads.finetune.evaluation import require_evaluation
+from radeon_stack.workloads.finetune.memory import advice, cpu_shortage, shortage
+from radeon_stack.workloads.finetune.resident import available, most_resident, resident
 from radeon_stack.workloads.job import Job, Sizes, carry_out, read_config
 
 SIZES = Sizes(
@@ -23,6 +29,10 @@ def work(job: Job) -> dict[str, Any]:
     checkpoint = last_checkpoint(job.artifacts) if job.arguments.resume else None
     job.emit(Attempt(pid=os.getpid(), resumed_step=checkpoint.step if checkpoint else None))
     config = FinetuneConfig.model_validate(read_config(job.arguments.run))
+    require_evaluation(config)
+    job.advise = lambda error: sizes_that_fit(job, config, error)
+    if not is_made(job.arguments.model):
+        require_known(Path(job.arguments.model), anyway=config.any_architecture)
     # Bad data is told before torch's seconds of importing.
     rows = read_rows(config.data, job.arguments.data)
     job.progress("import", 0, 1, note="torch, transformers, peft, trl")
@@ -30,6 +40,12 @@ def work(job: Job) -> dict[str, Any]:
 
     job.progress("import", 1, 1)
     return finetune(job, config, rows, checkpoint)
+
+
+def sizes_that_fit(job: Job, config: FinetuneConfig, error: Exception) -> Sizes | None:
+    """What to change after an error for want of memory; None where it has no figures."""
+    found = shortage(str(error)) or cpu_shortage(str(error), most=most_resident(), reachable=resident() + available())
+    return advice(found, config, stage=job.stage, held=job.held) if found else None
 
 
 if __name__ == "__main__":

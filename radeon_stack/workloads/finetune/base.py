@@ -18,6 +18,7 @@ from radeon_stack.errors import CheckError
 from radeon_stack.kernels import interface, quantizer
 from radeon_stack.kernels.nf4 import NF4
 from radeon_stack.workloads.finetune import fp8, kept
+from radeon_stack.workloads.finetune.architectures import attention_for
 from radeon_stack.workloads.finetune.bars import bars
 from radeon_stack.workloads.job import Job
 from radeon_stack.workloads.ranks import rank
@@ -70,7 +71,7 @@ def load_for_training(
             dtype=dtype,
             **asked,
             device_map="balanced" if spread else {"": device()},
-            attn_implementation="sdpa" if attention == AUTO else attention,
+            attn_implementation=attention_for(folder, attention),
         )
     if packed is not None and not again and job.rank.first:
         kept.keep(job, model, packed)
@@ -100,7 +101,7 @@ def load_16bit(job: Job, folder: Path, dtype: torch.dtype, stage: str, *, on: to
     """The model of a folder in 16 bit."""
     with bars(job, stage):
         return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map={"": on}, attn_implementation="sdpa"
+            folder, dtype=dtype, device_map={"": on}, attn_implementation=attention_for(folder, AUTO)
         )
 
 

@@ -27,6 +27,11 @@ def scratch(artifacts: Path) -> Path:
     return checkpoints(artifacts) / "trainer.partial"
 
 
+def best_folder(artifacts: Path) -> Path:
+    """The adapter that was evaluated best, kept while training may yet be stopped early."""
+    return checkpoints(artifacts) / "best"
+
+
 def last_checkpoint(artifacts: Path) -> Checkpoint | None:
     """The newest whole checkpoint."""
     found = (

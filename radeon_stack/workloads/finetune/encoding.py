@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jinja2 import TemplateError
+
 from radeon_stack.errors import UsageError
-from radeon_stack.workloads.finetune.data import Row
+from radeon_stack.text import one_line
+from radeon_stack.workloads.finetune.forms import Row
 from radeon_stack.workloads.job import Job
 
 IGNORED = -100  # what torch's cross-entropy leaves out
@@ -31,7 +34,14 @@ def encode_rows(
     encoded = []
     for number, row in enumerate(rows):
         if id(row) not in known:
-            known[id(row)] = encode(tokenizer, row, max_length=max_length, loss_on=loss_on)
+            try:
+                known[id(row)] = encode(tokenizer, row, max_length=max_length, loss_on=loss_on)
+            except TemplateError as error:
+                raise UsageError(
+                    f"the model's chat template does not take it: {one_line(str(error))}",
+                    where=f"row {number + 1} of the data",
+                    remedy="many models want user and assistant in turn, and some no system message",
+                ) from error
         encoded.append(known[id(row)])
         if number % TELL_EVERY == 0:
             job.progress("tokenize", number, len(rows), unit="rows")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import platform
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -16,7 +17,8 @@ from radeon_stack.runs.events import Phase, Sample, read_events
 from radeon_stack.workloads.finetune import adapter, base, fp8, merging, ranks, sources, training
 from radeon_stack.workloads.finetune.checkpoints import Checkpoint
 from radeon_stack.workloads.finetune.data import Rows
-from radeon_stack.workloads.finetune.encoding import encode_rows
+from radeon_stack.workloads.finetune.encoding import Encoded, encode_rows
+from radeon_stack.workloads.finetune.evaluation import split
 from radeon_stack.workloads.finetune.sampling import sample
 from radeon_stack.workloads.job import Job
 
@@ -34,16 +36,13 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
     folder = ranks.first_then_all(job.rank, lambda: sources.base_folder(job))
     tokenizer = base.load_tokenizer(folder)
     encoded = encode_rows(job, tokenizer, rows.rows, max_length=config.data.max_length, loss_on=config.data.loss_on)
-    tokens = sum(len(row.input_ids) for row in encoded)
-    job.fact(
-        "data",
-        {"name": rows.name, "rows": len(encoded), "tokens_mean": tokens / len(encoded), "sample": encoded[0].text},
-    )
+    learnt, held_back = split(encoded, config.data.eval_share, config.train.seed)
+    job.fact("data", data_facts(rows, learnt, held_back))
     spread = config.train.parallel == "layers"
     model = base.load_for_training(
         job, folder, config.quantization, dtype, config.model_options.attention, spread=spread
     )
-    result: dict[str, Any] = {"steps": config.train.steps, "samples": config.samples.count}
+    result: dict[str, Any] = {"samples": config.samples.count}
 
     def ask(phase: Phase, of: Any) -> None:
         if question and config.samples.count and job.rank.first:
@@ -53,19 +52,21 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
 
     # What was asked before training was told by the attempt that this one continues.
     ask("before", None if checkpoint else model)
-    trainer = training.trainer_for(job, config, model, tokenizer, encoded)
+    trainer = training.trainer_for(job, config, model, tokenizer, learnt, held_back)
     job.fact("train_arguments", train_arguments(trainer.args))
     job.fact("model", base.describe(trainer.model, folder, job.arguments.model))
     if not checkpoint:
         job.fact("lora_before", adapter.statistics(trainer.model))
 
-    if output := training.train(job, trainer, checkpoint):
+    if output := training.train(job, trainer, checkpoint, config.train.early_stopping):
         job.fact("trainer_output", output)
         result["train_seconds"] = output["train_runtime"]
     ranks.part()
     if not job.rank.first:
         return result
+    result["steps"] = trainer.state.global_step
     result["final_loss"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1]
+    result |= training.take_best(job, trainer, config.train.early_stopping)
     job.fact("lora_after", adapter.statistics(trainer.model))
     result["peak_memory_bytes"] = base.peak_memory()
     ask("after", trainer.model)
@@ -82,6 +83,26 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
             device = torch.device("cpu") if spread else base.device()
             ask("merged", base.load_16bit(job, merged, dtype, "reload", on=device))
     return result
+
+
+def data_facts(rows: Rows, learnt: Sequence[Encoded], held_back: Sequence[Encoded]) -> dict[str, Any]:
+    """What is learnt and what is evaluated on, for the record."""
+    tokens = sum(len(row.input_ids) for row in learnt)
+    facts: dict[str, Any] = {
+        "name": rows.name,
+        "form": rows.form,
+        "rows": len(learnt),
+        "tokens_mean": tokens / len(learnt),
+        "sample": learnt[0].text,
+    }
+    if held_back:
+        known = {tuple(row.input_ids) for row in learnt}
+        # An evaluation on what was learnt by heart says nothing; the reader shall see it.
+        facts |= {
+            "rows_held_back": len(held_back),
+            "held_back_also_learnt": sum(tuple(row.input_ids) in known for row in held_back),
+        }
+    return facts
 
 
 def free_memory() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,37 +10,55 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from radeon_stack.contracts.finetune import FinetuneConfig
 from radeon_stack.kernels.adapters import add_experts_lora
-from radeon_stack.runs.events import Metric
 from radeon_stack.workloads.finetune import fp8, ranks
 from radeon_stack.workloads.finetune.adapter import experts_alpha, lora_config
-from radeon_stack.workloads.finetune.checkpoints import Checkpoint, checkpoints, scratch
+from radeon_stack.workloads.finetune.callbacks import Evaluator, Ledger, Rate, Teller, Watcher
+from radeon_stack.workloads.finetune.checkpoints import Checkpoint, best_folder, scratch
 from radeon_stack.workloads.finetune.encoding import Encoded
+from radeon_stack.workloads.finetune.evaluation import evaluations_in, out_of_patience, read_record
 from radeon_stack.workloads.job import Job, StopRequested
 
 
-def trainer_for(job: Job, config: FinetuneConfig, model: Any, tokenizer: Any, rows: Sequence[Encoded]) -> SFTTrainer:
+def trainer_for(
+    job: Job,
+    config: FinetuneConfig,
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Encoded],
+    held_back: Sequence[Encoded] = (),
+) -> SFTTrainer:
     """An SFTTrainer with the adapter on the model and the rows as they were encoded."""
-    data = Dataset.from_dict({"input_ids": [r.input_ids for r in rows], "labels": [r.labels for r in rows]})
     trainer = SFTTrainer(
         model,
-        args=sft_arguments(config, scratch(job.artifacts)),
-        train_dataset=data,
+        args=sft_arguments(config, scratch(job.artifacts), evaluate=bool(held_back)),
+        train_dataset=_dataset(rows),
+        eval_dataset=_dataset(held_back) if held_back else None,
         processing_class=tokenizer,
         peft_config=lora_config(config.lora, model, config.speed),
     )
     if config.lora.experts_rank:
         add_experts_lora(trainer.model, config.lora.experts_rank, experts_alpha(config.lora))
     fp8.leave_to_each_process(trainer.model)
-    trainer.add_callback(_Teller(job, config.train.steps))
+    # In this order: a loss is told before it is judged.
+    trainer.add_callback(Teller(job, config.train.steps))
+    trainer.add_callback(Watcher(job, config))
+    trainer.add_callback(Ledger(job, config.train.optimizer))
+    trainer.add_callback(Rate(config.train.learning_rate))
+    if held_back:
+        trainer.add_callback(Evaluator(job, config.train.early_stopping))
     return trainer
 
 
-def sft_arguments(config: FinetuneConfig, folder: Path) -> SFTConfig:
+def _dataset(rows: Sequence[Encoded]) -> Dataset:
+    return Dataset.from_dict({"input_ids": [r.input_ids for r in rows], "labels": [r.labels for r in rows]})
+
+
+def sft_arguments(config: FinetuneConfig, folder: Path, *, evaluate: bool = False) -> SFTConfig:
     """The recipe's settings in TRL's words."""
     train = config.train
     return SFTConfig(
@@ -62,6 +79,11 @@ def sft_arguments(config: FinetuneConfig, folder: Path) -> SFTConfig:
         data_seed=train.data_seed,
         save_steps=train.checkpoint_every,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it would show the mean of the losses before in a nan's place
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=train.eval_every,
+        per_device_eval_batch_size=train.batch_size,
+        prediction_loss_only=True,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         dataset_kwargs={"skip_prepare_dataset": True},  # rows come encoded
@@ -73,16 +95,21 @@ def sft_arguments(config: FinetuneConfig, folder: Path) -> SFTConfig:
     )
 
 
-def train(job: Job, trainer: SFTTrainer, checkpoint: Checkpoint | None) -> dict[str, float]:
+def train(job: Job, trainer: SFTTrainer, checkpoint: Checkpoint | None, patience: int = 0) -> dict[str, float]:
     """Train, from a checkpoint if there is one; returns the trainer's own figures, {} when no step was left.
 
     StopRequested after a clean stop, with the step whose checkpoint was written.
     """
-    if checkpoint and checkpoint.step >= trainer.args.max_steps:
-        # Resumed here, the trainer would take one step more than it was told to (transformers 5.23).
-        trainer.model.load_adapter(str(checkpoint.path), adapter_name="default", is_trainable=True)
-        trainer.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
-        return {}
+    if checkpoint:
+        state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
+        best = read_record(best_folder(job.artifacts))
+        if checkpoint.step >= trainer.args.max_steps or out_of_patience(
+            evaluations_in(state.log_history), best, patience
+        ):
+            # Resumed here, the trainer would take one step more than it was told to (transformers 5.23).
+            _load(trainer, checkpoint.path)
+            trainer.state = state
+            return {}
     with job.deferred_stop():
         output = trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     ranks.meet()
@@ -93,40 +120,28 @@ def train(job: Job, trainer: SFTTrainer, checkpoint: Checkpoint | None) -> dict[
     return dict(output.metrics)
 
 
-class _Teller(TrainerCallback):
-    """Tells each step, moves finished checkpoints to their place, and ends training when asked to."""
+def take_best(job: Job, trainer: SFTTrainer, patience: int) -> dict[str, Any]:
+    """What the evaluations came to; with `patience`, the trained adapter becomes the best one's.
 
-    def __init__(self, job: Job, steps: int) -> None:
-        self._job = job
-        self._steps = steps
+    {} where nothing was evaluated, else {"eval_loss", "best_step", "best_eval_loss", "saved_step", "stopped_early"}.
+    """
+    evaluations = evaluations_in(trainer.state.log_history)
+    if not evaluations:
+        return {}
+    steps = trainer.state.global_step
+    kept = read_record(best_folder(job.artifacts)) if patience else None
+    if kept and kept.step != steps:
+        _load(trainer, best_folder(job.artifacts))
+    best = kept or min(evaluations, key=lambda one: (one.loss != one.loss, one.loss))
+    return {
+        "eval_loss": evaluations[-1].loss,
+        "best_step": best.step,
+        "best_eval_loss": best.loss,
+        "saved_step": kept.step if kept else steps,
+        "stopped_early": steps < trainer.args.max_steps,
+    }
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._job.progress("train", state.global_step, self._steps, unit="steps")
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if not logs or "loss" not in logs:
-            return
-        self._job.emit(Metric(step=state.global_step, values={key: float(value) for key, value in logs.items()}))
-        self._job.progress("train", state.global_step, self._steps, unit="steps")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        if ranks.any_of(self._job.stop_asked):
-            control.should_save = True
-            control.should_training_stop = True
-        return control
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        ranks.meet()  # each process adds its own state of chance to the folder
-        if self._job.rank.first:
-            self._keep(state)
-        ranks.meet()
-
-    def _keep(self, state: Any) -> None:
-        folder = checkpoints(self._job.artifacts)
-        made = scratch(self._job.artifacts) / f"checkpoint-{state.global_step}"
-        kept = folder / f"step-{state.global_step}"
-        shutil.rmtree(kept, ignore_errors=True)
-        os.rename(made, kept)
-        for older in folder.glob("step-*"):
-            if older != kept:
-                shutil.rmtree(older, ignore_errors=True)
+def _load(trainer: SFTTrainer, folder: Path) -> None:
+    """An adapter's saved weights in place of the trainer's own."""
+    trainer.model.load_adapter(str(folder), adapter_name="default", is_trainable=True)
