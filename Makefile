@@ -43,7 +43,7 @@ demo: setup  ## teach a 135M model a birthday on this CPU, in about two minutes
 
 # Two at a time: one waits for engines and children, while the other computes on one thread.
 test: setup  ## every test this machine can run
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-host test-work
+	@$(MAKE) --no-print-directory --jobs=2 test-host test-work
 
 .PHONY: test-host test-work
 test-host:
