@@ -17,6 +17,7 @@ from radeon_stack.workloads.finetune.evaluation import require_evaluation
 from radeon_stack.workloads.finetune.memory import advice, cpu_shortage, shortage
 from radeon_stack.workloads.finetune.resident import available, most_resident, resident
 from radeon_stack.workloads.job import Job, Sizes, carry_out, read_config
+from radeon_stack.workloads.ranks import leave
 
 SIZES = Sizes(
     "config.train.batch_size",
@@ -49,4 +50,4 @@ def sizes_that_fit(job: Job, config: FinetuneConfig, error: Exception) -> Sizes 
 
 
 if __name__ == "__main__":
-    sys.exit(carry_out(sys.argv[1:], work, SIZES))
+    leave(carry_out(sys.argv[1:], work, SIZES))

@@ -16,6 +16,7 @@ T = TypeVar("T")
 # The others wait while the first one samples a large model before training. One that died is not waited for:
 # torchrun ends the run.
 PATIENCE = timedelta(hours=2)
+_KEPT: list[object] = []
 
 
 def join(rank: Rank) -> None:
@@ -46,9 +47,14 @@ def any_of(flag: bool) -> bool:
 
 
 def part() -> None:
-    """From here on each goes its own way: nobody waits in a collective while the first one merges for an hour."""
+    """From here on each goes its own way: nobody waits in a collective while the first one merges for an hour.
+
+    The group itself is kept until the process ends. Gloo's destructor joins a thread that may be waiting for Python's
+    lock, which whoever frees the model then holds: both wait for ever (torch 2.13, seen with three processes).
+    """
     if dist.is_initialized():
         dist.barrier()
+        _KEPT.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 
