@@ -41,18 +41,18 @@ $(READY): pyproject.toml Makefile docker/locks/train-cpu.txt docker/locks/dev.tx
 demo: setup  ## teach a 135M model a birthday on this CPU, in about two minutes
 	@$(BIN)/radeon-stack run train-llama --preset demo --engine local
 
-# Two at a time: one waits for engines and children, while the other computes on one thread.
+# What computes on one thread goes beside what does not; containers compute on all, and are alone.
 test: setup  ## every test this machine can run
-	@$(MAKE) --no-print-directory --jobs=2 test-host test-work
+	@$(MAKE) --no-print-directory --jobs=2 test-unit test-work
+	@$(BIN)/python -m pytest tests/engine
 
-.PHONY: test-host test-work
-test-host:
-	@$(BIN)/python -m pytest tests/unit tests/engine
+.PHONY: test-unit test-work
+test-unit:
+	@$(BIN)/python -m pytest tests/unit
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels
 
-test-work: export OMP_NUM_THREADS = 1
 test-work:
-	@$(BIN)/python -m pytest tests/work
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/work
 
 lint: setup  ## ruff, mypy, and whether the locks are made from today's inputs
 	@$(BIN)/ruff check .

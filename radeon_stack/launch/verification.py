@@ -50,6 +50,8 @@ def verification_plan(image: Any, machine: Machine, sysroot: Sysroot, *, on_gpu:
         "shared": (True, "it takes seconds"),
         "subject": ((), "no probe's answers are kept"),
         "choices": ((), "a verification chooses nothing"),
+        "parallel": ("none", "there is nothing to share"),
+        "processes": (1, "one is enough"),
         "command": ((*command, "--on-gpu") if on_gpu else command, "the image's own verification"),
         "env": (tuple(sorted(env.items())), "no hub without a network; and what known issues ask for, as in a run"),
         "unset": ((), "nothing has to be hidden"),
