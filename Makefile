@@ -82,7 +82,8 @@ lock: setup  ## resolve packages, commits and digests anew
 	@$(BIN)/radeon-stack image lock
 
 kernels: setup  ## our Triton kernels compiled for six AMD GPUs by two tritons, without a GPU; RECORD=1 keeps figures
-	@$(BIN)/python tools/kernels.py --folder $(VENV)/tritons $(if $(RECORD),--record)
+	@$(BIN)/python tools/kernels.py --folder $(VENV)/tritons $(if $(RECORD),--record) \
+	  $(if $(TRITON),--triton $(TRITON)) $(if $(TARGET),--target $(TARGET))
 
 docs: setup  ## docs/*.md from checks, known issues, error texts and audits
 	@$(BIN)/python tools/docs.py
