@@ -30,7 +30,7 @@ the binary tells what it needs. It does not tell how fast it is.
 
     radeon-stack image audit --kernels --arch gfx1201                     # by this Python's triton
     radeon-stack image audit --kernels radeon-stack/train:rocm7.1.1-…     # by an image's own
-    make kernels                                                          # two tritons, six GPUs, as CI does
+    make kernels                                                          # two tritons, six GPUs
     python -m radeon_stack.kernels.audit --target gfx1201 --warm FOLDER   # the defaults, as a cache
 
 With TRITON_CACHE_DIR=FOLDER a run by the same triton finds the last ones and does not compile: the launcher itself made
