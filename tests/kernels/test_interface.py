@@ -12,28 +12,15 @@ from radeon_stack.errors import UsageError
 from radeon_stack.kernels import experts
 from radeon_stack.kernels.interface import is_experts, is_fused, pack_experts, register
 from tests.kernels.helpers import distance
+from tests.work.models import EXPERT_MODELS, SMALL
 
 transformers = pytest.importorskip("transformers", reason="needs the packages of the extra 'work'")
-SMALL: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "intermediate_size": 64,
-}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3_moe": ("Qwen3Moe", {"moe_intermediate_size": 64, "num_experts": 5, "num_experts_per_tok": 2}),
-    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "gpt_oss": ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2}),
-}
 
 
-@pytest.fixture(params=list(MODELS))
+@pytest.fixture(params=list(EXPERT_MODELS))
 def model(request: pytest.FixtureRequest, device: str) -> Iterator[Any]:
     register()
-    name, own = MODELS[request.param]
+    name, own = EXPERT_MODELS[request.param]
     config = getattr(transformers, f"{name}Config")(**SMALL, **own)
     made = getattr(transformers, f"{name}ForCausalLM")._from_config(config, experts_implementation="eager").to(device)
     with torch.no_grad():

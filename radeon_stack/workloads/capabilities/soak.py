@@ -1,7 +1,7 @@
 """A LoRA run that goes on for minutes, for faults that a single product cannot show.
 
 hipBLASLt has read past the end of small operands on gfx12 (RS-KI-001), which is harmless while the memory behind them
-is mapped: isolated products passed by the million on cards that faulted in training (rocm-libraries 8902). What has
+is mapped: isolated products passed by the million where training faulted (legacy-rocm-build 6647). What has
 shown it is a short LoRA run of rank 16 with 1,024 tokens on the caching allocator (rocm-libraries 8909), with half or
 more of the memory taken (legacy-rocm-build 6600: 50 % and 90 %). So layers of Llama-3.1-8B's shape fill the card here.
 """
