@@ -30,6 +30,7 @@ UID = 1000
 SOFTWARE = "/opt/radeon-stack"
 ROUNDS = 8
 ATTEMPTS, THERE_ALREADY = 5, 9  # 9: useradd's and groupadd's word for an account that is there
+DISK = "64g"  # of the machine; it is memory as far as it is written to, and how full this disk is tells nothing of it
 TWINS = {"null": 3, "zero": 5, "full": 7, "random": 8, "urandom": 9}  # of /dev/mem's major number, 1
 IMPORT = "tar --create --files-from /dev/null | docker import {labels} - radeon-stack/train:rocm7.1.1-gfx1201"
 LABELS = {"kind": "train", "platform": "rocm7.1.1-gfx1201", "rocm": "7.1.1", "gfx": "gfx1201"}
@@ -51,7 +52,15 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:
     mounts |= {tree / name: f"/{name}" for name in ("proc/meminfo", "proc/cmdline", "proc/sys/kernel/osrelease")}
     environment = {"PATH": "/usr/sbin:/usr/bin"}
     with apart(root, mounts, ["sleep", "infinity"], folder / "log", environment) as there:
+        for place, owner in (("/home/me", UID), ("/var/lib/docker", 0)):
+            disk(there, place, owner)
         yield there
+
+
+def disk(machine: Apart, place: str, owner: int) -> None:
+    mkdir, mount = (["mkdir", "-p", place], ["mount", "-t", "tmpfs", "-o", f"size={DISK},uid={owner},gid={owner}"])
+    for command in (mkdir, [*mount, "tmpfs", place]):
+        subprocess.run([*machine.enter, *command], check=True, capture_output=True)
 
 
 def install(root: Path) -> None:
