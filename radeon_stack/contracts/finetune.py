@@ -73,7 +73,17 @@ class Train(Section):
     max_grad_norm: float = Field(1.0, gt=0.0)
     optimizer: Literal["adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit"] = "adamw_8bit"
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: Literal["auto"] | bool = Field(
+        "auto",
+        description="activations are computed again on the way back, in place of being kept; 'auto': of as few layers "
+        "as the memory estimate wants (all, where it is not known)",
+    )
+    every_n_layers: int = Field(1, ge=1, le=1024, description="of gradient_checkpointing: only of every n-th layer")
+    offload_activations: bool = Field(
+        False,
+        description="of gradient_checkpointing: what is kept of a layer waits in the host's memory; a slower step for "
+        "less GPU memory at long rows",
+    )
     seed: int = Field(42, ge=0, lt=1 << 32, description="LoRA initialisation, dropout, sampling")
     data_seed: int = Field(3407, ge=0, lt=1 << 32, description="order of the data")
     parallel: Literal["auto", "data", "layers"] = Field(
@@ -98,6 +108,8 @@ RESUMABLE = (
     "config.train.batch_size",
     "config.train.gradient_accumulation",
     "config.train.gradient_checkpointing",
+    "config.train.every_n_layers",
+    "config.train.offload_activations",
 )
 
 

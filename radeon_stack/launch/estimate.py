@@ -46,10 +46,17 @@ class Training:
     targets: tuple[str, ...] | None = None
     """None: all linear layers but the head."""
     quantized: bool = True
+    """In NF4."""
+    eight: bool = False
+    """In FP8, in NF4's place; the adapter is in float32 as over 16 bit."""
     double: bool = True
     experts_quantized: bool = False
     optimizer: str = "adamw_8bit"
     checkpointing: bool = True
+    every: int = 1
+    """Of checkpointing: every n-th layer's activations are computed again; the others' are kept."""
+    offloaded: bool = False
+    """Of checkpointing: what is kept of such a layer, its input, is in the host's memory."""
     attention: str = "sdpa"
     processes: int = 1
     prepared: bool = False
@@ -93,10 +100,13 @@ def training_of(config: FinetuneConfig, processes: int = 1) -> Training:
         rank=config.lora.rank,
         targets=None if isinstance(targets, str) else targets,
         quantized=config.quantization.kind == "nf4",
+        eight=config.quantization.kind == "fp8",
         double=config.quantization.double,
         experts_quantized=config.quantization.experts == "nf4",
         optimizer=config.train.optimizer,
-        checkpointing=config.train.gradient_checkpointing,
+        checkpointing=bool(config.train.gradient_checkpointing),
+        every=config.train.every_n_layers,
+        offloaded=config.train.offload_activations,
         attention=config.model_options.attention,
         processes=processes,
         merged=config.export.merge and config.export.reload != "quantized",
@@ -112,11 +122,13 @@ def estimate(model: ModelShape, training: Training) -> Estimate:
     )
     wide = HALF if training.quantized else FLOAT
     in_4bit = (model.quantizable + model.experts * training.experts_quantized) * training.quantized
-    in_16bit = model.parameters - in_4bit
+    in_8bit = model.quantizable * training.eight
+    in_16bit = model.parameters - in_4bit - in_8bit
     kept = FLOAT if training.prepared else HALF
     activations = layers(model, training)
     parts = {
         "weights in 4 bit": _nf4(in_4bit, training.double),
+        "weights in 8 bit": in_8bit + FLOAT * sum(linear.outputs for linear in model.linears) * training.eight,
         "weights in 16 bit": in_16bit * kept,
         "adapter": trained * wide,
         "gradients": trained * wide * (2 if training.processes > 1 else 1),
@@ -125,14 +137,14 @@ def estimate(model: ModelShape, training: Training) -> Estimate:
     }
     reasons = {
         "weights in 4 bit": f"{in_4bit:,} parameters" + (", absmax quantised too" if training.double else ""),
+        "weights in 8 bit": f"{in_8bit:,} parameters, a scale a row",
         "weights in 16 bit": f"{in_16bit:,} parameters: "
-        + ("embeddings, head, norms" if training.quantized else "nothing is quantised")
+        + ("embeddings, head, norms" if training.quantized or training.eight else "nothing is quantised")
         + (", experts" if model.experts and not training.experts_quantized and training.quantized else ""),
         "adapter": f"{trained:,} parameters of {wide} bytes",
         "gradients": "of the adapter" + (", and their copy for the all-reduce" if training.processes > 1 else ""),
         "optimizer": training.optimizer,
-        "activations": f"{training.batch} × {training.length} tokens, "
-        + ("one layer at a time" if training.checkpointing else f"all {model.layers} layers"),
+        "activations": f"{training.batch} × {training.length} tokens, " + _kept(model, training),
     }
     merged = model.parameters * HALF if training.merged else 0
     return Estimate(parts, trained, merged, reasons)
@@ -149,11 +161,27 @@ def layers(model: ModelShape, training: Training) -> int:
         tokens * (16 * h + _narrow(model, training)) + _scores(model, training, 12),
     )
     head = tokens * 10 * h + min(tokens, TILE_TOKENS) * TILE_WORDS * HALF
-    decoded = max(linear.parameters for linear in model.linears) * HALF if training.quantized else 0
-    if training.checkpointing:
-        return model.layers * tokens * h * stream + max(working + decoded, head)
+    largest = max(linear.parameters for linear in model.linears)
+    decoded = largest * HALF if training.quantized or training.eight else 0
+    again = _again(model, training)
     saved = tokens * _saved(model, training) + _scores(model, training, 6)
-    return model.layers * saved + max(working - saved, 0) + max(decoded, head)
+    kept = (model.layers - again) * saved
+    if again:
+        inputs = (1 if training.offloaded else again) * tokens * h * stream
+        return kept + inputs + max(working + decoded, head)
+    return kept + max(working - saved, 0) + max(decoded, head)
+
+
+def _again(model: ModelShape, training: Training) -> int:
+    """Layers that are computed again: the first of every n."""
+    return -(-model.layers // training.every) if training.checkpointing else 0
+
+
+def _kept(model: ModelShape, training: Training) -> str:
+    again = _again(model, training)
+    if again == model.layers:
+        return "one layer at a time" + (", the others' inputs in the host's memory" if training.offloaded else "")
+    return f"all {model.layers} layers" if not again else f"{model.layers - again} of {model.layers} layers kept"
 
 
 def _saved(model: ModelShape, training: Training) -> int:

@@ -30,6 +30,7 @@ _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings)\.weight$")
 _HEAD = re.compile(r"(^|\.)lm_head\.weight$")
 _ROUTER = re.compile(r"\.(gate|router)\.weight$")
 _EXPERT = re.compile(r"\.experts\.")
+_FP8_SCALES = re.compile(r"\.(weight_scale|weight_scale_inv|input_scale)$")
 
 Width = Annotated[int, Field(ge=1, le=1 << 32)]
 Few = Annotated[int, Field(ge=1, le=100_000)]
@@ -100,11 +101,16 @@ def read_shape(folder: Path) -> ModelShape:
 
 
 def shape_of(config: ModelConfig, tensors: Mapping[str, tuple[int, ...]], where: str) -> ModelShape:
-    """The shape by the tensors' names and sizes. UsageError for weights that are stored quantised."""
-    if config.quantization_config is not None:
+    """The shape by the tensors' names and sizes. UsageError for weights that are stored quantised, but for FP8."""
+    stored = config.quantization_config or {}
+    # `float-quantized`: llm-compressor's word for FP8; its other formats pack several values into one.
+    in_fp8 = stored.get("quant_method") == "fp8" or stored.get("format") == "float-quantized"
+    if stored and not in_fp8:
         raise UsageError("its weights are stored quantised, of which nothing is estimated", where=where)
     linears, experts, kept = [], 0, 0
     for name, sizes in tensors.items():
+        if in_fp8 and _FP8_SCALES.search(name):
+            continue
         if _HEAD.search(name) and config.tie_word_embeddings:
             continue  # a copy of the embeddings, which the loader drops
         if _EXPERT.search(name):

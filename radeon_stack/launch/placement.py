@@ -14,6 +14,7 @@ from radeon_stack.host.gpus import Gpu
 from radeon_stack.launch.estimate import TOLERANCE, Estimate, estimate, training_of
 from radeon_stack.launch.inputs import model_folder
 from radeon_stack.launch.model_shape import ModelShape, read_shape
+from radeon_stack.launch.recomputation import fewest
 
 Parallel = Literal["none", "data", "layers"]
 # Of a card's memory, what torch does not get: an R9700 of 31.86 GiB has 29.86 GiB for it.
@@ -45,13 +46,34 @@ def placed(effective: Effective, gpus: tuple[Gpu, ...]) -> tuple[Effective, Plac
     if not isinstance(config, FinetuneConfig):
         return effective, Placement("none", 1, "nothing is trained")
     placement = _on_cpu(config) if not gpus else _on_gpus(config, gpus, effective)
-    if placement.parallel == "none":
-        return effective, placement
-    train = config.train.model_copy(update={"parallel": placement.parallel})
+    chosen: dict[str, Any] = {}
     origin = dict(effective.origin)
-    if config.train.parallel == "auto":
-        origin[WHERE] = f"chosen: {placement.why}"
+    if placement.parallel != "none":
+        chosen["parallel"] = placement.parallel
+        if config.train.parallel == "auto":
+            origin[WHERE] = f"chosen: {placement.why}"
+    if config.train.gradient_checkpointing == "auto":
+        recomputed, why = _recomputed(config, placement, gpus)
+        chosen |= recomputed
+        origin |= dict.fromkeys((f"config.train.{key}" for key in recomputed), f"chosen: {why}")
+    if not chosen:
+        return effective, placement
+    train = config.train.model_copy(update=chosen)
     return replace(effective, config=config.model_copy(update={"train": train}), origin=origin), placement
+
+
+def _recomputed(config: FinetuneConfig, placement: Placement, gpus: tuple[Gpu, ...]) -> tuple[dict[str, Any], str]:
+    """Settings of gradient checkpointing for as few layers as these cards want, and the reason."""
+    least = min((room(gpu) for gpu in gpus), default=0)
+
+    def needed(changed: FinetuneConfig) -> int:
+        if not least:
+            raise UsageError("the memory there is is not known")
+        if placement.parallel == "layers":
+            return spread(estimated(changed), len(gpus))
+        return estimated(changed, placement.processes).total
+
+    return fewest(config, needed, lambda size: _surely(size, least))
 
 
 def estimated(config: FinetuneConfig, processes: int = 1, *, where: str = "config.model") -> Estimate:
@@ -134,13 +156,14 @@ def _changes(config: FinetuneConfig) -> Iterator[tuple[str, int]]:
     shorter = max(config.data.max_length // 4, 8)
     changes: list[tuple[str, str, Any]] = [
         ("train", "gradient_checkpointing", True),
+        ("train", "offload_activations", True),
         ("train", "batch_size", 1),
         ("data", "max_length", shorter),
         ("quantization", "kind", "nf4"),
     ]
     for section, key, value in changes:
         table = getattr(config, section)
-        if getattr(table, key) != value:
+        if getattr(table, key) not in (value, "auto"):
             changed = config.model_copy(update={section: table.model_copy(update={key: value})})
             yield f"--set {section}.{key}={str(value).lower()}", estimated(changed).total
 

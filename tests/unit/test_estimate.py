@@ -88,6 +88,34 @@ def test_what_is_stored_has_the_size_of_its_format(llama: ModelShape) -> None:
     assert estimate(llama, Training(1, 8, 64, quantized=False)).parts["weights in 16 bit"] == 2 * llama.parameters
 
 
+def test_fp8_takes_half_of_16_bit_whether_it_is_stored_so_or_rounded_while_read(
+    llama: ModelShape, tmp_path: Path
+) -> None:
+    config, tensors = llama_8b()
+    scales = {f"{name}_scale": (sizes[0], 1) for name, sizes in tensors.items() if "_proj" in name}
+    stored = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+    shape = read_shape(folder_of(tmp_path, config | {"quantization_config": stored}, tensors | scales))
+    assert shape == llama
+    found = estimate(shape, Training(1, 8, 64, quantized=False, eight=True))
+    rows = 32 * (2 * 4096 + 2 * 1024 + 2 * 14336 + 4096)
+    assert found.parts["weights in 8 bit"] == llama.quantizable + 4 * rows
+    assert found.parts["weights in 16 bit"] == 2 * llama.kept
+    assert found.parts["adapter"] == 4 * found.trained
+    effective = resolve(read("train-llama-fp8"), None, ())
+    assert isinstance(effective.config, FinetuneConfig)
+    assert training_of(effective.config).eight
+
+
+def test_what_is_kept_and_what_is_computed_again_adds_up(llama: ModelShape) -> None:
+    def activations(**settings: Any) -> int:
+        return estimate(llama, Training(4, 2048, 64, **settings)).parts["activations"]
+
+    kept, some, most = (activations(checkpointing=c, every=n) for c, n in ((False, 1), (True, 8), (True, 2)))
+    every, offloaded = activations(), activations(offloaded=True)
+    assert kept > some > most > every > offloaded
+    assert every - offloaded == 31 * 4 * 2048 * 4096 * 2
+
+
 def test_an_optimizer_takes_what_its_states_take(llama: ModelShape) -> None:
     training = Training(1, 8, 64)
     trained = estimate(llama, training).trained
@@ -173,7 +201,7 @@ HEADER = json.dumps({"a.weight": {"dtype": "BF16", "shape": [4, 4]}}).encode()
         ({}, b'{"a": {"shape": [1e9, 4]}}', "no plausible tensor"),
         ({}, b'{"a": {"shape": [1125899906842624, 1125899906842624]}}', "no plausible tensor"),
         ({}, b'{"\\u001b[31m": {"shape": "4"}}', "no plausible tensor: \N{REPLACEMENT CHARACTER}[31m"),
-        ({"quantization_config": {"quant_method": "fp8"}}, HEADER, "stored quantised"),
+        ({"quantization_config": {"quant_method": "gptq"}}, HEADER, "stored quantised"),
     ],
 )
 def test_a_folder_that_lies_is_refused_with_the_file(

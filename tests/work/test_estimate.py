@@ -34,7 +34,7 @@ def made(kind: str, sizes: dict[str, Any], folder: Path, training: Training) -> 
     model.save_pretrained(folder)
     model.requires_grad_(False)
     if training.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=training.every)
         model.enable_input_require_grads()
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     targets: Any = list(training.targets) if training.targets else "all-linear"
@@ -81,6 +81,12 @@ def test_the_layers_take_what_was_estimated(
 ) -> None:
     training = Training(2, 256, 16, targets=targets, quantized=False, checkpointing=checkpointing)
     assert abs(difference(kind, sizes | {"num_hidden_layers": 3}, tmp_path, training)) < TOLERANCE
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_with_every_second_layer_kept_they_take_what_was_estimated(tmp_path: Path) -> None:
+    training = Training(2, 256, 16, quantized=False, every=2)
+    assert abs(difference("Llama", LLAMA | {"num_hidden_layers": 5}, tmp_path, training)) < TOLERANCE
 
 
 @pytest.mark.usefixtures("small_tiles")

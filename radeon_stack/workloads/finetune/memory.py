@@ -117,8 +117,9 @@ def fitting_batch(batch: int, accumulation: int, share: float) -> int:
 
 def _at_batch_one(config: FinetuneConfig, share: float) -> str:
     """What is left when one row at a time does not fit; `share` of its activations does."""
-    if not config.train.gradient_checkpointing:
-        return "--set train.gradient_checkpointing=true: activations are computed again in place of being kept"
+    if not config.train.gradient_checkpointing or config.train.every_n_layers > 1:
+        every = " --set train.every_n_layers=1" if config.train.every_n_layers > 1 else ""
+        return f"--set train.gradient_checkpointing=true{every}: activations are computed again in place of being kept"
     length = max(LENGTH_STEP, int(config.data.max_length * share) // LENGTH_STEP * LENGTH_STEP)
     if length < config.data.max_length:
         return f"cut the rows: max_length {config.data.max_length} → {length}: --set data.max_length={length}"

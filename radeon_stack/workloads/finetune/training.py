@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import TrainerState
 from trl import SFTConfig, SFTTrainer
 
-from radeon_stack.contracts.finetune import FinetuneConfig
+from radeon_stack.contracts.finetune import FinetuneConfig, Train
 from radeon_stack.kernels.adapters import add_experts_lora
 from radeon_stack.workloads.finetune import fp8, ranks
 from radeon_stack.workloads.finetune.adapter import experts_alpha, lora_config
@@ -74,7 +74,8 @@ def sft_arguments(config: FinetuneConfig, folder: Path, *, evaluate: bool = Fals
         optim=train.optimizer,
         bf16=train.precision == "bf16",
         fp16=train.precision == "fp16",
-        activation_checkpointing=train.gradient_checkpointing,
+        activation_checkpointing=bool(train.gradient_checkpointing),
+        activation_checkpointing_kwargs=_checkpointing(train),
         seed=train.seed,
         data_seed=train.data_seed,
         save_steps=train.checkpoint_every,
@@ -93,6 +94,15 @@ def sft_arguments(config: FinetuneConfig, folder: Path, *, evaluate: bool = Fals
         ddp_timeout=int(ranks.PATIENCE.total_seconds()),
         disable_tqdm=True,
     )
+
+
+def _checkpointing(train: Train) -> dict[str, Any]:
+    """transformers' words for which layers are computed again, and where what is kept of them waits."""
+    return {
+        "use_reentrant": False,
+        "every_n_layers": train.every_n_layers,
+        "offload": train.offload_activations and torch.cuda.is_available(),
+    }
 
 
 def train(job: Job, trainer: SFTTrainer, checkpoint: Checkpoint | None, patience: int = 0) -> dict[str, float]:
