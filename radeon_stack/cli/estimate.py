@@ -15,7 +15,8 @@ from radeon_stack.host.gpus import Gpu
 from radeon_stack.host.machine import look
 from radeon_stack.host.sysroot import Sysroot
 from radeon_stack.launch.estimate import RUNTIME, Estimate
-from radeon_stack.launch.placement import as_data, estimated, fit, room
+from radeon_stack.launch.placement import ONE, as_data, estimated, fit, room
+from radeon_stack.launch.recomputation import chosen
 from radeon_stack.text import one_line, print_line
 
 
@@ -24,8 +25,9 @@ def tell(effective: Effective, place: Sysroot, *, as_json: bool) -> int:
     config = effective.config
     if not isinstance(config, FinetuneConfig):
         raise UsageError("memory is estimated of fine-tunes alone", where=effective.name)
-    found = estimated(config, where=effective.origin.get("config.model", "") + ": config.model")
     gpus = look(place).gpus
+    decided, _ = chosen(config, ONE, gpus[:1])
+    found = estimated(decided, where=effective.origin.get("config.model", "") + ": config.model")
     if as_json:
         cards = [{"index": g.index, "name": g.name, "room": room(g), "fit": fit(found.total, room(g))} for g in gpus]
         click.echo(json.dumps(as_data(found) | {"gpus": cards}, indent=2))

@@ -181,7 +181,7 @@ def _kept(model: ModelShape, training: Training) -> str:
     again = _again(model, training)
     if again == model.layers:
         return "one layer at a time" + (", the others' inputs in the host's memory" if training.offloaded else "")
-    return f"all {model.layers} layers" if not again else f"{model.layers - again} of {model.layers} layers kept"
+    return f"all {model.layers} layers kept" if not again else f"{model.layers - again} of {model.layers} layers kept"
 
 
 def _saved(model: ModelShape, training: Training) -> int:

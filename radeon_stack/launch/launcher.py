@@ -24,6 +24,7 @@ from radeon_stack.launch.placement import placed
 from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.launch.planner import plan
 from radeon_stack.launch.probing import decided
+from radeon_stack.launch.recomputation import recomputed
 from radeon_stack.launch.supervise import settle
 from radeon_stack.runs.store import Run, RunStore, State, Status, cannot_write
 
@@ -53,9 +54,10 @@ def draft(
     run = run or store.new(effective.name)
     effective, taken = decided(effective, here.probe, here.setup)
     effective, placement = placed(effective, here.selection.gpus)
+    effective, layers = recomputed(effective, placement, here.selection.gpus)
     if resume:
         require_as_many(run, placement.processes)
-    here = replace(here, choices=taken, placement=placement)
+    here = replace(here, choices=(*taken, *layers), placement=placement)
     launch_plan = plan(
         effective,
         here,

@@ -14,7 +14,6 @@ from radeon_stack.host.gpus import Gpu
 from radeon_stack.launch.estimate import TOLERANCE, Estimate, estimate, training_of
 from radeon_stack.launch.inputs import model_folder
 from radeon_stack.launch.model_shape import ModelShape, read_shape
-from radeon_stack.launch.recomputation import fewest
 
 Parallel = Literal["none", "data", "layers"]
 # Of a card's memory, what torch does not get: an R9700 of 31.86 GiB has 29.86 GiB for it.
@@ -46,34 +45,20 @@ def placed(effective: Effective, gpus: tuple[Gpu, ...]) -> tuple[Effective, Plac
     if not isinstance(config, FinetuneConfig):
         return effective, Placement("none", 1, "nothing is trained")
     placement = _on_cpu(config) if not gpus else _on_gpus(config, gpus, effective)
-    chosen: dict[str, Any] = {}
-    origin = dict(effective.origin)
-    if placement.parallel != "none":
-        chosen["parallel"] = placement.parallel
-        if config.train.parallel == "auto":
-            origin[WHERE] = f"chosen: {placement.why}"
-    if config.train.gradient_checkpointing == "auto":
-        recomputed, why = _recomputed(config, placement, gpus)
-        chosen |= recomputed
-        origin |= dict.fromkeys((f"config.train.{key}" for key in recomputed), f"chosen: {why}")
-    if not chosen:
+    if placement.parallel == "none":
         return effective, placement
-    train = config.train.model_copy(update=chosen)
+    train = config.train.model_copy(update={"parallel": placement.parallel})
+    origin = dict(effective.origin)
+    if config.train.parallel == "auto":
+        origin[WHERE] = f"chosen: {placement.why}"
     return replace(effective, config=config.model_copy(update={"train": train}), origin=origin), placement
 
 
-def _recomputed(config: FinetuneConfig, placement: Placement, gpus: tuple[Gpu, ...]) -> tuple[dict[str, Any], str]:
-    """Settings of gradient checkpointing for as few layers as these cards want, and the reason."""
-    least = min((room(gpu) for gpu in gpus), default=0)
-
-    def needed(changed: FinetuneConfig) -> int:
-        if not least:
-            raise UsageError("the memory there is is not known")
-        if placement.parallel == "layers":
-            return spread(estimated(changed), len(gpus))
-        return estimated(changed, placement.processes).total
-
-    return fewest(config, needed, lambda size: _surely(size, least))
+def needed(config: FinetuneConfig, placement: Placement, gpus: tuple[Gpu, ...]) -> int:
+    """Bytes that the fullest of these cards will hold. UsageError where nothing can be estimated."""
+    if placement.parallel == "layers":
+        return spread(estimated(config), len(gpus))
+    return estimated(config, placement.processes).total
 
 
 def estimated(config: FinetuneConfig, processes: int = 1, *, where: str = "config.model") -> Estimate:
@@ -94,7 +79,7 @@ def room(gpu: Gpu) -> int:
 
 def fit(needed: int, has: int) -> str:
     """In a word, by an estimate that may be off by `TOLERANCE`."""
-    return "fits" if _surely(needed, has) else "does not fit" if _never(needed, has) else "tight"
+    return "fits" if surely(needed, has) else "does not fit" if _never(needed, has) else "tight"
 
 
 def _on_cpu(config: FinetuneConfig) -> Placement:
@@ -124,9 +109,9 @@ def _on_gpus(config: FinetuneConfig, gpus: tuple[Gpu, ...], effective: Effective
     if count == 1:
         if asked == "auto" and _never(whole.total, least):
             raise _too_large(config, f"training takes {said}", least)
-        tight = "" if _surely(whole.total, least) else ": tight"
+        tight = "" if surely(whole.total, least) else ": tight"
         return Placement("none", 1, f"one card: training takes {said}{tight}{merge}")
-    if asked == "data" or (asked == "auto" and _surely(whole.total, least)):
+    if asked == "data" or (asked == "auto" and surely(whole.total, least)):
         why = "asked for" if asked == "data" else "the whole model fits each card"
         return Placement("data", count, f"{why}: training takes {said}; {_batch(config, count)}{merge}")
     each = spread(estimated(config), count)
@@ -145,7 +130,7 @@ def _unknown(config: FinetuneConfig, count: int, why: str) -> Placement:
 
 
 def _too_large(config: FinetuneConfig, what: str, has: int) -> MachineError:
-    fitting = [f"{change} ({format_size(total)})" for change, total in _changes(config) if _surely(total, has)]
+    fitting = [f"{change} ({format_size(total)})" for change, total in _changes(config) if surely(total, has)]
     remedy = f"it would fit with {' or '.join(fitting[:2])}" if fitting else "take more cards (--gpus 0,1,…), NF4"
     remedy += "" if fitting else " (quantization.kind) or a smaller model"
     return MachineError(what, where="config.train", remedy=f"{remedy}; to try all the same: --set {WHERE[7:]}=data")
@@ -181,7 +166,7 @@ def _merge(whole: Estimate, has: int) -> str:
     )
 
 
-def _surely(needed: int, has: int) -> bool:
+def surely(needed: int, has: int) -> bool:
     return needed * (1 + TOLERANCE) <= has
 
 

