@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 PACKAGE_PREFIX = "package:"
 RANDOM_PREFIX = "random:"
+HUB_PREFIX = "hub:"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,199}", re.ASCII)
 RANDOM_MODELS = ("qwen3-moe",)
 BIRTHDAY = "birthday"
 
@@ -23,7 +28,8 @@ class TakesModel(Section):
     model: str = Field(
         min_length=1,
         description=f"a model folder; '{PACKAGE_PREFIX}NAME' for weights inside a Python package; "
-        f"'{RANDOM_PREFIX}qwen3-moe' for a tiny one with random weights, to try the way",
+        f"'{RANDOM_PREFIX}qwen3-moe' for a tiny one with random weights, to try the way; '{HUB_PREFIX}ORG/NAME' or "
+        f"'{HUB_PREFIX}ORG/NAME@REVISION' from the Hugging Face hub, where the recipe allows the network",
     )
 
     @field_validator("model")
@@ -31,12 +37,16 @@ class TakesModel(Section):
     def _known(cls, model: str) -> str:
         if model.startswith(RANDOM_PREFIX) and model.removeprefix(RANDOM_PREFIX) not in RANDOM_MODELS:
             raise ValueError(", ".join(f"'{RANDOM_PREFIX}{name}'" for name in RANDOM_MODELS))
+        if model.startswith(HUB_PREFIX):
+            name, at, revision = model.removeprefix(HUB_PREFIX).partition("@")
+            if not HUB_ID.fullmatch(name) or (at and not REVISION.fullmatch(revision)):
+                raise ValueError(f"'{HUB_PREFIX}ORG/NAME' or '{HUB_PREFIX}ORG/NAME@REVISION'")
         return model
 
 
 def is_made(model: str) -> bool:
-    """Whether a model is no folder of the user's, but one that is made where the workload runs."""
-    return model.startswith((PACKAGE_PREFIX, RANDOM_PREFIX))
+    """Whether a model is no folder of the user's, but one that is made, or read, where the workload runs."""
+    return model.startswith((PACKAGE_PREFIX, RANDOM_PREFIX, HUB_PREFIX))
 
 
 class Dataset(Section):

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from radeon_stack.contracts.sections import BIRTHDAY, TakesData, TakesModel, is_made
+from radeon_stack.contracts.sections import BIRTHDAY, HUB_ID, HUB_PREFIX, TakesData, TakesModel, is_made
 from radeon_stack.errors import UsageError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -28,12 +28,29 @@ def model_folder(model: str, *, where: str) -> Path | None:
         raise UsageError(
             f"no model folder {folder} ({found})",
             where=where,
-            remedy="give one: --model PATH, or try the demo: --preset demo",
+            remedy=_perhaps_of_the_hub(model) or "give one: --model PATH, or try the demo: --preset demo",
         )
     _require(folder, ("config.json",), "config.json", where)
     _require(folder, TOKENIZER_FILES, "a tokenizer (tokenizer.json or tokenizer.model)", where)
     _require(folder, ("*.safetensors",), "weights (*.safetensors)", where)
     return folder
+
+
+def require_network(model: str, network: str, *, where: str) -> None:
+    """UsageError for a model of the hub in a recipe that allows no network."""
+    if model.startswith(HUB_PREFIX) and network == "none":
+        raise UsageError(
+            f"{model} is read from the hub, and the recipe allows no network",
+            where=where,
+            remedy="allow it: --set resources.network=bridge (for a gated model also --set secrets='[\"HF_TOKEN\"]'); "
+            "or give a folder: --model PATH",
+        )
+
+
+def _perhaps_of_the_hub(model: str) -> str:
+    if not HUB_ID.fullmatch(model):
+        return ""
+    return f"give a folder; from the hub it would be: --model {HUB_PREFIX}{model} --set resources.network=bridge"
 
 
 def data_file(dataset: str, *, where: str) -> Path | None:

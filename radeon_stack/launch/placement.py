@@ -178,7 +178,7 @@ def _shape(config: FinetuneConfig, where: str) -> ModelShape:
     folder = model_folder(config.model, where=where)
     if folder is None:
         raise UsageError(
-            "its weights are inside a Python package, whose sizes are known where it is unpacked",
+            f"the sizes of {config.model} are known where it is read",
             where=where,
             remedy="give a folder: --model PATH",
         )

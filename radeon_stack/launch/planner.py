@@ -15,7 +15,7 @@ from radeon_stack.host.engines import require_engine
 from radeon_stack.launch.access import VISIBLE, container_access, local_env
 from radeon_stack.launch.circumstances import Circumstances
 from radeon_stack.launch.confinement import Reasoned, confined
-from radeon_stack.launch.inputs import data_file, model_folder
+from radeon_stack.launch.inputs import data_file, model_folder, require_network
 from radeon_stack.launch.plan import LaunchPlan, Mount
 from radeon_stack.launch.torchrun import started, variables
 
@@ -41,7 +41,9 @@ def plan(
     config = effective.config
     paths = _Paths(inside, run_dir, cache)
     if isinstance(config, TakesModel):
-        paths.add_model(config.model, effective.origin.get("config.model", str(effective.path)) + ": config.model")
+        where = effective.origin.get("config.model", str(effective.path)) + ": config.model"
+        require_network(config.model, effective.recipe.resources.network, where=where)
+        paths.add_model(config.model, where)
     if isinstance(config, TakesData):
         paths.add_data(config.data.dataset, effective.origin.get("config.data.dataset", "") + ": config.data.dataset")
     python = VENV_PYTHON if inside else sys.executable

