@@ -107,6 +107,7 @@ class Speed(Section):
     nf4_linear: bool = Field(
         True, description="4-bit linear layers and their adapters as one operation of ours, on a GPU; false: PEFT's"
     )
+    liger: bool = Field(True, description="Liger's fused RMSNorm, RoPE, SwiGLU and GeGLU, on a GPU; false: torch's")
 
 
 class Samples(Section):
