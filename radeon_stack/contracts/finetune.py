@@ -128,6 +128,7 @@ class Export(Section):
     reload: Literal["16bit", "quantized"] = Field(
         "16bit", description="how the merged model is read back: as it is, or quantised like the base (a large one)"
     )
+    tensorboard: bool = Field(False, description="the curves as TensorBoard's event files, in artifacts/tensorboard")
 
 
 class FinetuneConfig(TakesData, TakesModel, TakesOptions):
