@@ -45,6 +45,7 @@ class Training:
     rank: int
     targets: tuple[str, ...] | None = None
     """None: all linear layers but the head."""
+    experts_rank: int = 0
     quantized: bool = True
     double: bool = True
     experts_quantized: bool = False
@@ -92,6 +93,7 @@ def training_of(config: FinetuneConfig, processes: int = 1) -> Training:
         else config.data.max_length,
         rank=config.lora.rank,
         targets=None if isinstance(targets, str) else targets,
+        experts_rank=config.lora.experts_rank,
         quantized=config.quantization.kind == "nf4",
         double=config.quantization.double,
         experts_quantized=config.quantization.experts == "nf4",
@@ -105,11 +107,7 @@ def training_of(config: FinetuneConfig, processes: int = 1) -> Training:
 
 def estimate(model: ModelShape, training: Training) -> Estimate:
     """What one device of the run holds at its peak, the whole model on it."""
-    trained = sum(
-        training.rank * (linear.inputs + linear.outputs)
-        for linear in model.linears
-        if _targeted(linear.name, training.targets)
-    )
+    trained = _trained(model, training)
     wide = HALF if training.quantized else FLOAT
     in_4bit = (model.quantizable + model.experts * training.experts_quantized) * training.quantized
     in_16bit = model.parameters - in_4bit
@@ -136,6 +134,13 @@ def estimate(model: ModelShape, training: Training) -> Estimate:
     }
     merged = model.parameters * HALF if training.merged else 0
     return Estimate(parts, trained, merged, reasons)
+
+
+def _trained(model: ModelShape, training: Training) -> int:
+    """Parameters of the adapters: rank · (rows + columns) of each matrix, an expert's gate and up being one."""
+    linears = sum(one.inputs + one.outputs for one in model.linears if _targeted(one.name, training.targets))
+    expert = (2 * model.expert_width + model.hidden) + (model.hidden + model.expert_width)
+    return training.rank * linears + training.experts_rank * model.expert_count * expert
 
 
 def layers(model: ModelShape, training: Training) -> int:

@@ -11,6 +11,7 @@ from radeon_stack.launch import estimate as estimating
 from radeon_stack.launch.estimate import TOLERANCE, Training, layers
 from radeon_stack.launch.model_shape import ModelShape, read_shape
 from tests.shapes import ATTENTION
+from tests.work.models import folder_of
 
 pytestmark = pytest.mark.work
 WORDS = 64  # the head's tiles are as small: its own test has them large
@@ -93,3 +94,31 @@ def test_the_head_takes_a_tile_and_never_the_whole_logits(tmp_path: Path) -> Non
     training = Training(2, 512, 16, quantized=False)
     narrow = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
     assert abs(difference("Llama", narrow | {"num_hidden_layers": 1}, tmp_path, training)) < TOLERANCE
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize(("kind", "width"), [("qwen3_moe", "moe_intermediate_size"), ("mixtral", "intermediate_size")])
+def test_adapters_are_counted_those_of_experts_too(tmp_path: Path, kind: str, width: str, rank: int) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from radeon_stack.contracts.finetune import FinetuneConfig, Lora
+    from radeon_stack.kernels.adapters import add_experts_lora
+    from radeon_stack.launch.estimate import estimate, training_of
+
+    folder = folder_of(kind, tmp_path, **{width: 128})
+    targets = list(ATTENTION)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16),
+        LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"),
+    )
+    if rank:
+        add_experts_lora(model, rank, 1.0)
+    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    lora = Lora(rank=4, target_modules=ATTENTION, experts_rank=rank)
+    training = training_of(FinetuneConfig(model="m", lora=lora))
+    found = estimate(read_shape(folder), training)
+    assert found.trained == sum(trained)
+    assert found.parts["adapter"] == found.parts["gradients"] == 2 * sum(trained)
+    assert found.parts["optimizer"] >= 2 * sum(trained)
