@@ -27,6 +27,8 @@ from radeon_stack.text import one_line
 
 # By the activation that their forward takes for granted; no other is fused.
 GATES = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}
+# Compiled for Radeons, wider rows spill up to 325 registers (benchmarks/liger_audit.json): Gemma 2 27B's MLP alone.
+WIDEST_GEGLU = 32768
 ROPE = "apply_rotary_pos_emb"  # what each of transformers' modelling files calls it
 
 Rotary = Callable[..., tuple[Tensor, Tensor]]
@@ -67,7 +69,8 @@ def _gates(model: Any) -> list[str]:
     if any(is_experts(module) for module in model.modules()):
         return []
     activation = getattr(model.config, "hidden_activation", None) or getattr(model.config, "hidden_act", None)
-    return [gate for name, gate in GATES.items() if name == activation]
+    chosen = [gate for name, gate in GATES.items() if name == activation]
+    return chosen if chosen != ["geglu"] or model.config.intermediate_size <= WIDEST_GEGLU else []
 
 
 def _where_it_runs(fused: Rotary, plain: Rotary) -> Rotary:

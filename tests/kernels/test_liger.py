@@ -72,19 +72,11 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def small(kind: str, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
     """Two layers, an odd number of heads and widths that fill no block; no weight is what it begins as."""
-    shape = transformers.AutoConfig.for_model(
-        kind,
-        vocab_size=61,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=64,
-        attn_implementation="eager",
-        **({"pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2} | FAMILIES[kind][0] | more),
-    )
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 3, "num_key_value_heads": 1}
+    sizes |= {"num_hidden_layers": 2, "head_dim": 16, "vocab_size": 61, "max_position_embeddings": 64}
+    words = {"pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
+    settings = {**sizes, **words, "attn_implementation": "eager", **FAMILIES[kind][0], **more}
+    shape = transformers.AutoConfig.for_model(kind, **settings)
     torch.manual_seed(3)
     model = transformers.AutoModelForCausalLM.from_config(shape)
     with torch.no_grad():
@@ -209,6 +201,11 @@ def test_a_gate_with_another_activation_stays(activation: str, chosen: str) -> N
     model = small("llama", hidden_act=activation)
     assert use_liger(model) == chosen
     same(step(model), wanted, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize(("width", "chosen"), [(32768, "rms_norm, rope, geglu"), (32769, NO_GATE)])
+def test_rows_that_spill_registers_stay(width: int, chosen: str) -> None:
+    assert use_liger(small("gemma2", num_hidden_layers=1, intermediate_size=width)) == chosen
 
 
 def test_it_is_off_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
