@@ -168,6 +168,7 @@ def rows(case: Case, count: int) -> list[list[int]]:
 
 def ours(case: Case, folder: Path) -> Any:
     """The trainer as `train-llama` and `train-qwen-moe` make it."""
+    from radeon_stack.kernels.liger import use_liger
     from radeon_stack.workloads.finetune import base, training
     from radeon_stack.workloads.finetune.encoding import Encoded
     from radeon_stack.workloads.job import Arguments, Job
@@ -176,7 +177,9 @@ def ours(case: Case, folder: Path) -> Any:
     model = load(case, base.quantization_config(config.quantization, torch.bfloat16))
     job = Job(Arguments(folder, folder, "", None, False), lambda event: None)
     data = [Encoded(ids, ids, "") for ids in rows(case, STEPS * case.batch * case.accumulation)]
-    return training.trainer_for(job, config, base.ready(model, config.quantization), tokenizer(), data)
+    model = base.ready(model, config.quantization)
+    use_liger(model)
+    return training.trainer_for(job, config, model, tokenizer(), data)
 
 
 def stock(case: Case, folder: Path) -> Any:

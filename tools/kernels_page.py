@@ -1,4 +1,4 @@
-"""docs/kernels.md: text, and the figures of benchmarks/kernels_audit.json and benchmarks/flash_attn_audit.json."""
+"""docs/kernels.md: text, and the figures of kernels_audit, flash_attn_audit and liger_audit in benchmarks/."""
 
 from __future__ import annotations
 
@@ -87,6 +87,17 @@ later state of it [fixes]({MAIN_PERF}) 128 columns and 4 warps too, for every GP
 """
 
 
+LIGER = """## Liger's kernels
+
+What `speed.liger` puts into a model, of liger-kernel {version}, compiled too and not run ({date},
+`tools/liger_audit.py`; [figures](../benchmarks/liger_audit.json)): {tokens} tokens in bf16, heads of {head}, frozen
+weights, blocks and warps as it chooses them. Hidden sizes {sizes}. LDS is at most {lds} bytes. {spilling}
+A GeGLU wider than 32768 columns is therefore left to torch; the others are fused.
+
+VGPR · waves/SIMD (spills):
+"""
+
+
 def page() -> str:
     """The page as Markdown."""
     parts = [HEAD]
@@ -95,7 +106,48 @@ def page() -> str:
         parts += _ours(json.loads(ours.read_text(encoding="utf-8")))
     if theirs.is_file():
         parts += _theirs(json.loads(theirs.read_text(encoding="utf-8")))
+    liger = BENCHMARKS / "liger_audit.json"
+    if liger.is_file():
+        parts += _ligers(json.loads(liger.read_text(encoding="utf-8")))
     return "\n".join(parts)
+
+
+def _ligers(record: Mapping[str, Any]) -> list[str]:
+    shape, rows = record["shape"], [row for found in record["triton"].values() for row in found]
+    widths = {row["hidden"]: row["columns"] for row in rows}
+    spilling: dict[str, list[int]] = {}
+    for row in rows:
+        if row.get("vgpr_spills"):
+            spilling.setdefault(f"{row['call']} of {widths[row['hidden']]} columns", []).append(row["vgpr_spills"])
+    told = [f"{name} {min(found)} to {max(found)}" for name, found in sorted(spilling.items())]
+    text = LIGER.format(
+        version=record["liger_kernel"],
+        date=record["date"],
+        tokens=shape["tokens"],
+        head=shape["head_dim"],
+        sizes=", ".join(f"{hidden} (MLP {width})" for hidden, width in widths.items()),
+        lds=max(row.get("lds", 0) for row in rows),
+        spilling=f"Registers spilt: {'; '.join(told)}; elsewhere none." if told else "Nothing spills.",
+    )
+    parts = ["\n\n".join(_filled(one) if not one.startswith("##") else one for one in text.split("\n\n")), ""]
+    for version, found in record["triton"].items():
+        kinds = dict.fromkeys((row["call"], row["pass"]) for row in found)
+        places = dict.fromkeys((row["gfx"], row["hidden"]) for row in found)
+        by_place = {(row["call"], row["pass"], row["gfx"], row["hidden"]): row for row in found}
+        lines = [[" ".join(kind), *(_plain_cell(by_place.get((*kind, *place))) for place in places)] for kind in kinds]
+        columns = ["kernel", *(f"{arch}, {hidden}" for arch, hidden in places)]
+        parts += [
+            f"### liger-kernel {record['liger_kernel']}, triton {version}",
+            "",
+            markdown_table(columns, lines),
+            "",
+        ]
+    return parts
+
+
+def _plain_cell(row: Row | None) -> str:
+    """Of a kernel without products."""
+    return "–" if row is None or "vgprs" not in row else _cell(row).removeprefix("0 · ")
 
 
 def _ours(record: Mapping[str, Any]) -> list[str]:

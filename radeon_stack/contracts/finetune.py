@@ -119,6 +119,7 @@ class Speed(Section):
     nf4_linear: bool = Field(
         True, description="4-bit linear layers and their adapters as one operation of ours, on a GPU; false: PEFT's"
     )
+    liger: bool = Field(True, description="Liger's fused RMSNorm, RoPE, SwiGLU and GeGLU, on a GPU; false: torch's")
 
 
 class Samples(Section):
@@ -139,6 +140,7 @@ class Export(Section):
     reload: Literal["16bit", "quantized"] = Field(
         "16bit", description="how the merged model is read back: as it is, or quantised like the base (a large one)"
     )
+    tensorboard: bool = Field(False, description="the curves as TensorBoard's event files, in artifacts/tensorboard")
 
 
 class FinetuneConfig(TakesData, TakesModel, TakesOptions):

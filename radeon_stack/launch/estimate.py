@@ -4,10 +4,11 @@
 ("double"), one byte and a float32 a 256 blocks (QLoRA, arXiv 2305.14314, section 3; bitsandbytes `quantize_4bit`).
 
 **Activations** are counted, not guessed. `tests/work/test_estimate.py` runs transformers' own Llama and Qwen3-MoE with
-TRL's loss and counts every live tensor; the coefficients below are the slopes of these counts: bytes a token, h the
-hidden size, f the intermediate, k the width of keys or values, e of experts a token, r the rank. They hold for bf16,
-sdpa's fused kernels, no dropout, and TRL's head (1.16), which never makes the logits whole: it works on tiles of 4096
-tokens by 32768 words (`trl/kernels/chunked_logprob.py`, `_CHUNKED_LOGPROB_CHUNK_SIZE`).
+TRL's loss, with Liger's kernels and without, and counts every live tensor; the coefficients below are the slopes of
+these counts: bytes a token, h the hidden size, f the intermediate, k the width of keys or values, e of experts a token,
+r the rank. They hold for bf16, sdpa's fused kernels, no dropout, and TRL's head (1.16), which never makes the logits
+whole: it works on tiles of 4096 tokens by 32768 words (`trl/kernels/chunked_logprob.py`,
+`_CHUNKED_LOGPROB_CHUNK_SIZE`).
 
 **Optimizers**: 8-bit AdamW keeps two bytes a parameter and two float32 a block of 256 (arXiv 2110.02861); torch's keeps
 two numbers of the parameter's own type, and TRL holds the adapter of a quantised model in bf16, else PEFT in float32.
@@ -45,6 +46,7 @@ class Training:
     rank: int
     targets: tuple[str, ...] | None = None
     """None: all linear layers but the head."""
+    experts_rank: int = 0
     quantized: bool = True
     """In NF4."""
     eight: bool = False
@@ -60,6 +62,8 @@ class Training:
     attention: str = "sdpa"
     processes: int = 1
     prepared: bool = False
+    fused: bool = False
+    """Liger's kernels are in the model: norms keep no float32 copy, the gate no product of its own."""
     merged: bool = False
     """The merged 16-bit model is read back onto the device at the end."""
 
@@ -99,6 +103,7 @@ def training_of(config: FinetuneConfig, processes: int = 1) -> Training:
         else config.data.max_length,
         rank=config.lora.rank,
         targets=None if isinstance(targets, str) else targets,
+        experts_rank=config.lora.experts_rank,
         quantized=config.quantization.kind == "nf4",
         eight=config.quantization.kind == "fp8",
         double=config.quantization.double,
@@ -109,17 +114,14 @@ def training_of(config: FinetuneConfig, processes: int = 1) -> Training:
         offloaded=config.train.offload_activations,
         attention=config.model_options.attention,
         processes=processes,
+        fused=config.speed.liger,
         merged=config.export.merge and config.export.reload != "quantized",
     )
 
 
 def estimate(model: ModelShape, training: Training) -> Estimate:
     """What one device of the run holds at its peak, the whole model on it."""
-    trained = sum(
-        training.rank * (linear.inputs + linear.outputs)
-        for linear in model.linears
-        if _targeted(linear.name, training.targets)
-    )
+    trained = _trained(model, training)
     wide = HALF if training.quantized else FLOAT
     in_4bit = (model.quantizable + model.experts * training.experts_quantized) * training.quantized
     in_8bit = model.quantizable * training.eight
@@ -150,6 +152,13 @@ def estimate(model: ModelShape, training: Training) -> Estimate:
     return Estimate(parts, trained, merged, reasons)
 
 
+def _trained(model: ModelShape, training: Training) -> int:
+    """Parameters of the adapters: rank · (rows + columns) of each matrix, an expert's gate and up being one."""
+    linears = sum(one.inputs + one.outputs for one in model.linears if _targeted(one.name, training.targets))
+    expert = (2 * model.expert_width + model.hidden) + (model.hidden + model.expert_width)
+    return training.rank * linears + training.experts_rank * model.expert_count * expert
+
+
 def layers(model: ModelShape, training: Training) -> int:
     """Bytes of activations at the peak: what is kept for the way back, and the larger of one layer's way back and the
     head's, with the largest weight decoded beside it.
@@ -169,7 +178,7 @@ def layers(model: ModelShape, training: Training) -> int:
     if again:
         inputs = (1 if training.offloaded else again) * tokens * h * stream
         return kept + inputs + max(working + decoded, head)
-    return kept + max(working - saved, 0) + max(decoded, head)
+    return kept + max(max(working - saved, 0) + decoded, head)
 
 
 def _again(model: ModelShape, training: Training) -> int:
@@ -188,17 +197,20 @@ def _saved(model: ModelShape, training: Training) -> int:
     """Bytes a token that a layer keeps for its way back."""
     h, f, narrow = model.hidden, model.intermediate, _narrow(model, training)
     if model.experts:
-        return 20 * h + narrow + model.experts_per_token * (2 * h + 6 * model.expert_width)
+        return (13 if training.fused else 20) * h + narrow + model.experts_per_token * (2 * h + 6 * model.expert_width)
     adapted = 2 * h + 2 * f if _adapts_mlp(model, training) else 0  # the inputs of the adapted
-    return 14 * h + 6 * f + adapted + narrow
+    return (10 * h + 4 * f if training.fused else 14 * h + 6 * f) + adapted + narrow
 
 
 def _working(model: ModelShape, training: Training) -> int:
     """Bytes a token at the peak of a layer's way back, what it keeps included: in its MLP, or in its attention."""
     h, f, narrow = model.hidden, model.intermediate, _narrow(model, training)
     if model.experts:
-        return 25 * h + narrow + model.experts_per_token * (8 * h + 6 * model.expert_width)
-    return max(18 * h + (12 if _adapts_mlp(model, training) else 10) * f, 32 * h + 4 * f) + narrow
+        return (15 if training.fused else 25) * h + narrow + model.experts_per_token * (8 * h + 6 * model.expert_width)
+    adapted = _adapts_mlp(model, training)
+    if training.fused:
+        return 13 * h + (10 if adapted else 6) * f + narrow
+    return max(18 * h + (12 if adapted else 10) * f, 32 * h + 4 * f) + narrow
 
 
 def _narrow(model: ModelShape, training: Training) -> int:

@@ -90,6 +90,11 @@ class ModelShape:
         return sum(linear.parameters for linear in self.linears)
 
     @property
+    def expert_count(self) -> int:
+        """Of all layers together: three matrices each (gate, up, down), biases being few beside them."""
+        return self.experts // (3 * self.hidden * self.expert_width) if self.experts else 0
+
+    @property
     def parameters(self) -> int:
         return self.quantizable + self.experts + self.kept
 

@@ -170,7 +170,8 @@ def test_a_recipe_gives_what_decides_the_memory() -> None:
         assert isinstance(config, FinetuneConfig)
         return training_of(config)
 
-    assert of() == Training(5, 64, 64, merged=True, attention="auto", experts_quantized=True)
+    assert of() == Training(5, 64, 64, merged=True, attention="auto", experts_quantized=True, fused=True)
+    assert not of("speed.liger=false").fused
     assert of("data.dataset=chats.jsonl", "data.max_length=512").length == 512
     assert of("lora.target_modules=['q_proj']", "export.merge=false").targets == ("q_proj",)
     assert not of("quantization.kind=none").quantized

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from radeon_stack.launch import estimate as estimating
 from radeon_stack.launch.estimate import TOLERANCE, Training, layers
 from radeon_stack.launch.model_shape import ModelShape, read_shape
 from tests.shapes import ATTENTION
+from tests.work.models import folder_of
 
 pytestmark = pytest.mark.work
 WORDS = 64  # the head's tiles are as small: its own test has them large
@@ -50,9 +52,28 @@ def difference(kind: str, sizes: dict[str, Any], folder: Path, training: Trainin
     from tests.work.counting import peak_of_a_step
 
     model, shape = made(kind, sizes, folder, training)
+    if training.fused:
+        from radeon_stack.kernels.liger import use_liger
+
+        assert use_liger(model).startswith("rms_norm, rope")
     counted = peak_of_a_step(model, training.batch, training.length)
     counted -= sum(p.numel() * 2 for p in model.parameters() if p.requires_grad)  # gradients are told apart
     return layers(shape, training) / counted - 1
+
+
+@pytest.fixture
+def idle_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Liger's host code with its tensors, and kernels that do nothing: what is computed does not matter here."""
+    backends = pytest.importorskip("liger_kernel.backends", reason="needs liger-kernel (the extra 'dev')")
+    backends.available_impls("rope")  # looked for once: errors of those that are not there would hold a step's tensors
+    from radeon_stack.kernels import liger
+
+    jit = pytest.importorskip("triton.runtime.jit", reason="needs triton (the extra 'dev')")
+    monkeypatch.setattr(jit.JITFunction, "run", lambda *arguments, **named: None)
+    monkeypatch.setattr(liger, "can_run_on", lambda device: True)
+    for kind in ("llama", "qwen3_moe"):
+        module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+        monkeypatch.setattr(module, liger.ROPE, getattr(module, liger.ROPE))
 
 
 @pytest.fixture
@@ -63,23 +84,34 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimating, "TILE_WORDS", WORDS)
 
 
+# kind, sizes, targets
+STEPS: list[tuple[str, dict[str, Any], tuple[str, ...] | None]] = [
+    ("Llama", LLAMA, None),
+    ("Llama", LLAMA | {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}, None),
+    ("Llama", LLAMA | {"intermediate_size": 768}, ATTENTION),
+    ("Llama", LLAMA | {"intermediate_size": 1024}, ATTENTION),
+    ("Qwen3Moe", MOE, ATTENTION),
+    ("Qwen3Moe", MOE | {"num_experts_per_tok": 2, "moe_intermediate_size": 512}, ATTENTION),
+]
+
+
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize(
-    ("kind", "sizes", "targets"),
-    [
-        ("Llama", LLAMA, None),
-        ("Llama", LLAMA | {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}, None),
-        ("Llama", LLAMA | {"intermediate_size": 768}, ATTENTION),
-        ("Llama", LLAMA | {"intermediate_size": 1024}, ATTENTION),
-        ("Qwen3Moe", MOE, ATTENTION),
-        ("Qwen3Moe", MOE | {"num_experts_per_tok": 2, "moe_intermediate_size": 512}, ATTENTION),
-    ],
-)
+@pytest.mark.parametrize(("kind", "sizes", "targets"), STEPS)
 def test_the_layers_take_what_was_estimated(
     tmp_path: Path, kind: str, sizes: dict[str, Any], targets: tuple[str, ...] | None, checkpointing: bool
 ) -> None:
     training = Training(2, 256, 16, targets=targets, quantized=False, checkpointing=checkpointing)
+    assert abs(difference(kind, sizes | {"num_hidden_layers": 3}, tmp_path, training)) < TOLERANCE
+
+
+@pytest.mark.usefixtures("small_tiles", "idle_kernels")
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(("kind", "sizes", "targets"), STEPS)
+def test_with_ligers_kernels_they_take_less_and_what_was_estimated(
+    tmp_path: Path, kind: str, sizes: dict[str, Any], targets: tuple[str, ...] | None, checkpointing: bool
+) -> None:
+    training = Training(2, 256, 16, targets=targets, quantized=False, checkpointing=checkpointing, fused=True)
     assert abs(difference(kind, sizes | {"num_hidden_layers": 3}, tmp_path, training)) < TOLERANCE
 
 
@@ -99,3 +131,31 @@ def test_the_head_takes_a_tile_and_never_the_whole_logits(tmp_path: Path) -> Non
     training = Training(2, 512, 16, quantized=False)
     narrow = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
     assert abs(difference("Llama", narrow | {"num_hidden_layers": 1}, tmp_path, training)) < TOLERANCE
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize(("kind", "width"), [("qwen3_moe", "moe_intermediate_size"), ("mixtral", "intermediate_size")])
+def test_adapters_are_counted_those_of_experts_too(tmp_path: Path, kind: str, width: str, rank: int) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from radeon_stack.contracts.finetune import FinetuneConfig, Lora
+    from radeon_stack.kernels.adapters import add_experts_lora
+    from radeon_stack.launch.estimate import estimate, training_of
+
+    folder = folder_of(kind, tmp_path, **{width: 128})
+    targets = list(ATTENTION)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16),
+        LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"),
+    )
+    if rank:
+        add_experts_lora(model, rank, 1.0)
+    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    lora = Lora(rank=4, target_modules=ATTENTION, experts_rank=rank)
+    training = training_of(FinetuneConfig(model="m", lora=lora))
+    found = estimate(read_shape(folder), training)
+    assert found.trained == sum(trained)
+    assert found.parts["adapter"] == found.parts["gradients"] == 2 * sum(trained)
+    assert found.parts["optimizer"] >= 2 * sum(trained)

@@ -55,6 +55,7 @@ def workload(run: Run) -> Process:
 def test_a_run_ends_with_report_adapter_and_a_merged_model_that_transformers_loads(
     cli: Cli, tiny_run: list[str], tmp_path: Path
 ) -> None:
+    import torch
     from transformers import AutoModelForCausalLM
 
     result = cli(*tiny_run, *LOCAL, cwd=tmp_path)
@@ -70,6 +71,9 @@ def test_a_run_ends_with_report_adapter_and_a_merged_model_that_transformers_loa
     assert told["facts"]["merge"] == told["facts"]["merge"] | {"targeted": 14, "changed": 14}
     assert AutoModelForCausalLM.from_pretrained(told["artifacts"]["merged"]).config.num_hidden_layers == 2
     assert Path(told["report"]).stat().st_size > 10_000
+    if not torch.cuda.is_available():
+        assert told["facts"]["liger"] == "off (no GPU)"
+        assert "off (no GPU)" in Path(told["report"]).read_text()
     plain = [line for line in result.err.splitlines() if line.startswith("step ")]
     assert len(plain) == 12 and re.match(r"step 12/12  loss \d", plain[-1])
 

@@ -29,6 +29,13 @@ from radeon_stack.workloads.finetune.resident import resident
 from radeon_stack.workloads.job import Job, StopRequested
 
 
+def told_of(logs: dict[str, Any]) -> dict[str, float]:
+    """Of what the trainer logs, the figures of a step or of an evaluation; {} for what is neither."""
+    if "loss" in logs:
+        return {name: float(value) for name, value in logs.items()}
+    return {name: float(logs[name]) for name in ("eval_loss", "eval_mean_token_accuracy") if name in logs}
+
+
 class Teller(TrainerCallback):
     """Tells each step, moves finished checkpoints to their place, and ends training when asked to."""
 
@@ -42,7 +49,7 @@ class Teller(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if not logs or "loss" not in logs:
             return
-        self._job.emit(Metric(step=state.global_step, values={key: float(value) for key, value in logs.items()}))
+        self._job.emit(Metric(step=state.global_step, values=told_of(logs)))
         self._job.progress("train", state.global_step, self._steps, unit="steps")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
@@ -87,10 +94,7 @@ class Evaluator(TrainerCallback):
         self, args: Any, state: Any, control: Any, metrics: dict[str, Any], model: Any = None, **_: Any
     ) -> Any:
         self._job.stage = "train"
-        told = ("eval_loss", "eval_mean_token_accuracy")
-        self._job.emit(
-            Metric(step=state.global_step, values={name: float(metrics[name]) for name in told if name in metrics})
-        )
+        self._job.emit(Metric(step=state.global_step, values=told_of(metrics)))
         if not self._patience:
             return control
         found = Evaluation(state.global_step, float(metrics["eval_loss"]))

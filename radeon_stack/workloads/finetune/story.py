@@ -13,6 +13,7 @@ import torch
 from transformers import set_seed
 
 from radeon_stack.contracts.finetune import FinetuneConfig
+from radeon_stack.kernels.liger import use_liger
 from radeon_stack.runs.events import Phase, Sample, read_events
 from radeon_stack.workloads.finetune import adapter, base, fp8, merging, ranks, sources, training
 from radeon_stack.workloads.finetune.checkpoints import Checkpoint
@@ -42,6 +43,7 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
     model = base.load_for_training(
         job, folder, config.quantization, dtype, config.model_options.attention, spread=spread
     )
+    job.fact("liger", use_liger(model) if config.speed.liger else "off (speed.liger)")
     result: dict[str, Any] = {"samples": config.samples.count}
 
     def ask(phase: Phase, of: Any) -> None:

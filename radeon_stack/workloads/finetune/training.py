@@ -46,6 +46,10 @@ def trainer_for(
     fp8.leave_to_each_process(trainer.model)
     # In this order: a loss is told before it is judged.
     trainer.add_callback(Teller(job, config.train.steps))
+    if config.export.tensorboard and job.rank.first:
+        from radeon_stack.workloads.finetune.tensorboard import Curves
+
+        trainer.add_callback(Curves(job))
     trainer.add_callback(Watcher(job, config))
     trainer.add_callback(Ledger(job, config.train.optimizer))
     trainer.add_callback(Rate(config.train.learning_rate))
