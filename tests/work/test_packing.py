@@ -369,3 +369,18 @@ def test_the_hooks_that_spread_layers_over_devices_pass_on_what_keeps_rows_apart
     dispatch_model(inner, layers | rest, force_hooks=True)
     assert all(hasattr(layer, "_hf_hook") for layer in inner.model.layers)
     same(trainer, batches(trainer), rows)
+
+
+def test_a_model_first_seen_when_it_was_fetched_is_refused_then(tiny_model: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from radeon_stack.errors import UsageError
+    from radeon_stack.workloads.finetune.data import read_rows
+    from radeon_stack.workloads.finetune.story import finetune
+
+    folder = small_model("GptOssForCausalLM", tmp_path / "model", tiny_model, vocab_size=WORDS)
+    job, _ = job_in(tmp_path)
+    job.arguments = replace(job.arguments, model=str(folder))
+    config = settings()
+    with pytest.raises(UsageError, match="GptOssForCausalLM is not known to keep the rows of a pack apart"):
+        finetune(job, config, read_rows(config.data, None), None)
