@@ -21,6 +21,17 @@ class Data(Dataset):
     eval_share: float = Field(
         0.0, ge=0.0, le=0.9, description="share of the rows that is evaluated on and not learnt, drawn by train.seed"
     )
+    # Off: a batch of so many packs is many more rows, so the same steps would learn something else.
+    packing: bool = Field(
+        False,
+        description="several rows, whole and apart, in each sequence of max_length tokens, for evaluations too; "
+        "train.batch_size then counts these sequences",
+    )
+    group_by_length: bool = Field(
+        False,
+        description="rows of like length in a batch, for less padding; their order is no more by chance alone: "
+        "in turns of at most 50 steps, from the longest to the shortest",
+    )
 
 
 class Quantization(Section):

@@ -64,6 +64,8 @@ class Training:
     prepared: bool = False
     fused: bool = False
     """Liger's kernels are in the model: norms keep no float32 copy, the gate no product of its own."""
+    packed: bool = False
+    """Rows share sequences, all of `length`, and attention is told by a mask which of them are one row."""
     merged: bool = False
     """The merged 16-bit model is read back onto the device at the end."""
 
@@ -94,13 +96,12 @@ class Estimate:
 
 
 def training_of(config: FinetuneConfig, processes: int = 1) -> Training:
-    """What a recipe asks for. Rows are as long as they may be: what data holds is not looked at here."""
+    """What a recipe asks for. Rows are as long as they may be, as packs are: what data holds is not looked at here."""
     targets = config.lora.target_modules
+    short = config.data.dataset == BIRTHDAY and not config.data.packing
     return Training(
         batch=config.train.batch_size,
-        length=min(config.data.max_length, BIRTHDAY_TOKENS)
-        if config.data.dataset == BIRTHDAY
-        else config.data.max_length,
+        length=min(config.data.max_length, BIRTHDAY_TOKENS) if short else config.data.max_length,
         rank=config.lora.rank,
         targets=None if isinstance(targets, str) else targets,
         experts_rank=config.lora.experts_rank,
@@ -115,6 +116,7 @@ def training_of(config: FinetuneConfig, processes: int = 1) -> Training:
         attention=config.model_options.attention,
         processes=processes,
         fused=config.speed.liger,
+        packed=config.data.packing,
         merged=config.export.merge and config.export.reload != "quantized",
     )
 
@@ -146,7 +148,8 @@ def estimate(model: ModelShape, training: Training) -> Estimate:
         "adapter": f"{trained:,} parameters of {wide} bytes",
         "gradients": "of the adapter" + (", and their copy for the all-reduce" if training.processes > 1 else ""),
         "optimizer": training.optimizer,
-        "activations": f"{training.batch} × {training.length} tokens, " + _kept(model, training),
+        "activations": f"{training.batch} × {training.length} tokens{' in packs' if training.packed else ''}, "
+        + _kept(model, training),
     }
     merged = model.parameters * HALF if training.merged else 0
     return Estimate(parts, trained, merged, reasons)
@@ -168,12 +171,12 @@ def layers(model: ModelShape, training: Training) -> int:
     working = max(
         tokens * _working(model, training) + _scores(model, training, 6),
         tokens * (16 * h + _narrow(model, training)) + _scores(model, training, 12),
-    )
+    ) + _apart(model, training, mask=3)
     head = tokens * 10 * h + min(tokens, TILE_TOKENS) * TILE_WORDS * HALF
     largest = max(linear.parameters for linear in model.linears)
     decoded = largest * HALF if training.quantized or training.eight else 0
     again = _again(model, training)
-    saved = tokens * _saved(model, training) + _scores(model, training, 6)
+    saved = tokens * _saved(model, training) + _scores(model, training, 6) + _apart(model, training, mask=2)
     kept = (model.layers - again) * saved
     if again:
         inputs = (1 if training.offloaded else again) * tokens * h * stream
@@ -233,6 +236,16 @@ def _scores(model: ModelShape, training: Training, width: int) -> int:
     if training.attention != "eager":
         return 0
     return training.batch * model.heads * training.length**2 * width
+
+
+def _apart(model: ModelShape, training: Training, *, mask: int) -> int:
+    """Bytes a layer takes more where a mask keeps rows of packs apart (sdpa): the mask of so many bytes an element, one
+    as truth values and two more as numbers; and keys and values repeated for each head, which sdpa does not do for
+    itself beside a mask (transformers 5.23). Eager attention has all that without packs too, flash attention nothing.
+    """
+    if not training.packed or training.attention not in ("auto", "sdpa"):
+        return 0
+    return training.tokens * (mask * training.length + 4 * (model.query - model.key_value))
 
 
 def _nf4(parameters: int, double: bool) -> int:

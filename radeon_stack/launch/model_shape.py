@@ -69,6 +69,8 @@ class Linear:
 class ModelShape:
     """The sizes of a decoder, in elements; `key_value` is the width of the keys, which is that of the values.
 
+    `query` is that of the queries.
+
     `linears` are what a 4-bit loader quantises and LoRA adapts, the output head left out; `experts` the elements of
     fused or separate experts, `kept` those that stay in 16 bit (embeddings, head, norms, routers, biases). A head that
     is tied to the embeddings is counted once. `expert_width` and `experts_per_token` are 0 without experts.
@@ -77,6 +79,7 @@ class ModelShape:
     hidden: int
     layers: int
     heads: int
+    query: int
     key_value: int
     intermediate: int
     linears: tuple[Linear, ...]
@@ -132,6 +135,7 @@ def shape_of(config: ModelConfig, tensors: Mapping[str, tuple[int, ...]], where:
         hidden=config.hidden_size,
         layers=config.num_hidden_layers,
         heads=heads,
+        query=head * heads,
         key_value=head * (config.num_key_value_heads or heads),
         intermediate=config.intermediate_size or 4 * config.hidden_size,
         linears=tuple(linears),

@@ -19,7 +19,7 @@ from radeon_stack.runs.store import Run, Status
 from radeon_stack.runs.summary import PHASES, answers_of, last_result, samples_of
 
 CHARTS = (("loss", "Loss"), ("grad_norm", "Gradient norm"), ("learning_rate", "Learning rate"))
-TOLD_APART = ("lora_before", "lora_after", "data", "prompt", "environment", "model", "merge", "card")
+TOLD_APART = ("lora_before", "lora_after", "data", "batches", "prompt", "environment", "model", "merge", "card")
 LOG_SPAN = 100.0  # a curve that falls by more than this is shown on a logarithmic axis too
 STATISTICS = ("mean", "std", "min", "q25", "median", "q75", "max")
 
@@ -95,7 +95,7 @@ def contents(run: Run) -> dict[str, Any]:
         "columns": columns(events),
         "answers": answers_of(events),
         "prompt": _table(facts.get("prompt")),
-        "data": _table(facts.get("data")),
+        "data": _table(facts.get("data")) | _table(facts.get("batches")),
         "lora": statistics(facts),
         "statistics": STATISTICS,
         "merge": _table(facts.get("merge")),

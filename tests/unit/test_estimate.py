@@ -146,6 +146,15 @@ def test_eager_attention_takes_the_square_of_the_length(llama: ModelShape) -> No
     assert of_scores == 12 * 32 * (4096**2 - 2 * 2048**2)
 
 
+def test_packs_take_the_mask_that_keeps_their_rows_apart_and_repeated_keys(llama: ModelShape) -> None:
+    def activations(batch: int, length: int, attention: str, packed: bool) -> int:
+        training = Training(batch, length, 64, attention=attention, packed=packed)
+        return estimate(llama, training).parts["activations"]
+
+    for attention, more in (("sdpa", 3 * 2048 + 4 * (4096 - 1024)), ("flash_attention_2", 0), ("eager", 0)):
+        assert activations(2, 2048, attention, True) - activations(2, 2048, attention, False) == 2 * 2048 * more
+
+
 def test_a_targeted_module_is_matched_by_its_name_and_not_by_its_ending(llama: ModelShape) -> None:
     one = estimate(llama, Training(1, 8, 64, targets=("q_proj",)))
     assert one.trained == 32 * 64 * 2 * 4096
@@ -173,6 +182,7 @@ def test_a_recipe_gives_what_decides_the_memory() -> None:
     assert of() == Training(5, 64, 64, merged=True, attention="auto", experts_quantized=True, fused=True)
     assert not of("speed.liger=false").fused
     assert of("data.dataset=chats.jsonl", "data.max_length=512").length == 512
+    assert of("data.packing=true") == replace(of(), length=1024, packed=True)
     assert of("lora.target_modules=['q_proj']", "export.merge=false").targets == ("q_proj",)
     assert not of("quantization.kind=none").quantized
     assert not of("quantization.experts=none").experts_quantized

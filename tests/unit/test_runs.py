@@ -19,7 +19,7 @@ from radeon_stack.runs import events as ev
 from radeon_stack.runs.outcome import Outcome, judge
 from radeon_stack.runs.store import Run, RunStore, State, Status, home
 from radeon_stack.runs.summary import lines, summary
-from radeon_stack.runs.view import model_text
+from radeon_stack.runs.view import batches_text, model_text
 
 
 def made(store: RunStore, recipe: str = "train-llama") -> Run:
@@ -250,6 +250,21 @@ def test_before_the_first_step_it_is_told_what_is_in_4_bit_in_16_and_trained() -
         "model Qwen3MoeForCausalLM: 30.6 B parameters, 29.9 B in 4 bit, 29 B of them experts', 635 M in 16 bit, "
         "53.5 M trained"
     )
+
+
+def test_and_how_much_of_the_batches_is_padding() -> None:
+    def told(**value: float) -> str:
+        return batches_text(ev.Fact(name="batches", value=value))
+
+    assert told(rows=1000, packs=44, padding=0.0212, padding_unpacked=0.37) == (
+        "batches 1,000 rows in 44 packs: 2.1 % padding, 37 % if unpacked"
+    )
+    assert told(rows=10, padding=0.05, padding_ungrouped=0.3) == "batches 10 rows: 5 % padding, 30 % if ungrouped"
+    assert told(rows=10, padding=0.0) == "batches 10 rows: 0 % padding"
+    for rows, padding in ((10, math.nan), (10, 10**400), (-1, 0.5), (10**5000, 0.5)):
+        assert told(rows=rows, padding=padding) == ""
+    assert batches_text(ev.Fact(name="batches", value={"rows": "\x1b[2J", "padding": 0.1})) == ""
+    assert batches_text(ev.Fact(name="model", value={"rows": 1, "padding": 0.1})) == ""
 
 
 @pytest.mark.parametrize("value", [5, None, {}, {"class": "\x1b[2J", "parameters": "many"}, {"trainable": -1}])

@@ -43,14 +43,19 @@ class Counting(TorchDispatchMode):
         self.now -= size
 
 
-def peak_of_a_step(model: Any, batch: int, length: int) -> int:
-    """Bytes of activations, and of what is made on the way, of one forward and backward pass with TRL's loss."""
+def peak_of_a_step(model: Any, batch: int, length: int, rows: int = 1) -> int:
+    """Bytes of activations, and of what is made on the way, of one forward and backward pass with TRL's loss.
+
+    `rows`: so many share each sequence.
+    """
     words = torch.randint(0, model.config.vocab_size, (batch, length))
+    positions = torch.arange(length // rows).repeat(batch, rows)
     mask = torch.ones_like(words)
-    counting = Counting([*model.parameters(), *model.buffers(), words, mask])
+    apart = {"attention_mask": mask} if rows == 1 else {"position_ids": positions, "use_cache": False}
+    counting = Counting([*model.parameters(), *model.buffers(), words, mask, positions])
     with counting:
         with torch.autocast("cpu", torch.bfloat16):
-            told = model(input_ids=words, attention_mask=mask, labels=words, fused_lm_head=True)
+            told = model(input_ids=words, labels=words, fused_lm_head=True, **apart)
             loss = -told.log_probs.sum() / length
         loss.backward()
     return counting.peak

@@ -34,15 +34,14 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def small_model(architecture: str, folder: Path, tiny_model: Path) -> Path:
-    """Two layers of it with random weights, and the tiny LLaMA's tokenizer."""
+def small_model(architecture: str, folder: Path, tiny_model: Path, **options: Any) -> Path:
+    """Two layers of it with random weights, and the tiny LLaMA's tokenizer; `options` of its configuration."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, more = SHAPES[architecture]
     shape = AutoConfig.for_model(
         kind,
-        vocab_size=49152,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -52,7 +51,7 @@ def small_model(architecture: str, folder: Path, tiny_model: Path) -> Path:
         max_position_embeddings=256,
         bos_token_id=1,
         eos_token_id=2,
-        **({"pad_token_id": 2} | more),
+        **({"vocab_size": 49152, "pad_token_id": 2} | more | options),
     )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(folder)

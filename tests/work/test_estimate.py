@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,21 @@ def test_with_ligers_kernels_they_take_less_and_what_was_estimated(
 def test_with_every_second_layer_kept_they_take_what_was_estimated(tmp_path: Path) -> None:
     training = Training(2, 256, 16, quantized=False, every=2)
     assert abs(difference("Llama", LLAMA | {"num_hidden_layers": 5}, tmp_path, training)) < TOLERANCE
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(("kind", "sizes", "targets"), [("Llama", LLAMA, None), ("Qwen3Moe", MOE, ATTENTION)])
+def test_packs_take_so_much_more_as_was_estimated(
+    tmp_path: Path, kind: str, sizes: dict[str, Any], targets: tuple[str, ...] | None, checkpointing: bool
+) -> None:
+    from tests.work.counting import peak_of_a_step
+
+    packed = Training(1, 1024, 16, targets=targets, quantized=False, checkpointing=checkpointing, packed=True)
+    model, shape = made(kind, sizes | {"num_hidden_layers": 3}, tmp_path, packed)
+    more = peak_of_a_step(model, 1, 1024, rows=4) - peak_of_a_step(model, 1, 1024)
+    estimated = layers(shape, packed) - layers(shape, replace(packed, packed=False))
+    assert more > 4 * 1024**2 and abs(estimated / more - 1) < TOLERANCE
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -10,11 +10,12 @@ from typing import Any
 from radeon_stack.contracts.finetune import FinetuneConfig
 from radeon_stack.contracts.sections import is_made
 from radeon_stack.runs.events import Attempt
-from radeon_stack.workloads.finetune.architectures import require_known
+from radeon_stack.workloads.finetune.architectures import require_known, require_packable
 from radeon_stack.workloads.finetune.checkpoints import last_checkpoint
 from radeon_stack.workloads.finetune.data import read_rows
 from radeon_stack.workloads.finetune.evaluation import require_evaluation
 from radeon_stack.workloads.finetune.memory import advice, cpu_shortage, shortage
+from radeon_stack.workloads.finetune.packing import require_batching
 from radeon_stack.workloads.finetune.resident import available, most_resident, resident
 from radeon_stack.workloads.job import Job, Sizes, carry_out, read_config
 from radeon_stack.workloads.ranks import leave
@@ -31,9 +32,12 @@ def work(job: Job) -> dict[str, Any]:
     job.emit(Attempt(pid=os.getpid(), resumed_step=checkpoint.step if checkpoint else None))
     config = FinetuneConfig.model_validate(read_config(job.arguments.run))
     require_evaluation(config)
+    require_batching(config)
     job.advise = lambda error: sizes_that_fit(job, config, error)
     if not is_made(job.arguments.model):
         require_known(Path(job.arguments.model), anyway=config.any_architecture)
+        if config.data.packing:
+            require_packable(Path(job.arguments.model), config.data.max_length)
     # Bad data is told before torch's seconds of importing.
     rows = read_rows(config.data, job.arguments.data)
     job.progress("import", 0, 1, note="torch, transformers, peft, trl")

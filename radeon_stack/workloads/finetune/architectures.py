@@ -30,6 +30,8 @@ KNOWN = {
 }
 # transformers has no scaled-dot-product attention for them: they cap the scores, or have a sink beside them.
 EAGER = {"Gemma2ForCausalLM", "GptOssForCausalLM"}
+# Its masks are made without positions (transformers 5.23), so rows of a pack would attend to each other.
+NOT_PACKED = {"GptOssForCausalLM"}
 MAX_CONFIG_BYTES = 4 << 20  # they have some KiB
 
 
@@ -49,8 +51,49 @@ def require_known(folder: Path, *, anyway: bool = False) -> None:
     )
 
 
+def require_packable(folder: Path, max_length: int) -> None:
+    """UsageError for a model that is not known to keep the rows of a pack of `max_length` tokens apart.
+
+    `tests/work/test_packing.py` compares packed rows with each row alone, for all that are let through here.
+    """
+    remedy = "--set data.packing=false; data.group_by_length=true leaves less padding too"
+    for name in architectures_of(folder):
+        if name not in KNOWN or name in NOT_PACKED:
+            raise UsageError(
+                f"{one_line(name, 60)} is not known to keep the rows of a pack apart",
+                where="config.data.packing",
+                remedy=remedy,
+            )
+    limit = _rope_limit(_config_of(folder))
+    if limit and max_length > limit:
+        raise UsageError(
+            f"beyond {limit} tokens, the longest row of a batch decides how this model encodes the positions of all "
+            f"(config.json's RoPE), and data.max_length is {max_length}",
+            where="config.data.packing",
+            remedy=f"--set data.max_length={limit}, or data.packing=false",
+        )
+
+
+def _rope_limit(config: dict[str, Any]) -> int:
+    """Tokens beyond which rotary frequencies follow the longest row (transformers: `dynamic_rope_update`); 0: none."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) not in ("dynamic", "longrope", "su"):
+        return 0
+    name = "original_max_position_embeddings"
+    limit = rope.get(name) or config.get(name) or config.get("max_position_embeddings")
+    return limit if isinstance(limit, int) and limit > 0 else 1
+
+
 def architectures_of(folder: Path) -> list[str]:
     """What a model folder's config.json calls its architectures. UsageError where it is not to be read."""
+    found = _config_of(folder).get("architectures")
+    names = [] if found is None else found
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UsageError("'architectures' is no list of names", where=f"{folder.name}/config.json")
+    return names
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
     where = f"{folder.name}/config.json"
     try:
         with (folder / "config.json").open("rb") as stream:
@@ -62,11 +105,9 @@ def architectures_of(folder: Path) -> list[str]:
         raise UsageError(f"cannot be read: {error.strerror}", where=where) from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"is not JSON: {one_line(str(error))}", where=where) from error
-    found = config.get("architectures") if isinstance(config, dict) else None
-    names = [] if found is None else found
-    if not isinstance(config, dict) or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not isinstance(config, dict):
         raise UsageError("'architectures' is no list of names", where=where)
-    return names
+    return config
 
 
 def attention_for(folder: Path, chosen: str) -> str:

@@ -16,6 +16,7 @@ from radeon_stack.contracts.finetune import FinetuneConfig
 from radeon_stack.kernels.liger import use_liger
 from radeon_stack.runs.events import Phase, Sample, read_events
 from radeon_stack.workloads.finetune import adapter, base, fp8, merging, ranks, sources, training
+from radeon_stack.workloads.finetune.architectures import require_packable
 from radeon_stack.workloads.finetune.checkpoints import Checkpoint
 from radeon_stack.workloads.finetune.data import Rows
 from radeon_stack.workloads.finetune.encoding import Encoded, encode_rows
@@ -35,6 +36,8 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
     job.fact("prompt", {"prompt": question, "expected": answer})
 
     folder = ranks.first_then_all(job.rank, lambda: sources.base_folder(job, any_architecture=config.any_architecture))
+    if config.data.packing:  # a folder given was looked at before torch was imported; one of the hub is first seen here
+        require_packable(folder, config.data.max_length)
     tokenizer = base.load_tokenizer(folder)
     encoded = encode_rows(job, tokenizer, rows.rows, max_length=config.data.max_length, loss_on=config.data.loss_on)
     learnt, held_back = split(encoded, config.data.eval_share, config.train.seed)

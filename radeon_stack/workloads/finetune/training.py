@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import TrainerState
 from trl import SFTConfig, SFTTrainer
 
@@ -17,10 +16,12 @@ from radeon_stack.contracts.finetune import FinetuneConfig, Train
 from radeon_stack.kernels.adapters import add_experts_lora
 from radeon_stack.workloads.finetune import fp8, ranks
 from radeon_stack.workloads.finetune.adapter import experts_alpha, lora_config
+from radeon_stack.workloads.finetune.batches import RowsTrainer, dataset
 from radeon_stack.workloads.finetune.callbacks import Evaluator, Ledger, Rate, Teller, Watcher
 from radeon_stack.workloads.finetune.checkpoints import Checkpoint, best_folder, scratch
 from radeon_stack.workloads.finetune.encoding import Encoded
 from radeon_stack.workloads.finetune.evaluation import evaluations_in, out_of_patience, read_record
+from radeon_stack.workloads.finetune.packing import FLASH, batches_told, packed, padding_in_order
 from radeon_stack.workloads.job import Job, StopRequested
 
 
@@ -32,15 +33,26 @@ def trainer_for(
     rows: Sequence[Encoded],
     held_back: Sequence[Encoded] = (),
 ) -> SFTTrainer:
-    """An SFTTrainer with the adapter on the model and the rows as they were encoded."""
-    trainer = SFTTrainer(
+    """An SFTTrainer with the adapter on the model and the rows as they were encoded, or in packs of them."""
+    room = config.data.max_length
+    packs, evaluated = (packed(part, room) if config.data.packing else [] for part in (rows, held_back))
+    flat = model.config._attn_implementation == FLASH
+    trainer = RowsTrainer(
         model,
         args=sft_arguments(config, scratch(job.artifacts), evaluate=bool(held_back)),
-        train_dataset=_dataset(rows),
-        eval_dataset=_dataset(held_back) if held_back else None,
+        train_dataset=dataset(packs or rows),
+        eval_dataset=dataset(evaluated or held_back) if held_back else None,
         processing_class=tokenizer,
         peft_config=lora_config(config.lora, model, config.speed),
     )
+    told = batches_told(rows, packs, config.train.batch_size, flat=flat)
+    if packs:
+        trainer.take_packs(flat=flat)
+    elif config.data.group_by_length:
+        order = trainer.group([len(row.input_ids) for row in rows], config.train.data_seed)
+        told["padding_ungrouped"] = told["padding"]
+        told["padding"] = padding_in_order([order.lengths[row] for row in order], config.train.batch_size)
+    job.fact("batches", told)
     if config.lora.experts_rank:
         add_experts_lora(trainer.model, config.lora.experts_rank, experts_alpha(config.lora))
     fp8.leave_to_each_process(trainer.model)
@@ -56,10 +68,6 @@ def trainer_for(
     if held_back:
         trainer.add_callback(Evaluator(job, config.train.early_stopping))
     return trainer
-
-
-def _dataset(rows: Sequence[Encoded]) -> Dataset:
-    return Dataset.from_dict({"input_ids": [r.input_ids for r in rows], "labels": [r.labels for r in rows]})
 
 
 def sft_arguments(config: FinetuneConfig, folder: Path, *, evaluate: bool = False) -> SFTConfig:
