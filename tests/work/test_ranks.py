@@ -78,9 +78,8 @@ def ranks(run: Run) -> dict[int, Process]:
     ("processes", "more_sets"),
     [
         (2, ["train.gradient_checkpointing=true"]),
-        (3, ["train.gradient_checkpointing=false"]),
         (2, ["data.packing=true"]),
-        (2, ["data.group_by_length=true"]),
+        (3, ["train.gradient_checkpointing=false", "data.group_by_length=true"]),
     ],
 )
 def test_the_losses_are_those_of_one_process_with_the_same_global_batch(
