@@ -1,0 +1,93 @@
+"""Compile our kernels for an AMD GPU that is not here, into a folder for images: `--target gfx1201 FOLDER`.
+
+The folder is of the kind that TRITON_CACHE_DIR names; with RADEON_STACK_KERNELS=FOLDER a run finds in it what it would
+compile else. Nothing here fails a build: a run compiles what is missing. The image's checks say how much there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+
+from radeon_stack.errors import Exit
+from radeon_stack.kernels.audit.apart import NoResultError, call_apart
+from radeon_stack.kernels.variant import Variant
+
+KERNELS = "radeon_stack.kernels.variants"
+SECONDS = 300.0  # for one kernel
+KEPT = (".hsaco", ".json")  # what a launch reads, without the texts on the way there
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m radeon_stack.kernels.warm", description=__doc__)
+    parser.add_argument("--target", required=True, metavar="GFX")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="kernels whose name matches it")
+    parser.add_argument("--at-once", type=int, default=min(8, len(os.sched_getaffinity(0))), metavar="N")
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args(argv)
+    folder: Path = arguments.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        from radeon_stack.kernels.audit.auditing import load_compiler
+
+        load_compiler()
+    except ImportError as error:
+        return _end(f"no kernel is compiled ahead: {error}")
+    every = importlib.import_module(KERNELS).variants(arguments.target)
+    named = [one for one in every if fnmatchcase(one.name, arguments.only)]
+    begun = time.monotonic()
+    os.environ |= {"TRITON_CACHE_DIR": str(folder)}
+    calls = [partial(_compile, one, arguments.target) for one in named]
+    launchers = failed = 0
+    for index, result in call_apart(calls, at_once=arguments.at_once, seconds=SECONDS):
+        if isinstance(result, NoResultError):
+            failed += 1
+            print(f"✗ {named[index].name}: {result}"[:400], file=sys.stderr, flush=True)
+        else:
+            launchers += result
+    _thin(folder)
+    told = f"{len(named) - failed} of {len(named)} kernels compiled for {arguments.target}, {launchers} with what calls"
+    return _end(f"{told} them, in {time.monotonic() - begun:.0f} s; not run")
+
+
+def _compile(variant: Variant, arch: str) -> bool:
+    """Compile a kernel, and the C with which Triton calls it; whether the latter could be had, which takes HIP."""
+    from triton.backends.amd.driver import HIPLauncher
+
+    from radeon_stack.kernels.audit.launcher import compile_kernel
+
+    made = compile_kernel(variant, arch)
+    try:
+        HIPLauncher(made.src, made.metadata)
+    except Exception as error:  # whatever is missing, the kernel is there
+        print(f"{variant.name}: {error}")
+        return False
+    return True
+
+
+def _thin(folder: Path) -> None:
+    """Leave of each kernel what a launch reads, and its list of files telling of nothing else."""
+    for listing in folder.glob("*/__grp__*.json"):
+        group = json.loads(listing.read_text(encoding="utf-8"))["child_paths"]
+        for name, path in group.items():
+            if not name.endswith(KEPT):
+                Path(path).unlink(missing_ok=True)
+        kept = {name: path for name, path in group.items() if name.endswith(KEPT)}
+        listing.write_text(json.dumps({"child_paths": kept}), encoding="utf-8")
+
+
+def _end(told: str) -> int:
+    print(told)
+    return Exit.OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
