@@ -10,7 +10,7 @@ from triton.runtime.cache import FileCacheManager
 from radeon_stack.kernels import shipped
 
 
-class ShippedToo(FileCacheManager):  # type: ignore[misc]
+class ShippedToo(FileCacheManager):
     """Finds in TRITON_CACHE_DIR first, then among the shipped kernels; writes into TRITON_CACHE_DIR alone.
 
     A key is a hash of the kernel's source, its arguments' types, its options and Triton's own files: what has the same

@@ -59,13 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _compile(variant: Variant, arch: str) -> bool:
-    """Compile a kernel, and the C with which Triton calls it; whether the latter could be had, which takes HIP."""
-    from triton.backends.amd.driver import HIPLauncher
+    """Compile a kernel, and the C by which Triton calls it; whether the latter could be had, which takes HIP's library.
+
+    Before 3.7 that is a module for each signature, and a second or so of a C compiler; since then one for all.
+    """
+    from triton.backends.amd.driver import HIPLauncher, HIPUtils
 
     from radeon_stack.kernels.audit.launcher import compile_kernel
 
     made = compile_kernel(variant, arch)
     try:
+        HIPUtils()
         HIPLauncher(made.src, made.metadata)
     except Exception as error:  # whatever is missing, the kernel is there
         print(f"{variant.name}: {error}")

@@ -8,6 +8,7 @@ Each prints JSON. They change torch and Triton, so for processes of their own.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -76,24 +77,32 @@ def keys() -> dict[str, Any]:
 
 def run() -> dict[str, Any]:
     """Of a layer's step: how often kernels were called, and which it would have compiled; then of changed ones."""
+    from triton.backends.amd import driver as amd
     from triton.backends.amd.compiler import HIPBackend
     from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
+    from triton.runtime import build, driver
 
     from radeon_stack.kernels import shipped
     from radeon_stack.kernels.configs import Tile
     from radeon_stack.kernels.linear import product as layer
 
     called: list[str] = []
+    has_hip = "TRITON_LIBHIP_PATH" in os.environ
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("this would be compiled")
 
     def caller(src: Any, metadata: Any) -> Callable[..., None]:
+        if has_hip:
+            amd.HIPLauncher(src, metadata)
         return lambda *_, **__: called.append(metadata.name)
 
-    utils = SimpleNamespace(
-        load_binary=lambda *_: (1, 1, 0, 0, 1024),
-        unload_module=lambda *_: None,
-        get_device_properties=lambda _: {"max_shared_mem": 65536},
-    )
+    HIPBackend.add_stages = build._build = refuse
+    shipped.use()
+    utils: Any = amd.HIPUtils() if has_hip else SimpleNamespace()
+    utils.load_binary = lambda *_: (1, 1, 0, 0, 1024)
+    utils.unload_module = lambda *_: None
+    utils.get_device_properties = lambda _: {"max_shared_mem": 65536}
     here = SimpleNamespace(
         get_current_target=lambda: GPUTarget("hip", GFX, 32),
         get_current_device=lambda: 0,
@@ -103,12 +112,6 @@ def run() -> dict[str, Any]:
     )
     driver.set_active(here)
 
-    def compiles(*_: Any) -> None:
-        raise RuntimeError("this would be compiled")
-
-    HIPBackend.add_stages = compiles
-    shipped.use()
-
     def outcome(step: Step) -> dict[str, Any]:
         called.clear()
         try:
@@ -117,18 +120,17 @@ def run() -> dict[str, Any]:
             return {"called": len(called), "compiles": str(error)}
         return {"called": len(called), "compiles": None}
 
-    x, weight = tensor(3, 2048), packed(4096, 2048, double=True)
-    tile = Tile(16, 64, 64, 4, 2)
-    forward: Callable[..., Step] = lambda x, weight, **more: lambda: layer(  # noqa: E731
-        x, weight, None, None, 1.0, None, over_columns=True, **more
-    )
+    def forward(width: int, chosen: Tile) -> Step:
+        x, weight = tensor(3, width), packed(4096, width, double=True)
+        return lambda: layer(x, weight, None, None, 1.0, None, over_columns=True, tile=chosen)
+
     return {
         "step": outcome(dense(3, 4096, 2048, double=True, rank=64)),
         "again": outcome(dense(3, 4096, 2048, double=True, rank=64)),
         "other shape": outcome(dense(16, 1024, 4096, double=True, rank=64)),
-        "other option": outcome(forward(x, weight, tile=Tile(16, 64, 64, 8, 2))),
+        "other option": outcome(forward(2048, Tile(16, 64, 64, 8, 2))),
         "address": outcome(dense(3, 4096, 2048, double=True, rank=64, offset=1)),
-        "width": outcome(forward(tensor(3, 2056), packed(4096, 2056, double=True), tile=tile)),
+        "width": outcome(forward(2056, Tile(16, 64, 64, 4, 2))),
     }
 
 
@@ -237,8 +239,8 @@ def stand_in() -> None:
     def on_meta(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *arguments, device=None, **more: make(*arguments, **more, device="meta" if device else None)
 
-    torch.Tensor.device = property(device)  # type: ignore[assignment, misc]
-    torch.Tensor.data_ptr = lambda self: 512 + self.storage_offset() * self.itemsize  # type: ignore[method-assign]
+    torch.Tensor.device = property(device)
+    torch.Tensor.data_ptr = lambda self: 512 + self.storage_offset() * self.itemsize
     torch.empty, torch.zeros = on_meta(torch.empty), on_meta(torch.zeros)
     torch.cuda.current_device = lambda: 0
     torch.version.hip = "7.1"
