@@ -9,6 +9,7 @@ tile, the largest rank. Not here: float32, for which RDNA has no matrix instruct
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from radeon_stack.kernels import configs
@@ -62,10 +63,9 @@ def _experts() -> Iterator[Variant]:
             for rows in (FEW, MIDDLE):
                 name = f"experts {kind} {stored} rows {rows} rank {RANK}"
                 yield _grouped(name, kernel, stored, tiles[rows], {**constants, **rank})
-            largest = {**rank, "RANK": configs.MAX_RANK}
-            yield _grouped(
-                f"experts {kind} {stored} rank {configs.MAX_RANK}", kernel, stored, middle, {**constants, **largest}
-            )
+            largest = {**constants, **rank, "RANK": configs.MAX_RANK}
+            name = f"experts {kind} {stored} rank {configs.MAX_RANK}"
+            yield replace(_grouped(name, kernel, stored, middle, largest), default=False)  # no recipe's
             yield _grouped(f"experts {kind} {stored} fp16", kernel, stored, middle, {**constants, "RANK": 0}, "*fp16")
         middle = configs.TILES[FAMILY, True, kind][MIDDLE]
         yield _grouped(f"experts {kind} nf4 double", kernel, "nf4 double", middle, {**constants, "RANK": 0})
