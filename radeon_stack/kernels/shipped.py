@@ -24,5 +24,5 @@ def count() -> int:
 
 def use() -> None:
     """Have Triton look there, in this process and those it starts; a manager that somebody else asked for stays."""
-    if folder():
+    if count():
         os.environ.setdefault(MANAGER, "radeon_stack.kernels.cache:ShippedToo")

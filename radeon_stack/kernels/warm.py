@@ -39,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from radeon_stack.kernels.audit.auditing import load_compiler
 
         load_compiler()
-    except ImportError as error:
-        return _end(f"no kernel is compiled ahead: {error}")
-    every = importlib.import_module(KERNELS).variants(arguments.target)
+        every = importlib.import_module(KERNELS).variants(arguments.target)
+    except Exception as error:  # no Triton, or one that lacks what ours are written in
+        return _end(f"no kernel is compiled ahead: {type(error).__name__}: {error}")
     named = [one for one in every if fnmatchcase(one.name, arguments.only)]
     begun = time.monotonic()
     os.environ |= {"TRITON_CACHE_DIR": str(folder)}

@@ -168,11 +168,12 @@ def test_an_image_without_its_kernels_is_not_made(tmp_path: Path, monkeypatch: p
     from radeon_stack.workloads.probe.checks import CHECKS
 
     (check,) = [check for check in CHECKS if check.name == "kernels"]
-    description = {"gfx": "gfx1201", "kernels": True}
+    description = {"gfx": "gfx1201", "kernels": True, "triton": "3.5.1"}
     assert check.applies(description) and not check.applies({"gfx": None}), "nor do images made before have any"
     monkeypatch.setenv("RADEON_STACK_KERNELS", str(tmp_path))
     with pytest.raises(CheckError, match=r"none of \d+ kernels is compiled for gfx1201"):
         check.run(description)
+    assert check.run({**description, "triton": None}).startswith("0 of "), "of a triton that nobody looked into"
     (tmp_path / "KEY").mkdir()
     (tmp_path / "KEY/k.hsaco").write_bytes(b"")
     assert re.fullmatch(r"1 of \d+ compiled for gfx1201", check.run(description))
@@ -186,6 +187,10 @@ def test_a_run_looks_where_the_image_says_and_leaves_a_manager_that_was_chosen(
     use()
     assert MANAGER not in os.environ and count() == 0
     monkeypatch.setenv(FOLDER, str(tmp_path))
+    use()
+    assert MANAGER not in os.environ, "an empty folder helps nobody"
+    (tmp_path / "KEY").mkdir()
+    (tmp_path / "KEY/k.hsaco").write_bytes(b"")
     monkeypatch.setenv(MANAGER, "theirs:Manager")
     use()
     assert os.environ[MANAGER] == "theirs:Manager"

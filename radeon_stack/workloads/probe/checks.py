@@ -180,12 +180,15 @@ def code_objects(description: Description) -> str:
 
 
 def kernels_compiled(description: Description) -> str:
-    """Our kernels are there for the gfx; a run compiles those that the image's compiler could not."""
+    """Our kernels are there for the gfx; a run compiles those that the image's compiler could not.
+
+    Where its triton was never looked into, that may be all of them.
+    """
     from radeon_stack.kernels import shipped
     from radeon_stack.kernels.variants import variants
 
     found, wanted = shipped.count(), len(variants(description["gfx"]))
-    if not found:
+    if not found and description["triton"]:
         raise CheckError(f"none of {wanted} kernels is compiled for {description['gfx']}")
     return f"{found} of {wanted} compiled for {description['gfx']}"
 
