@@ -65,4 +65,5 @@ def load_compiler() -> None:
     with suppress(ImportError):
         importlib.import_module("torch")
     importlib.import_module("triton.compiler.code_generator")
-    importlib.import_module("triton.runtime.cache").triton_key()
+    with suppress(AttributeError):  # 3.3 has it elsewhere
+        importlib.import_module("triton.runtime.cache").triton_key()
