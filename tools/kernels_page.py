@@ -31,10 +31,13 @@ the binary tells what it needs. It does not tell how fast it is.
     radeon-stack image audit --kernels --arch gfx1201                     # by this Python's triton
     radeon-stack image audit --kernels radeon-stack/train:rocm7.1.1-…     # by an image's own
     make kernels                                                          # two tritons, six GPUs
-    python -m radeon_stack.kernels.audit --target gfx1201 --warm FOLDER   # the defaults, as a cache
+    python -m radeon_stack.kernels.warm --target gfx1201 FOLDER           # as images for GPUs ship them, compiled
 
-With TRITON_CACHE_DIR=FOLDER a run by the same triton finds the last ones and does not compile: the launcher itself made
-the keys. The folder has to be writable, for what is not in it.
+With RADEON_STACK_KERNELS=FOLDER a run by the same triton finds the last ones and does not compile them: the launcher
+itself made the keys, of the sources, the arguments' types and alignments, the options, Triton's own files and the
+variables that change what it makes (TRITON_DEFAULT_FP_FUSION, AMDGCN_USE_BUFFER_OPS and others). FOLDER may be
+read-only. That all which the recipes launch is there is tested with stand-ins for tensors; what it takes and saves:
+[shipped_kernels.json](../benchmarks/shipped_kernels.json).
 
 Exit 7: a dot without matrix instructions, vector registers or scratch memory spilt in a default configuration, more
 than 64 KiB of LDS, or no binary.

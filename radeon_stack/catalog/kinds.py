@@ -39,6 +39,7 @@ class Kind(Table):
     wheels: Wheels = Wheels()
     cpu: Addition = Addition()
     rocm: Addition = Addition()
+    kernels: bool = Field(False, description="an image for a GPU has radeon-stack's kernels compiled for it")
 
     def addition(self, backend: str) -> Addition:
         return self.cpu if backend == "cpu" else self.rocm

@@ -29,6 +29,7 @@ INSIDE = (
     "runs/events.py",
     "workloads",
 )
+KERNELS = "/opt/radeon-stack/triton"
 ENVIRONMENT = (("PATH", "/opt/venv/bin:$PATH"), ("VIRTUAL_ENV", "/opt/venv"))
 SOURCE_SUFFIXES = (".py", ".toml", ".json", ".j2")
 
@@ -112,6 +113,7 @@ def description(spec: ImageSpec, key: str) -> dict[str, Any]:
         "modules": list(spec.modules),
         "without": sorted(addition.without),
         "trim": spec.trim,
+        "kernels": spec.kernels,
     }
 
 
@@ -135,7 +137,8 @@ def labels(spec: ImageSpec, key: str) -> tuple[tuple[str, str], ...]:
 
 
 def _render(spec: ImageSpec, stored: frozenset[str], key: str) -> str:
-    environment = (*ENVIRONMENT, *sorted(spec.runtime_env))
+    kernels = (("RADEON_STACK_KERNELS", KERNELS),) if spec.kernels else ()
+    environment = (*ENVIRONMENT, *kernels, *sorted(spec.runtime_env))
     return str(
         _template(spec.docker).render(
             kind=spec.kind_name,
@@ -144,6 +147,7 @@ def _render(spec: ImageSpec, stored: frozenset[str], key: str) -> str:
             wheels=spec.wheels,
             stored=stored,
             trim=spec.trim,
+            kernels=KERNELS if spec.kernels else None,
             base_env=[(name, _quoted(value)) for name, value in spec.base_env],
             env=environment,
             labels=labels(spec, key),

@@ -59,6 +59,11 @@ class ImageSpec:
     def tag(self) -> str:
         return f"radeon-stack/{self.kind_name}:{self.platform.name}"
 
+    @property
+    def kernels(self) -> bool:
+        """Whether it brings compiled kernels: what runs on a CPU alone needs none."""
+        return self.kind.kernels and self.platform.gfx is not None
+
     @cached_property
     def requirements(self) -> str:
         """The hash-locked requirements, without what a stage builds."""

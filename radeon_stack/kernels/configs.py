@@ -79,7 +79,7 @@ def decode_once(family: str, rows: int) -> bool:
     return rows > DECODE_ONCE_ROWS[family]
 
 
-MAX_RANK = 128  # of adapters in a product's tile: up to here the audit finds no spills
+MAX_RANK = 128  # of adapters in a product's tile; at 64 rows the experts' way back spills a few registers on gfx11
 ADAPTER_STAGES = 2  # of the adapters' own small products
 LOW_RANK_WARPS = 8
 FP8_DECODE_BLOCK = 1024  # columns of a row that a program decodes

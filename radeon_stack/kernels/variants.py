@@ -1,13 +1,15 @@
-"""Every form in which our kernels are launched on AMD GPUs: what the audit compiles and a warm cache holds.
+"""The forms in which our kernels are launched on AMD GPUs: what the audit compiles and an image ships compiled.
 
 Configurations come from the tables that launches read: none is compiled here that does not run. Types and alignments
-are those of the launches: bf16 throughout, float16 for a middle tile; adapters of the usual and the largest rank; the
-128 experts of Qwen3-30B-A3B. Not here: float32, for which RDNA has no matrix instructions, and other experts.
+are those of the launches: bf16, adapters in float32 as PEFT keeps them, the 128 experts of Qwen3-30B-A3B. That nothing
+is missing which the recipes launch is tested by launching it. Of what they do not launch, samples: float16 for a middle
+tile, the largest rank. Not here: float32, for which RDNA has no matrix instructions, and other experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from radeon_stack.kernels import configs
@@ -17,13 +19,16 @@ from radeon_stack.kernels.variant import Variant
 
 EXPERTS = {"EXPERTS": 128, "PADDED": 128}  # Qwen3-30B-A3B's
 FAMILY = "hip"
-RANK = 16  # of adapters an expert
+RANK = 16  # of adapters an expert, padded: the recipes' 8
 DENSE_RANK = 64  # of adapters of dense layers: the recipes'
+FEW = 16  # the row block of a few tokens: of generated ones, and of short texts among many experts
 MIDDLE = 64  # the row block whose tiles stand for the others where a flag is tried
+LOW_RANK_ROWS = (16, 32, 64)  # row blocks of the adapters' own small products
 INTEGERS = ("n_size", "k_size", "top_k", "rank", "m_tiles", "rows", "a_top_k", "b_top_k", "tokens", "width", "count")
 ALIGNED = ("n_size", "k_size", "width")
 STORED = {  # how a weight is stored → (its NF4 constants, the types of its six pointers)
     "16 bit": ({"NF4": 0, "NESTED": False}, None),
+    "float32": ({"NF4": 0, "NESTED": False}, ("*fp32",) * 6),
     "nf4": ({"NF4": 1, "NESTED": False}, ("*u8", "*fp32", "*fp32", "*fp32", "*fp32", "*fp32")),
     "nf4 double": ({"NF4": 1, "NESTED": True}, ("*u8", "*u8", "*fp32", "*fp32", "*fp32", "*fp32")),
 }
@@ -49,16 +54,29 @@ def _experts() -> Iterator[Variant]:
             for rows, tile in tiles.items():
                 name = f"experts {kind} {stored} rows {rows}"
                 yield _grouped(name, kernel, stored, tile, {**constants, "RANK": 0})
+            if kind == "gated_forward":  # nothing is kept where nothing is trained: of generated tokens
+                for number in (0, RANK):
+                    name = f"experts {kind} {stored} rows {FEW} rank {number}, not trained"
+                    yield _grouped(name, kernel, stored, tiles[FEW], {**constants, "RANK": number, "SAVE": False})
             middle = tiles[MIDDLE]
             rank = {"RANK": RANK, **({"SAVE": True} if "SAVE" in constants else {})}
-            yield _grouped(f"experts {kind} {stored} rank {RANK}", kernel, stored, middle, {**constants, **rank})
-            largest = {**rank, "RANK": configs.MAX_RANK}
-            yield _grouped(
-                f"experts {kind} {stored} rank {configs.MAX_RANK}", kernel, stored, middle, {**constants, **largest}
-            )
+            for rows in (FEW, MIDDLE):
+                name = f"experts {kind} {stored} rows {rows} rank {RANK}"
+                yield _grouped(name, kernel, stored, tiles[rows], {**constants, **rank})
+            largest = {**constants, **rank, "RANK": configs.MAX_RANK}
+            name = f"experts {kind} {stored} rank {configs.MAX_RANK}"
+            yield replace(_grouped(name, kernel, stored, middle, largest), default=False)  # no recipe's
             yield _grouped(f"experts {kind} {stored} fp16", kernel, stored, middle, {**constants, "RANK": 0}, "*fp16")
         middle = configs.TILES[FAMILY, True, kind][MIDDLE]
         yield _grouped(f"experts {kind} nf4 double", kernel, "nf4 double", middle, {**constants, "RANK": 0})
+    for over in (True, False):
+        for gather in (True, False):  # of adapters: x·aᵀ by token, then sorted; and the same back
+            kind = "forward" if over else "backward"
+            flags = {**_flags(gather=gather, over_columns=over), **_extras(), "RANK": 0}
+            for rows in (FEW, MIDDLE):
+                tile = configs.TILES[FAMILY, False, kind][rows]
+                name = f"experts' adapters {kind}{' gathered' if gather else ''} rows {rows}"
+                yield _grouped(name, grouped.grouped_matmul, "float32", tile, flags, unaligned=("n_size",))
     for over in (True, False):
         kind = "forward" if over else "backward"
         flags = {**_flags(gather=True, over_columns=over), **_extras(bias=over), "RANK": 0}
@@ -67,31 +85,49 @@ def _experts() -> Iterator[Variant]:
 
 
 def _gradients() -> Iterator[Variant]:
-    for n, k in ((64, 64), (16, 64), (64, 16)):
-        constants = {"A_GATHER": True, "B_GATHER": False, "BLOCK_M": 32, "BLOCK_N": n, "BLOCK_K": k}
-        types = {"scale": "fp32", "slots": "*i32", "offsets": "*i32"}
-        yield _variant(f"experts gradient {n}x{k}", grouped.grouped_outer, constants, types, stages=2)
-    constants = {"RANK": DENSE_RANK, "BLOCK_M": 64, "BLOCK_C": 64}
+    types = {"scale": "fp32", "slots": "*i32", "offsets": "*i32"}
+    for gathered in ("A", "B"):
+        constants = {**_outer(64, 64), f"{gathered}_GATHER": True}
+        yield _variant(f"experts gradient, {gathered} gathered", grouped.grouped_outer, constants, types, stages=2)
+    for factor, (gathered, n, k) in {
+        "a of gate and up": ("B", 16, 64),
+        "b of gate and up": ("", 64, 16),
+        "a of down": ("", 16, 64),
+        "b of down": ("A", 64, 16),
+    }.items():
+        constants = {**_outer(n, k), **({f"{gathered}_GATHER": True} if gathered else {})}
+        yield _variant(
+            f"experts' adapters gradient of {factor}", grouped.grouped_outer, constants, {**types, "out": "*fp32"},
+            stages=2, unaligned=("n_size" if n < k else "k_size",),
+        )  # fmt: skip
     types = {"d_a": "*fp32", "d_b": "*fp32", "scale": "fp32"}
-    yield _variant("dense adapter gradients", linear.adapter_gradients, constants, types, stages=configs.ADAPTER_STAGES)
+    for rows in LOW_RANK_ROWS:
+        constants = {"RANK": DENSE_RANK, "BLOCK_M": rows, "BLOCK_C": 64}
+        yield _variant(
+            f"dense adapter gradients rows {rows}", linear.adapter_gradients, constants, types,
+            stages=configs.ADAPTER_STAGES,
+        )  # fmt: skip
 
 
 def _dense() -> Iterator[Variant]:
+    few, many = configs.low_rank_split(1), configs.low_rank_split(configs.DECODE_ONCE_ROWS[FAMILY])
     for over in (True, False):
         way = "forward" if over else "backward"
-        common = {"OVER_COLUMNS": over, "BIAS": False, "RANK": DENSE_RANK, "SPLIT": configs.low_rank_split(64)}
-        for rows, tile in configs.LINEAR[FAMILY].items():
-            yield _linear(f"dense {way} nf4 rows {rows}", "nf4", tile, common)
+        common = {"OVER_COLUMNS": over, "BIAS": False, "RANK": DENSE_RANK, "SPLIT": few}
+        tiles = configs.LINEAR[FAMILY]
+        for stored in ("nf4", "nf4 double"):
+            for rows, tile in tiles.items():
+                yield _linear(f"dense {way} {stored} rows {rows}", stored, tile, common)
+            yield _linear(f"dense {way} {stored} split {many}", stored, tiles[max(tiles)], {**common, "SPLIT": many})
         largest = {**common, "RANK": configs.MAX_RANK}
-        yield _linear(f"dense {way} nf4 rank {configs.MAX_RANK}", "nf4", configs.LINEAR[FAMILY][MIDDLE], largest)
-        yield _linear(f"dense {way} nf4 double", "nf4 double", configs.LINEAR[FAMILY][MIDDLE], common)
-        constants = {"OVER_COLUMNS": over, "RANK": DENSE_RANK, "SPLIT": configs.low_rank_split(64)}
-        constants |= {"BLOCK_M": 64, "BLOCK_K": 64}
+        yield _linear(f"dense {way} nf4 rank {configs.MAX_RANK}", "nf4", tiles[MIDDLE], largest)
         types = {"factor": "*fp32", "partials": "*fp32"}
-        yield _variant(
-            f"dense {way} low rank", linear.low_rank_partials, constants, types,
-            warps=configs.LOW_RANK_WARPS, stages=configs.ADAPTER_STAGES,
-        )  # fmt: skip
+        for rows, split in (*((rows, few) for rows in LOW_RANK_ROWS), (max(LOW_RANK_ROWS), many)):
+            constants = {"OVER_COLUMNS": over, "RANK": DENSE_RANK, "SPLIT": split, "BLOCK_M": rows, "BLOCK_K": 64}
+            yield _variant(
+                f"dense {way} low rank rows {rows} split {split}", linear.low_rank_partials, constants, types,
+                warps=configs.LOW_RANK_WARPS, stages=configs.ADAPTER_STAGES,
+            )  # fmt: skip
     for stored in ("nf4", "nf4 double"):
         nf4, pointers = STORED[stored]
         types = {"packed": "*u8", **_pointers(pointers), "size": "i32"}
@@ -122,11 +158,12 @@ def _fp8() -> Iterator[Variant]:
 
 
 def _routing() -> Iterator[Variant]:
-    sizes = {"PADDED": 128, "BLOCK": 512, "CHUNK": 32}
     types = {"expert_of": "*i64", "counts": "*i32", "slots": "*i32", "offsets": "*i32", "size": "i32", "blocks": "i32"}
-    yield _variant("count experts", routing.count_experts, sizes, types, warps=8, dot=False)
-    constants = {"EXPERTS": 128, **sizes, "BLOCKS": 32}
-    yield _variant("place slots", routing.place_slots, constants, types, warps=8, dot=False)
+    for block in (128, 512):
+        sizes = {"PADDED": 128, "BLOCK": block, "CHUNK": 32}
+        yield _variant(f"count experts {block}", routing.count_experts, sizes, types, warps=8, dot=False)
+        constants = {"EXPERTS": 128, **sizes, "BLOCKS": 32}
+        yield _variant(f"place slots {block}", routing.place_slots, constants, types, warps=8, dot=False)
     for parts in (0, 16):
         constants = {"TOP_K": 8, "PARTS": parts, "BLOCK_T": 4, "BLOCK_H": 512}
         types = {"parts": "*fp32" if parts else "*bf16"}
@@ -141,10 +178,17 @@ def _routing() -> Iterator[Variant]:
 
 
 def _grouped(
-    name: str, kernel: Any, stored: str, tile: Tile, constants: Mapping[str, Any], dtype: str = "*bf16"
+    name: str,
+    kernel: Any,
+    stored: str,
+    tile: Tile,
+    constants: Mapping[str, Any],
+    dtype: str = "*bf16",
+    unaligned: tuple[str, ...] = (),
 ) -> Variant:
     nf4, pointers = STORED[stored]
     types = {"slots": "*i32", "offsets": "*i32", "d_weight": "*fp32", "lora_scale": "fp32", **_pointers(pointers)}
+    types |= {"v": "*fp32"} if constants["RANK"] else {}
     return _variant(
         name,
         kernel,
@@ -153,7 +197,8 @@ def _grouped(
         dtype=dtype,
         warps=tile.warps,
         stages=tile.stages,
-        fp_fusion=stored == "16 bit",
+        fp_fusion=not nf4["NF4"],
+        unaligned=unaligned,
     )
 
 
@@ -191,6 +236,7 @@ def _variant(
     dot: bool = True,
     fp_fusion: bool = True,
     aligned: tuple[str, ...] = (),
+    unaligned: tuple[str, ...] = (),
 ) -> Variant:
     signature = {}
     for parameter in kernel.arg_names:
@@ -201,7 +247,7 @@ def _variant(
         else:
             signature[parameter] = "i32" if parameter in INTEGERS else dtype
     pointers = tuple(parameter for parameter, kind in signature.items() if kind.startswith("*"))
-    integers = tuple(parameter for parameter in ALIGNED if parameter in signature)
+    integers = tuple(parameter for parameter in ALIGNED if parameter in signature and parameter not in unaligned)
     return Variant(
         name=name,
         kernel=kernel,
@@ -214,6 +260,10 @@ def _variant(
         fp_fusion=fp_fusion,
         aligned=(*pointers, *integers, *aligned),
     )
+
+
+def _outer(n: int, k: int) -> dict[str, Any]:
+    return {"A_GATHER": False, "B_GATHER": False, "BLOCK_M": 32, "BLOCK_N": n, "BLOCK_K": k}
 
 
 def _flags(*, over_columns: bool, gather: bool = False, scatter: bool = False) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 from radeon_stack.errors import Exit, StackError
+from radeon_stack.kernels import shipped
 from radeon_stack.runs import events as ev
 from radeon_stack.workloads.ranks import ALONE, Rank, end_with_the_launcher, lost_another, rank
 
@@ -125,6 +126,7 @@ def read_config(run: Path) -> dict[str, Any]:
 def carry_out(argv: list[str], work: Callable[[Job], dict[str, Any]], sizes: Sizes = Sizes()) -> int:
     """Run a workload to its last event; returns the process's exit code."""
     arguments = read_arguments(argv)
+    shipped.use()
     here, write = rank(), ev.EventWriter(arguments.run / "events.jsonl")
     job = Job(arguments, write if here.first else _silent, sizes, rank=here)
     if not here.alone:

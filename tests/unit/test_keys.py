@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +48,7 @@ FILES: dict[tuple[str, str, str], set[str]] = {
     ("platforms.toml", "is a word in its `gfx`", "is listed in its `gfx`"): set(),
     ("kinds.toml", 'summary = "fine', 'summary = "finer'): set(),
     ("kinds.toml", '"torch", "transformers", "peft"', '"torch", "peft"'): {IMAGE},
+    ("kinds.toml", "kernels = true\n", ""): {IMAGE},
     ("kinds.toml", 'imports = ["vllm"]', "imports = []"): set(),  # of another kind
     ("locks/train-rocm7.1.1.txt", "--hash=sha256:", "--hash=sha256:0"): {IMAGE, REQUIREMENTS},
     ("locks/train-rocm7.2.4.txt", "--hash=sha256:", "--hash=sha256:0"): set(),
@@ -100,7 +100,7 @@ def test_every_key_of_a_wheels_file_and_of_a_kinds_is_told_here() -> None:
     assert Wheel.model_fields.keys() == {"version", "job_memory", "default", "requires", "source", "variants"}
     variant = {"index", "git", "ref", "tools", "env", "runtime_env", "modules"}
     assert Variant.model_fields.keys() == variant
-    assert Kind.model_fields.keys() == {"summary", "extra", "imports", "wheels", "cpu", "rocm"}
+    assert Kind.model_fields.keys() == {"summary", "extra", "imports", "wheels", "cpu", "rocm", "kernels"}
     assert Addition.model_fields.keys() == {"requirements", "imports", "without"}
 
 
@@ -165,9 +165,10 @@ def test_what_runs_inside_moves_the_image_and_the_command_line_moves_nothing(mon
     inside = package_files()
     assert "workloads/finetune/training.py" in inside and "codeobjects/elf.py" in inside
     assert not [name for name in inside if name.startswith(("cli/", "images/", "launch/", "host/", "catalog/"))]
-    changed: Callable[[], dict[str, bytes]] = lambda: {**inside, "workloads/finetune/training.py": b""}  # noqa: E731
-    monkeypatch.setattr("radeon_stack.images.render.package_files", changed)
-    assert moved(BEFORE, keys(spec())) == {IMAGE}
+    for name in ("workloads/finetune/training.py", "kernels/jit/linear.py", "kernels/variants.py"):
+        changed = {**inside, name: b""}
+        monkeypatch.setattr("radeon_stack.images.render.package_files", changed.copy)
+        assert moved(BEFORE, keys(spec())) == {IMAGE}, name
 
 
 @given(st.dictionaries(st.text(max_size=4), st.text(max_size=4)))

@@ -110,9 +110,9 @@ def test_registers_leave_room_for_as_many_waves_as_the_compiler_writes_itself(au
     assert told >= 6
 
 
-def test_what_a_launch_compiles_is_what_a_warm_cache_holds(audited: Audited, tmp_path: Path) -> None:
+def test_what_a_launch_compiles_is_what_the_audit_compiled(audited: Audited, tmp_path: Path) -> None:
     warm = tmp_path / "warm"
-    arguments = ("--target", "gfx1201", "--from", KERNELS, "--only", "good", "--warm", warm)
+    arguments = ("--target", "gfx1201", "--from", KERNELS, "--only", "good", "--cache", warm)
     assert run(audited.python, *arguments).returncode == 0
     held = sorted(path.name for path in warm.iterdir())
     assert run(audited.python, *arguments).returncode == 0

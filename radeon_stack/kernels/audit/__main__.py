@@ -2,7 +2,6 @@
 
   python -m radeon_stack.kernels.audit --target gfx1201
   python -m radeon_stack.kernels.audit --all-targets --json audit.json
-  python -m radeon_stack.kernels.audit --target gfx1201 --warm FOLDER   # then TRITON_CACHE_DIR=FOLDER
 
 Exit 7 when a dot has no matrix instructions, a default configuration spills, a workgroup needs more than 64 KiB of
 LDS, or something does not compile; 3 when triton is missing. Marked °: not a default configuration, where spills are
@@ -49,12 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         return _fail(Exit.USAGE, f"{arguments.module} cannot be imported: {error}; kernels may import triton alone")
     begun = time.monotonic()
-    if arguments.warm:
-        arguments.warm.mkdir(parents=True, exist_ok=True)
-        rows = _run(arguments, variants, targets, arguments.warm)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            rows = _run(arguments, variants, targets, arguments.cache or Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        rows = _run(arguments, variants, targets, arguments.cache or Path(folder))
     if not rows:
         return _fail(Exit.USAGE, f"no kernel's name contains or matches {arguments.only!r}")
     record = {
@@ -83,7 +78,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write versions, date and rows there")
     parser.add_argument("--print-json", action="store_true", help="… or print them, instead of a table")
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="Triton's cache; else a temporary one")
-    parser.add_argument("--warm", type=Path, metavar="FOLDER", help="compile the defaults alone, into this cache")
     parser.add_argument(
         "--from", dest="module", default=KERNELS, metavar="MODULE", help=f"of variants(arch); {KERNELS}"
     )
@@ -98,7 +92,6 @@ def _run(arguments: argparse.Namespace, variants: Variants, targets: list[str], 
         targets,
         cache,
         only=arguments.only,
-        keep=(lambda variant: variant.default) if arguments.warm else (lambda variant: True),
         at_once=arguments.at_once,
     ):
         mark = "✗" if row.findings else "✓"

@@ -26,7 +26,6 @@ def audit_variants(
     cache: Path,
     *,
     only: str = "*",
-    keep: Callable[[Variant], bool] = lambda variant: True,
     at_once: int = 2,
     seconds: float = 300.0,
 ) -> Iterator[Row]:
@@ -35,12 +34,12 @@ def audit_variants(
     `cache` becomes TRITON_CACHE_DIR of the processes that compile. One that ends without a binary gives a row with a
     finding that says how.
     """
-    _load_compiler()
+    load_compiler()
     pairs = [
         (variant, arch)
         for arch in targets
         for variant in variants(arch)
-        if keep(variant) and (only in variant.name or fnmatchcase(variant.name, only))
+        if only in variant.name or fnmatchcase(variant.name, only)
     ]
     calls = [partial(_audit_one, variant, arch, cache) for variant, arch in pairs]
     for index, result in call_apart(calls, at_once=at_once, seconds=seconds):
@@ -58,7 +57,7 @@ def _audit_one(variant: Variant, arch: str, cache: Path) -> Row:
     return judge(variant, arch, compiled, time.perf_counter() - begun)
 
 
-def _load_compiler() -> None:
+def load_compiler() -> None:
     """Load what each child would load anew, and hash Triton's own files once: two seconds of every compile.
 
     Triton itself looks whether torch is there, to know a tensor when it is given one. The audit does not need it.
@@ -66,4 +65,5 @@ def _load_compiler() -> None:
     with suppress(ImportError):
         importlib.import_module("torch")
     importlib.import_module("triton.compiler.code_generator")
-    importlib.import_module("triton.runtime.cache").triton_key()
+    with suppress(AttributeError):  # 3.3 has it elsewhere
+        importlib.import_module("triton.runtime.cache").triton_key()

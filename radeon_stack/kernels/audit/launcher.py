@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from radeon_stack.kernels.audit.chips import CHIPS
 from radeon_stack.kernels.variant import Variant
 
 NOT_A_POWER = 17  # an integer that is neither 1 nor divisible by 16: the launcher assumes nothing of it
@@ -31,17 +30,23 @@ class Compiled:
 
 
 def compile_variant(variant: Variant, arch: str) -> Compiled:
+    """`compile_kernel`, and what it made."""
+    return read_compiled(compile_kernel(variant, arch))
+
+
+def compile_kernel(variant: Variant, arch: str) -> Any:
     """Compile one variant for a GPU of `arch`, into the cache folder that TRITON_CACHE_DIR names.
 
-    It leaves Triton believing that this GPU is there: meant for a process of its own. ValueError when the launcher
-    does not see the arguments as the variant's signature tells them; errors of the compiler pass through.
+    A triton.compiler.CompiledKernel. It leaves Triton believing that this GPU is there: meant for a process of its
+    own. ValueError when the launcher does not see the arguments as the variant's signature tells them; errors of the
+    compiler pass through.
     """
     pretend(arch)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": variant.fp_fusion}
     arguments = [_argument(variant, name) for name in variant.kernel.arg_names]
     made = variant.kernel.run(*arguments, grid=(1,), warmup=True, **options, **variant.options)
     _agree(variant.signature, made.src.signature)
-    return read_compiled(made)
+    return made
 
 
 def pretend(arch: str) -> None:
@@ -49,7 +54,12 @@ def pretend(arch: str) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    driver.set_active(_Driver(GPUTarget("hip", arch, CHIPS[arch].wave_size)))
+    driver.set_active(_Driver(GPUTarget("hip", arch, wave_size(arch))))
+
+
+def wave_size(arch: str) -> int:
+    """Work-items of a wave: of CDNA 64, of RDNA 32, which is what Triton compiles for."""
+    return 64 if arch.startswith("gfx9") else 32
 
 
 def read_compiled(made: Any) -> Compiled:
@@ -71,6 +81,13 @@ class _Driver:
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+    @property
+    def utils(self) -> Any:
+        """What Triton compiled to talk to HIP; compiled when it is not there yet, and HIP is."""
+        from triton.backends.amd.driver import HIPUtils
+
+        return HIPUtils()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from transformers import set_seed
 
 from radeon_stack.contracts.finetune import FinetuneConfig
+from radeon_stack.kernels import shipped
 from radeon_stack.kernels.liger import use_liger
 from radeon_stack.runs.events import Phase, Sample, read_events
 from radeon_stack.workloads.finetune import adapter, base, fp8, merging, ranks, sources, training
@@ -135,6 +136,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
         "hip": torch.version.hip,
+        **({"compiled_kernels": shipped.count()} if shipped.folder() else {}),
         "device": torch.cuda.get_device_name(found) if found.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

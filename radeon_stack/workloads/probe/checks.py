@@ -179,6 +179,20 @@ def code_objects(description: Description) -> str:
     return f"{len(found.files)} files with code for {description['gfx']}"
 
 
+def kernels_compiled(description: Description) -> str:
+    """Our kernels are there for the gfx; a run compiles those that the image's compiler could not.
+
+    Where its triton was never looked into, that may be all of them.
+    """
+    from radeon_stack.kernels import shipped
+    from radeon_stack.kernels.variants import variants
+
+    found, wanted = shipped.count(), len(variants(description["gfx"]))
+    if not found and description["triton"]:
+        raise CheckError(f"none of {wanted} kernels is compiled for {description['gfx']}")
+    return f"{found} of {wanted} compiled for {description['gfx']}"
+
+
 def nf4_round_trip(description: Description) -> str:
     return numerics.nf4_round_trip(_device(description))
 
@@ -238,6 +252,7 @@ CHECKS = (
     Check("imports", "what the kind promises is there", imports),
     Check("bitsandbytes", "a release right on RDNA, with its native library", bitsandbytes_native, applies=_trains),
     Check("code objects", "every HIP library has code for the gfx", code_objects, applies=_rocm),
+    Check("kernels", "our kernels are compiled ahead", kernels_compiled, applies=lambda d: bool(d.get("kernels"))),
     Check("nf4", "NF4 round trip within tolerance, block sizes 64 and 128", nf4_round_trip, applies=_trains),
     Check("nf4 gradient", "an NF4 layer gives its input the right gradient", nf4_gradient, applies=_trains),
     Check("adamw8bit", "steps of AdamW with 8-bit states", adamw8bit, applies=_trains),
