@@ -23,6 +23,11 @@ from radeon_stack.workloads.finetune.encoding import Encoded
 from radeon_stack.workloads.finetune.evaluation import evaluations_in, out_of_patience, read_record
 from radeon_stack.workloads.job import Job, StopRequested
 
+# Its name since transformers 5.23; unsloth's releases want an older one.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if name in SFTConfig.__dataclass_fields__
+)
+
 
 def trainer_for(
     job: Job,
@@ -74,7 +79,7 @@ def sft_arguments(config: FinetuneConfig, folder: Path, *, evaluate: bool = Fals
         optim=train.optimizer,
         bf16=train.precision == "bf16",
         fp16=train.precision == "fp16",
-        activation_checkpointing=train.gradient_checkpointing,
+        **{CHECKPOINTING: train.gradient_checkpointing},
         seed=train.seed,
         data_seed=train.data_seed,
         save_steps=train.checkpoint_every,
