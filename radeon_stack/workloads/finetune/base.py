@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from radeon_stack.contracts.finetune import Quantization
@@ -125,8 +125,11 @@ def quantized(model: torch.nn.Module) -> dict[str, int]:
             found[f"{path}.weight"] = module.in_features * module.out_features
         elif interface.is_experts(module):
             for name in interface.matrix_names(module):
-                if isinstance(weight := interface.experts_weight(module, name), NF4):
+                weight = interface.experts_weight(module, name)
+                if isinstance(weight, NF4):
                     found[f"{path}.{name}"] = prod(weight.shape)
+                elif isinstance(weight, Params4bit) and weight.quant_state is not None:  # unsloth's
+                    found[f"{path}.{name}"] = prod(weight.quant_state.shape)
     return found
 
 
@@ -176,8 +179,9 @@ def memory(model: torch.nn.Module) -> int:
     """Bytes of all parameters, the scales of 4-bit ones included."""
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     for module in model.modules():
-        if isinstance(module, Linear4bit) and module.weight.quant_state is not None:
-            total += _bytes(module.weight.quant_state)
+        for weight in module.parameters(recurse=False):
+            if isinstance(weight, Params4bit) and weight.quant_state is not None:
+                total += _bytes(weight.quant_state)
         for steps in getattr(module, "parametrizations", {}).values():
             total += sum(_bytes(step.quant_state) for step in steps if hasattr(step, "quant_state"))
     return total

@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from radeon_stack.contracts.finetune import FinetuneConfig
 from radeon_stack.kernels.adapters import add_experts_lora
-from radeon_stack.workloads.finetune import fp8, ranks
+from radeon_stack.workloads.finetune import fp8, ranks, unsloth_backend
 from radeon_stack.workloads.finetune.adapter import experts_alpha, lora_config
 from radeon_stack.workloads.finetune.callbacks import Evaluator, Ledger, Rate, Teller, Watcher
 from radeon_stack.workloads.finetune.checkpoints import Checkpoint, best_folder, scratch
@@ -38,13 +38,14 @@ def trainer_for(
     held_back: Sequence[Encoded] = (),
 ) -> SFTTrainer:
     """An SFTTrainer with the adapter on the model and the rows as they were encoded."""
+    unsloth = config.backend == "unsloth"
     trainer = SFTTrainer(
-        model,
+        unsloth_backend.adapted(model, config) if unsloth else model,
         args=sft_arguments(config, scratch(job.artifacts), evaluate=bool(held_back)),
         train_dataset=_dataset(rows),
         eval_dataset=_dataset(held_back) if held_back else None,
         processing_class=tokenizer,
-        peft_config=lora_config(config.lora, model, config.speed),
+        peft_config=None if unsloth else lora_config(config.lora, model, config.speed),
     )
     if config.lora.experts_rank:
         add_experts_lora(trainer.model, config.lora.experts_rank, experts_alpha(config.lora))
