@@ -22,6 +22,7 @@ import torch  # noqa: E402
 
 STD = 0.02
 SHARD = 4 << 30  # bytes
+INDEX = "model.safetensors.index.json"
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}{% if add_generation_prompt %} {% endif %}"
 
 
@@ -89,7 +90,7 @@ def write(kind: str, sizes: Mapping[str, Any], folder: Path) -> None:
         save_file({name: drawn(found[name]).cpu() for name in names}, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": sum(2 * shape.numel() for shape in found.values())}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
 
 
 if __name__ == "__main__":

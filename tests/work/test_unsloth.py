@@ -139,6 +139,19 @@ def test_a_fake_unsloth_is_asked_for_the_recipes_adapter_and_none_on_experts(mon
     assert fake.asked["target_modules"] == ["q_proj"]
 
 
+def test_experts_that_unsloth_packed_are_counted_as_what_they_are() -> None:
+    import torch
+    from bitsandbytes.nn import Params4bit
+
+    from radeon_stack.workloads.finetune import base
+
+    packed = Params4bit(torch.randn(2, 16, 64), requires_grad=False, quant_type="nf4").to("cpu")
+    model = torch.nn.ModuleDict({"experts": torch.nn.Module()})
+    model["experts"].register_parameter("down_proj", packed)
+    assert base.quantized(model) == {"experts.down_proj": 2 * 16 * 64}
+    assert base.memory(model) > 2 * 16 * 64 // 2  # their scales too
+
+
 def test_what_is_imported_apart_must_be_importable() -> None:
     told = {"imports": ["json"], "apart": ["sqlite3"], "modules": []}
     assert checks.imports(told) == "2 imported, 0 found"

@@ -123,13 +123,13 @@ def quantized(model: torch.nn.Module) -> dict[str, int]:
     for path, module in model.named_modules():
         if isinstance(module, Linear4bit):
             found[f"{path}.weight"] = module.in_features * module.out_features
-        elif interface.is_experts(module):
-            for name in interface.matrix_names(module):
-                weight = interface.experts_weight(module, name)
-                if isinstance(weight, NF4):
-                    found[f"{path}.{name}"] = prod(weight.shape)
-                elif isinstance(weight, Params4bit) and weight.quant_state is not None:  # unsloth's
-                    found[f"{path}.{name}"] = prod(weight.quant_state.shape)
+            continue
+        for name in interface.matrix_names(module) if interface.is_experts(module) else ():
+            if isinstance(weight := interface.experts_weight(module, name), NF4):
+                found[f"{path}.{name}"] = prod(weight.shape)
+        for name, own in module.named_parameters(recurse=False):
+            if isinstance(own, Params4bit) and own.quant_state is not None:  # unsloth's experts
+                found[f"{path}.{name}"] = prod(own.quant_state.shape)
     return found
 
 

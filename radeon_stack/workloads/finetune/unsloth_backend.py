@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from radeon_stack.contracts.finetune import FinetuneConfig, Quantization, Speed
-from radeon_stack.errors import MachineError
+from radeon_stack.errors import CheckError, MachineError
 from radeon_stack.workloads.job import Job
 
 PACKAGES = ("unsloth", "unsloth_zoo")
@@ -57,6 +57,8 @@ class Loading:
         model = self._load(job, folder, dtype, "load", four_bit=quantization.kind == "nf4")
         base.keep_trainable_layout(model)
         base.check_quantized(model, quantization)
+        if quantization.kind == "nf4" and (left := _experts_left(model)):
+            raise CheckError(f"{left} is still in 16 bit", where="config.quantization.experts")
         return model
 
     def load_16bit(self, job: Job, folder: Path, dtype: Any, stage: str, *, on: Any) -> Any:
@@ -79,6 +81,18 @@ class Loading:
                 local_files_only=True,
             )
         return model
+
+
+def _experts_left(model: Any) -> str:
+    """The name of a weight of experts that is not packed; "": none. Their classes may be unsloth's own."""
+    return next(
+        (
+            name
+            for name, one in model.named_parameters()
+            if ".experts." in name and one.is_floating_point() and (one.ndim > 2 or name.endswith(".weight"))
+        ),
+        "",
+    )
 
 
 def adapted(model: Any, config: FinetuneConfig) -> Any:
