@@ -284,6 +284,11 @@ def measured(name: str, implementation: str, checkpoint: Path | None, *, smoke: 
         begun = time.monotonic()
         work = Work(case, STEPS + PROFILED * profile, Path(folder), checkpoint)
         trainer = IMPLEMENTATIONS[implementation](work)
+        from radeon_stack.workloads.finetune.base import quantized
+
+        packed = sum(quantized(trainer.model).values())
+        if not packed:  # unsloth goes on in 16 bit where bitsandbytes does not work
+            raise RuntimeError("nothing of it is in 4 bit")
         loaded = {"seconds": time.monotonic() - begun, "peak_gib": peak(), "host_gib": host_gib()}
         reset_peak()
         trainer.add_callback(watch := watcher(StepProfiler() if profile else None))
@@ -303,6 +308,7 @@ def measured(name: str, implementation: str, checkpoint: Path | None, *, smoke: 
         "peak_gib": watch.peak,
         "load": loaded,
         "trained": trained,
+        "quantized": packed,
         "losses": losses,
         "versions": {package: _version(package) for package in PACKAGES},
     }
@@ -456,7 +462,7 @@ def line(one: Mapping[str, Any]) -> str:
         f"{head} {one['step_seconds']:.3f} s/step · {one['tokens_per_second']:,.0f} tokens/s · "
         f"{one['peak_gib']:.2f} GiB · "
         f"loaded in {load['seconds']:.0f} s, {load['peak_gib']:.2f} GiB, host {load['host_gib']:.1f} GiB · "
-        f"{one['trained']:,} trained · loss {losses[0]:.3f} → {losses[-1]:.3f}"
+        f"{one['trained']:,} trained, {one['quantized']:,} in 4 bit · loss {losses[0]:.3f} → {losses[-1]:.3f}"
     )
 
 
