@@ -36,6 +36,7 @@ class Kind(Table):
     summary: str = Field(min_length=1)
     extra: str = Field(min_length=1, description="an extra of pyproject.toml")
     imports: Strings = Field(min_length=1)
+    apart: Strings = Field((), description="imported in a process of their own: they change what is imported already")
     wheels: Wheels = Wheels()
     cpu: Addition = Addition()
     rocm: Addition = Addition()

@@ -47,6 +47,12 @@ class Effective:
     config: BaseModel
     origin: Mapping[str, str]
 
+    @property
+    def image_kind(self) -> str:
+        """The kind of image it runs in: the recipe's, or that with the layer that its configuration asks for."""
+        layer = getattr(self.config, "layer", "")
+        return f"{self.recipe.image}-{layer}" if layer else self.recipe.image
+
     def tree(self) -> dict[str, Any]:
         """All effective values, defaults included, as plain data."""
         tree = self.recipe.model_dump(mode="json")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from radeon_stack.contracts.options import TakesOptions
 from radeon_stack.contracts.sections import Dataset, Section, TakesData, TakesModel
@@ -154,9 +156,32 @@ class Export(Section):
     tensorboard: bool = Field(False, description="the curves as TensorBoard's event files, in artifacts/tensorboard")
 
 
+# What unsloth takes of these keys, as we use it; why it takes no more.
+UNSLOTH_TAKES: Mapping[tuple[str, str], tuple[tuple[Any, ...], str]] = {
+    ("quantization", "kind"): (("nf4", "none"), "FP8 is trained by ours alone"),
+    ("quantization", "double"): ((True,), "it always quantises the scales too"),
+    ("quantization", "experts"): (("nf4",), "it always packs the experts"),
+    ("quantization", "keep"): ((False,), "it reads the 16-bit checkpoint each time"),
+    ("lora", "experts_rank"): ((0,), "adapters an expert are ours alone"),
+    ("data", "packing"): ((False,), "our packs were not tried with it"),
+    ("data", "group_by_length"): ((False,), "our order was not tried with it"),
+    ("train", "every_n_layers"): ((1,), "its checkpointing is of all layers"),
+    ("train", "offload_activations"): ((False,), "its checkpointing decides that itself"),
+    ("train", "parallel"): (("auto",), "it trains in one process on one GPU"),
+    ("train", "processes"): ((None, 1), "it trains in one process on one GPU"),
+    ("train", "precision"): (("bf16", "fp16"), "its kernels are for 16 bit"),
+    ("model_options", "attention"): (("auto",), "it chooses its attention itself"),
+}
+
+
 class FinetuneConfig(TakesData, TakesModel, TakesOptions):
     """Everything the `finetune` workload can be told; paths are added by the launch plan."""
 
+    backend: Literal["trl", "unsloth"] = Field(
+        "trl",
+        description="what trains: 'trl', TRL's trainer with PEFT, bitsandbytes and our kernels; 'unsloth', unsloth's "
+        "model and kernels with TRL's trainer, for which there is an image of its own",
+    )
     any_architecture: bool = Field(False, description="train a model whose architecture is not known to train")
     data: Data = Data()
     quantization: Quantization = Quantization()
@@ -165,3 +190,27 @@ class FinetuneConfig(TakesData, TakesModel, TakesOptions):
     speed: Speed = Speed()
     samples: Samples = Samples()
     export: Export = Export()
+
+    @property
+    def layer(self) -> str:
+        """What the recipe's image must have on top: `unsloth`, or nothing."""
+        return "unsloth" if self.backend == "unsloth" else ""
+
+    @model_validator(mode="after")
+    def _what_the_backend_can(self) -> FinetuneConfig:
+        if self.backend == "unsloth":
+            _refuse(self, UNSLOTH_TAKES, "backend = 'unsloth'")
+        return self
+
+
+def _refuse(config: FinetuneConfig, takes: Mapping[tuple[str, str], tuple[tuple[Any, ...], str]], with_: str) -> None:
+    """ValidationError, placed at each key that has a value which is not taken."""
+    found: list[InitErrorDetails] = []
+    for (table, key), (allowed, why) in takes.items():
+        value = getattr(getattr(config, table), key)
+        if value not in allowed:
+            told = {"allowed": " or ".join(map(repr, allowed)), "with": with_, "why": why}
+            error = PydanticCustomError("backend", "{allowed} with {with}: {why}", told)
+            found.append(InitErrorDetails(type=error, loc=(table, key), input=value))
+    if found:
+        raise ValidationError.from_exception_data("FinetuneConfig", found)

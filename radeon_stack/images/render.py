@@ -110,6 +110,7 @@ def description(spec: ImageSpec, key: str) -> dict[str, Any]:
         "wheels": dict(spec.variants),
         "commits": {w.name: env["COMMIT"] for w in spec.wheels if "COMMIT" in (env := dict(w.env))},
         "imports": sorted((*spec.kind.imports, *addition.imports)),
+        "apart": list(spec.kind.apart),
         "modules": list(spec.modules),
         "without": sorted(addition.without),
         "trim": spec.trim,

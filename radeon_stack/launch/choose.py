@@ -13,6 +13,7 @@ from radeon_stack.host.selection import Selection
 from radeon_stack.images.resolve import Image, find_image, named_image
 
 # What the workloads import; looked for, never imported, on the host side.
+USUAL_KIND = "train"  # of `make image`
 WORK_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
@@ -29,20 +30,20 @@ class Choice:
 def choose(effective: Effective, selection: Selection, engine: str, reference: str | None) -> Choice:
     """The engine and image for a recipe. MachineError or ImageError says what is missing and how to get it."""
     if engine == "local":
-        return _local("local: asked for")
+        return _local(effective, "local: asked for")
     if engine == "docker":
         probe = require_engine()
         image = _image(effective, selection, reference)
         return Choice("docker", image, image.why, probe)
     probe = probe_engine()
     if not probe.answers:
-        return _local(f"local: {probe.why_not}")
+        return _local(effective, f"local: {probe.why_not}")
     try:
         image = _image(effective, selection, reference)
     except ImageError as error:
         if reference:
             raise
-        return _local(f"local: {error.what}")
+        return _local(effective, f"local: {error.what}")
     return Choice("docker", image, image.why, probe)
 
 
@@ -54,11 +55,11 @@ def platform_of(effective: Effective, selection: Selection) -> str:
 
 
 def _image(effective: Effective, selection: Selection, reference: str | None) -> Image:
-    kind, platform = effective.recipe.image, platform_of(effective, selection)
+    kind, platform = effective.image_kind, platform_of(effective, selection)
     found = named_image(reference) if reference else find_image(kind, platform)
     if found is None:
         wanted = f"image {reference}" if reference else f"image labelled {kind} for {platform}"
-        how = f"make image {_release(platform)}ARCH={platform}"
+        how = f"make image {_release(platform)}ARCH={platform}" + f" KIND={kind}" * (kind != USUAL_KIND)
         raise ImageError(f"the engine has no {wanted}", remedy=f"build it: {how}, or run without: --engine local")
     return found
 
@@ -67,12 +68,17 @@ def _release(arch: str) -> str:
     return "" if arch == CPU else f"ROCM={load_platforms().release_for(arch)} "
 
 
-def _local(why: str) -> Choice:
-    missing = [name for name in WORK_PACKAGES if importlib.util.find_spec(name) is None]
+def _local(effective: Effective, why: str) -> Choice:
+    layer = getattr(effective.config, "layer", "")
+    packages = (*WORK_PACKAGES, layer) if layer else WORK_PACKAGES
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        more: StackError = MachineError(
-            f"{why}; and this Python lacks {', '.join(missing)}",
-            remedy="install them (make setup; pip install 'radeon-stack[work]') or build an image: make image ARCH=cpu",
-        )
+        how = "install them (make setup; pip install 'radeon-stack[work]') or build an image: make image ARCH=cpu"
+        if layer:  # it wants older packages than `work` has
+            how = (
+                f"build its image: make image ARCH=cpu KIND={effective.image_kind}; or install it into an environment "
+                f"of its own: pip install 'radeon-stack[{layer}]'"
+            )
+        more: StackError = MachineError(f"{why}; and this Python lacks {', '.join(missing)}", remedy=how)
         raise more
     return Choice("local", None, why)

@@ -44,6 +44,12 @@ def placed(effective: Effective, gpus: tuple[Gpu, ...]) -> tuple[Effective, Plac
     config = effective.config
     if not isinstance(config, FinetuneConfig):
         return effective, Placement("none", 1, "nothing is trained")
+    if config.backend == "unsloth" and len(gpus) > 1:
+        raise UsageError(
+            f"it trains on one GPU, and there are {len(gpus)}",
+            where=effective.origin.get("config.backend", str(effective.path)) + ": config.backend",
+            remedy="take one: --gpus 0, or --set backend=trl",
+        )
     placement = _on_cpu(config) if not gpus else _on_gpus(config, gpus, effective)
     if placement.parallel == "none":
         return effective, placement

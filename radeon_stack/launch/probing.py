@@ -53,6 +53,9 @@ def decided(effective: Effective, found: Found, setup: Setup) -> tuple[Effective
         return effective, ()
     options, taken, origin = config.model_options, [], dict(effective.origin)
     for choice in choices(found, setup):
+        if choice.name == "attention" and effective.image_kind != effective.recipe.image:
+            taken.append(Taken(choice.name, AUTO, "the backend chooses it itself"))
+            continue
         asked = getattr(options, choice.name, None)
         place = f"config.{OPTIONS}.{choice.name}"
         if asked is None:

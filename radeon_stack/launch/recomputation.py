@@ -52,6 +52,8 @@ def chosen(config: FinetuneConfig, placement: Placement, gpus: tuple[Gpu, ...]) 
 
 
 def _fewest(config: FinetuneConfig, placement: Placement, gpus: tuple[Gpu, ...]) -> tuple[tuple[str, bool, int], str]:
+    if config.backend == "unsloth":
+        return ALL, "unsloth's own checkpointing, of which nothing is estimated"
     least = min((room(gpu) for gpu in gpus), default=0)
     if not least:
         return ALL, "the memory there is is not known"

@@ -35,7 +35,7 @@ from radeon_stack.images.spec import ImageSpec, image_spec
 
 GOLDEN = Path(__file__).parent / "golden"
 KNOWN = load_platforms()
-MATRIX = [(kind, name) for kind in ("train", "verify") for name in KNOWN]
+MATRIX = [(kind, name) for kind in ("train", "train-unsloth", "verify") for name in KNOWN]
 IN_FULL = {
     "train-cpu": ("train", "cpu", {}),
     "train-rocm7.1.1-gfx1201": ("train", "rocm7.1.1-gfx1201", {}),

@@ -100,7 +100,8 @@ def test_every_key_of_a_wheels_file_and_of_a_kinds_is_told_here() -> None:
     assert Wheel.model_fields.keys() == {"version", "job_memory", "default", "requires", "source", "variants"}
     variant = {"index", "git", "ref", "tools", "env", "runtime_env", "modules"}
     assert Variant.model_fields.keys() == variant
-    assert Kind.model_fields.keys() == {"summary", "extra", "imports", "wheels", "cpu", "rocm", "kernels"}
+    fields = {"summary", "extra", "imports", "apart", "wheels", "cpu", "rocm", "kernels"}
+    assert Kind.model_fields.keys() == fields
     assert Addition.model_fields.keys() == {"requirements", "imports", "without"}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from radeon_stack.contracts.finetune import FinetuneConfig
 from radeon_stack.contracts.sections import is_made
 from radeon_stack.runs.events import Attempt
+from radeon_stack.workloads.finetune import unsloth_backend
 from radeon_stack.workloads.finetune.architectures import require_known, require_packable
 from radeon_stack.workloads.finetune.checkpoints import last_checkpoint
 from radeon_stack.workloads.finetune.data import read_rows
@@ -41,6 +42,8 @@ def work(job: Job) -> dict[str, Any]:
     # Bad data is told before torch's seconds of importing.
     rows = read_rows(config.data, job.arguments.data)
     job.progress("import", 0, 1, note="torch, transformers, peft, trl")
+    if config.backend == "unsloth":
+        unsloth_backend.bring(job.arguments.cache)
     from radeon_stack.workloads.finetune.story import finetune
 
     job.progress("import", 1, 1)

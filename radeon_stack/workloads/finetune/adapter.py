@@ -33,6 +33,16 @@ def lora_config(lora: Lora, model: torch.nn.Module, speed: Speed) -> LoraConfig:
     return use_nf4_linear(config) if speed.nf4_linear else config
 
 
+def linear_names(model: Any) -> set[str]:
+    """What 'all-linear' is: the last names of all linear layers but the output head's, and those inside experts."""
+    head = model.get_output_embeddings()
+    return {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if _linear(module) and module is not head and ".experts." not in name
+    }
+
+
 def experts_alpha(lora: Lora) -> float:
     """alpha of the experts' adapters: their update is scaled as the others' is."""
     return lora.alpha / lora.rank * lora.experts_rank

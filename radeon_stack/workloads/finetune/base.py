@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from radeon_stack.contracts.finetune import Quantization
@@ -123,10 +123,13 @@ def quantized(model: torch.nn.Module) -> dict[str, int]:
     for path, module in model.named_modules():
         if isinstance(module, Linear4bit):
             found[f"{path}.weight"] = module.in_features * module.out_features
-        elif interface.is_experts(module):
-            for name in interface.matrix_names(module):
-                if isinstance(weight := interface.experts_weight(module, name), NF4):
-                    found[f"{path}.{name}"] = prod(weight.shape)
+            continue
+        for name in interface.matrix_names(module) if interface.is_experts(module) else ():
+            if isinstance(weight := interface.experts_weight(module, name), NF4):
+                found[f"{path}.{name}"] = prod(weight.shape)
+        for name, own in module.named_parameters(recurse=False):
+            if isinstance(own, Params4bit) and own.quant_state is not None:  # unsloth's experts
+                found[f"{path}.{name}"] = prod(own.quant_state.shape)
     return found
 
 
@@ -180,8 +183,9 @@ def memory(model: torch.nn.Module) -> int:
     """Bytes of all parameters, the scales of 4-bit ones included."""
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     for module in model.modules():
-        if isinstance(module, Linear4bit) and module.weight.quant_state is not None:
-            total += _bytes(module.weight.quant_state)
+        for weight in module.parameters(recurse=False):
+            if isinstance(weight, Params4bit) and weight.quant_state is not None:
+                total += _bytes(weight.quant_state)
         for steps in getattr(module, "parametrizations", {}).values():
             total += sum(_bytes(step.quant_state) for step in steps if hasattr(step, "quant_state"))
     return total

@@ -13,10 +13,11 @@ import torch
 from transformers import set_seed
 
 from radeon_stack.contracts.finetune import FinetuneConfig
+from radeon_stack.contracts.options import AUTO
 from radeon_stack.kernels import shipped
 from radeon_stack.kernels.liger import use_liger
 from radeon_stack.runs.events import Phase, Sample, read_events
-from radeon_stack.workloads.finetune import adapter, base, fp8, merging, ranks, sources, training
+from radeon_stack.workloads.finetune import adapter, base, fp8, merging, ranks, sources, training, unsloth_backend
 from radeon_stack.workloads.finetune.architectures import require_packable
 from radeon_stack.workloads.finetune.checkpoints import Checkpoint
 from radeon_stack.workloads.finetune.data import Rows
@@ -29,7 +30,9 @@ from radeon_stack.workloads.job import Job
 def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoint | None) -> dict[str, Any]:
     """Fine-tune (from a checkpoint if there is one), save, merge and check; returns the result's figures."""
     ranks.join(job.rank)
-    job.fact("environment", environment())
+    by_unsloth = config.backend == "unsloth"
+    loading: Any = unsloth_backend.Loading.of(config) if by_unsloth else base
+    job.fact("environment", environment(unsloth_backend.PACKAGES if by_unsloth else ()))
     set_seed(config.train.seed)
     dtype = base.DTYPES[config.train.precision]
     question = config.samples.prompt or rows.question
@@ -44,10 +47,10 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
     learnt, held_back = split(encoded, config.data.eval_share, config.train.seed)
     job.fact("data", data_facts(rows, learnt, held_back))
     spread = config.train.parallel == "layers"
-    model = base.load_for_training(
+    model = loading.load_for_training(
         job, folder, config.quantization, dtype, config.model_options.attention, spread=spread
     )
-    job.fact("liger", use_liger(model) if config.speed.liger else "off (speed.liger)")
+    job.fact("liger", liger(model, config))
     result: dict[str, Any] = {"samples": config.samples.count}
 
     def ask(phase: Phase, of: Any) -> None:
@@ -83,12 +86,19 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
         with fp8.in_16_bit(job, folder, dtype) as whole:
             merged = merging.merge(job, whole, saved, tokenizer)
         if config.export.reload == "quantized":
-            ask("merged", base.load_for_training(job, merged, config.quantization, dtype, spread=spread))
+            ask("merged", loading.load_for_training(job, merged, config.quantization, dtype, AUTO, spread=spread))
         else:
             # What one card could not train does not fit it in 16 bit either.
             device = torch.device("cpu") if spread else base.device()
-            ask("merged", base.load_16bit(job, merged, dtype, "reload", on=device))
+            ask("merged", loading.load_16bit(job, merged, dtype, "reload", on=device))
     return result
+
+
+def liger(model: Any, config: FinetuneConfig) -> str:
+    """Put Liger's kernels in where they are wanted; what is in, or why nothing is."""
+    if config.backend == "unsloth":
+        return "off (unsloth has its own)"
+    return use_liger(model) if config.speed.liger else "off (speed.liger)"
 
 
 def data_facts(rows: Rows, learnt: Sequence[Encoded], held_back: Sequence[Encoded]) -> dict[str, Any]:
@@ -128,9 +138,9 @@ def score(job: Job, phase: Phase) -> dict[str, float]:
     return {f"correct_{phase}": right, f"right_{phase}": right / len(asked)}
 
 
-def environment() -> dict[str, Any]:
+def environment(more: Sequence[str] = ()) -> dict[str, Any]:
     """Versions and device, for the record."""
-    packages = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
+    packages = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", *more)
     found = base.device()
     return {
         "python": platform.python_version(),

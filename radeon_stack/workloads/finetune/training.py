@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from radeon_stack.contracts.finetune import FinetuneConfig, Train
 from radeon_stack.kernels.adapters import add_experts_lora
-from radeon_stack.workloads.finetune import fp8, ranks
+from radeon_stack.workloads.finetune import fp8, ranks, unsloth_backend
 from radeon_stack.workloads.finetune.adapter import experts_alpha, lora_config
 from radeon_stack.workloads.finetune.batches import RowsTrainer, dataset
 from radeon_stack.workloads.finetune.callbacks import Evaluator, Ledger, Rate, Teller, Watcher
@@ -37,13 +37,14 @@ def trainer_for(
     room = config.data.max_length
     packs, evaluated = (packed(part, room) if config.data.packing else [] for part in (rows, held_back))
     flat = model.config._attn_implementation == FLASH
+    unsloth = config.backend == "unsloth"
     trainer = RowsTrainer(
-        model,
+        unsloth_backend.adapted(model, config) if unsloth else model,
         args=sft_arguments(config, scratch(job.artifacts), evaluate=bool(held_back)),
         train_dataset=dataset(packs or rows),
         eval_dataset=dataset(evaluated or held_back) if held_back else None,
         processing_class=tokenizer,
-        peft_config=lora_config(config.lora, model, config.speed),
+        peft_config=None if unsloth else lora_config(config.lora, model, config.speed),
     )
     told = batches_told(rows, packs, config.train.batch_size, flat=flat)
     if packs:
@@ -86,8 +87,7 @@ def sft_arguments(config: FinetuneConfig, folder: Path, *, evaluate: bool = Fals
         optim=train.optimizer,
         bf16=train.precision == "bf16",
         fp16=train.precision == "fp16",
-        activation_checkpointing=bool(train.gradient_checkpointing),
-        activation_checkpointing_kwargs=_checkpointing(train),
+        **_checkpointing(train),
         seed=train.seed,
         data_seed=train.data_seed,
         save_steps=train.checkpoint_every,
@@ -109,12 +109,16 @@ def sft_arguments(config: FinetuneConfig, folder: Path, *, evaluate: bool = Fals
 
 
 def _checkpointing(train: Train) -> dict[str, Any]:
-    """transformers' words for which layers are computed again, and where what is kept of them waits."""
-    return {
-        "use_reentrant": False,
-        "every_n_layers": train.every_n_layers,
-        "offload": train.offload_activations and torch.cuda.is_available(),
-    }
+    """Which layers are computed again, and where what is kept of them waits, in the words of the transformers there is.
+
+    Before 5.23, which unsloth's releases want, it was called otherwise, and was all layers or none.
+    """
+    wanted = bool(train.gradient_checkpointing)
+    if "activation_checkpointing" not in SFTConfig.__dataclass_fields__:
+        return {"gradient_checkpointing": wanted, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    offload = train.offload_activations and torch.cuda.is_available()
+    settings = {"use_reentrant": False, "every_n_layers": train.every_n_layers, "offload": offload}
+    return {"activation_checkpointing": wanted, "activation_checkpointing_kwargs": settings}
 
 
 def train(job: Job, trainer: SFTTrainer, checkpoint: Checkpoint | None, patience: int = 0) -> dict[str, float]:

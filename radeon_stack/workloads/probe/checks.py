@@ -7,12 +7,15 @@ as not run until somebody has one: `image verify --on-gpu`.
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import Distribution, PackageNotFoundError, distributions, version
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from radeon_stack.errors import CheckError, StackError
@@ -22,6 +25,7 @@ from radeon_stack.workloads.probe.base import guarded, normal
 Description = Mapping[str, Any]
 # 0.50.0 is the first release that is right on warps of 32 (bitsandbytes pull requests 1885 and 1887).
 BITSANDBYTES_AT_LEAST = (0, 50)
+IMPORT_SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -117,10 +121,23 @@ def imports(description: Description) -> str:
     """Everything the kind promises is imported; what needs a GPU to import is found."""
     for name in description["imports"]:
         import_module(name)
+    for name in description["apart"]:
+        _import_apart(name)
     missing = [name for name in description["modules"] if not _is_there(name)]
     if missing:
         raise CheckError(f"not found: {', '.join(missing)}")
-    return f"{len(description['imports'])} imported, {len(description['modules'])} found"
+    return f"{len(description['imports']) + len(description['apart'])} imported, {len(description['modules'])} found"
+
+
+def _import_apart(name: str) -> None:
+    """CheckError with what it said last, when a module cannot be imported. Nothing it writes is kept."""
+    with TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {name}"],
+            cwd=folder, capture_output=True, text=True, check=False, timeout=IMPORT_SECONDS,
+        )  # fmt: skip
+    if done.returncode:
+        raise CheckError(f"{name} cannot be imported: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
 
 
 def requirements_met(description: Description) -> str:
