@@ -41,15 +41,17 @@ $(READY): pyproject.toml Makefile docker/locks/train-cpu.txt docker/locks/dev.tx
 demo: setup  ## teach a 135M model a birthday on this CPU, in about two minutes
 	@$(BIN)/radeon-stack run train-llama --preset demo --engine local
 
-# What computes on one thread goes beside what does not; containers compute on all, and are alone.
+# What computes on one thread goes beside what does not; containers that train or build compute on all, and are alone.
+BESIDE := $(addprefix tests/engine/test_,access.py debian.py new_machine.py)
 test: setup  ## every test this machine can run
 	@$(MAKE) --no-print-directory --jobs=2 test-unit test-work
-	@$(BIN)/python -m pytest tests/engine
+	@$(BIN)/python -m pytest tests/engine $(addprefix --ignore=,$(BESIDE))
 
 .PHONY: test-unit test-work
 test-unit:
 	@$(BIN)/python -m pytest tests/unit
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels
+	@$(BIN)/python -m pytest $(BESIDE)
 
 test-work:
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/work
