@@ -117,6 +117,11 @@ def test_a_batch_of_one_turns_on_checkpointing_and_then_cuts_the_rows() -> None:
     assert cut.remedy == "cut the rows: max_length 1024 → 704: --set data.max_length=704"
 
 
+def test_packs_are_made_shorter_in_place_of_rows() -> None:
+    packing = config(1, 10).model_copy(update={"data": Data(packing=True)})
+    assert advice(lacking(28, 8), packing, stage="train", held=6 * GIB).remedy.startswith("shorter packs: max_length")
+
+
 def test_when_even_one_row_would_not_fit_both_are_said() -> None:
     told = advice(lacking(29, 400), config(4, 1), stage="train", held=6 * GIB)
     assert "batch_size 4 → 1 with gradient_accumulation 1 → 4" in told.remedy

@@ -122,7 +122,8 @@ def _at_batch_one(config: FinetuneConfig, share: float) -> str:
         return f"--set train.gradient_checkpointing=true{every}: activations are computed again in place of being kept"
     length = max(LENGTH_STEP, int(config.data.max_length * share) // LENGTH_STEP * LENGTH_STEP)
     if length < config.data.max_length:
-        return f"cut the rows: max_length {config.data.max_length} → {length}: --set data.max_length={length}"
+        what = "shorter packs" if config.data.packing else "cut the rows"
+        return f"{what}: max_length {config.data.max_length} → {length}: --set data.max_length={length}"
     return "a smaller model, or a card with more memory"
 
 
