@@ -97,6 +97,24 @@ def test_training_ends_when_nothing_is_better_and_the_best_adapter_is_taken(
         assert torch.equal(weight, taken[name]), name
 
 
+def test_an_adapter_is_resumed_to_the_bit_and_in_its_dtype(tiny_model: Path, tmp_path: Path) -> None:
+    import torch
+
+    from radeon_stack.workloads.finetune import training
+
+    usual = {"eval_every": 100, "checkpoint_every": 3, "learning_rate": 1e-2}
+    job, _ = job_in(tmp_path / "whole")
+    whole = trainer(job, tiny_model, config(steps=6, **usual))
+    training.train(job, whole, None)
+    job, _ = job_in(tmp_path / "halves")
+    training.train(job, trainer(job, tiny_model, config(steps=3, **usual)), None)
+    resumed = trainer(job, tiny_model, config(steps=6, **usual))
+    training.train(job, resumed, last_checkpoint(job.artifacts))
+    expected, found = adapter_of(whole.model), adapter_of(resumed.model)
+    assert {one.dtype for one in found.values()} == {torch.bfloat16}
+    assert all(torch.equal(weight, expected[name]) for name, weight in found.items())
+
+
 def test_without_patience_the_last_adapter_is_kept_and_the_best_step_is_told(tiny_model: Path, tmp_path: Path) -> None:
     from radeon_stack.workloads.finetune import training
 

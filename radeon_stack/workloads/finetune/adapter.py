@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,15 @@ def lora_config(lora: Lora, model: torch.nn.Module, speed: Speed) -> LoraConfig:
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
     )
     return use_nf4_linear(config) if speed.nf4_linear else config
+
+
+def load_into(model: Any, folder: Path) -> None:
+    """A saved adapter's weights in place of the model's own, in the dtype that these have.
+
+    PEFT (0.21) would make them float32, and TRL trains those of a quantised model in bf16: a resumed run would round
+    otherwise than an uninterrupted one, and take twice the memory for adapter, gradients and their copies.
+    """
+    model.load_adapter(str(folder), adapter_name="default", is_trainable=True, autocast_adapter_dtype=False)
 
 
 def linear_names(model: Any) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +13,16 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from radeon_stack.workloads.finetune.adapter import load_into
 from radeon_stack.workloads.finetune.encoding import IGNORED, Encoded
 from radeon_stack.workloads.finetune.packing import Pack
 
 
 class RowsTrainer(SFTTrainer):
-    """TRL's trainer; `grouped` by length once `group` was called, on packs once `take_packs` was."""
+    """TRL's trainer; `grouped` by length once `group` was called, on packs once `take_packs` was.
+
+    A checkpoint's adapter is taken up in the dtype that it was trained in.
+    """
 
     grouped: ByLength | None = None
     miscounts = False
@@ -35,6 +40,9 @@ class RowsTrainer(SFTTrainer):
         padding: int = self.processing_class.pad_token_id
         self.data_collator = DataCollatorForLanguageModeling(padding, padding_free=True) if flat else Packs(padding)
         self.miscounts = not flat
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_into(self.model, Path(resume_from_checkpoint))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.grouped if self.grouped is not None else super()._get_train_sampler(train_dataset)

@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from radeon_stack.contracts.finetune import FinetuneConfig, Train
 from radeon_stack.kernels.adapters import add_experts_lora
 from radeon_stack.workloads.finetune import fp8, ranks, unsloth_backend
-from radeon_stack.workloads.finetune.adapter import experts_alpha, lora_config
+from radeon_stack.workloads.finetune.adapter import experts_alpha, load_into, lora_config
 from radeon_stack.workloads.finetune.batches import RowsTrainer, dataset
 from radeon_stack.workloads.finetune.callbacks import Evaluator, Ledger, Rate, Teller, Watcher
 from radeon_stack.workloads.finetune.checkpoints import Checkpoint, best_folder, scratch
@@ -133,7 +133,7 @@ def train(job: Job, trainer: SFTTrainer, checkpoint: Checkpoint | None, patience
             evaluations_in(state.log_history), best, patience
         ):
             # Resumed here, the trainer would take one step more than it was told to (transformers 5.23).
-            _load(trainer, checkpoint.path)
+            load_into(trainer.model, checkpoint.path)
             trainer.state = state
             return {}
     with job.deferred_stop():
@@ -157,7 +157,7 @@ def take_best(job: Job, trainer: SFTTrainer, patience: int) -> dict[str, Any]:
     steps = trainer.state.global_step
     kept = read_record(best_folder(job.artifacts)) if patience else None
     if kept and kept.step != steps:
-        _load(trainer, best_folder(job.artifacts))
+        load_into(trainer.model, best_folder(job.artifacts))
     best = kept or min(evaluations, key=lambda one: (one.loss != one.loss, one.loss))
     return {
         "eval_loss": evaluations[-1].loss,
@@ -166,8 +166,3 @@ def take_best(job: Job, trainer: SFTTrainer, patience: int) -> dict[str, Any]:
         "saved_step": kept.step if kept else steps,
         "stopped_early": steps < trainer.args.max_steps,
     }
-
-
-def _load(trainer: SFTTrainer, folder: Path) -> None:
-    """An adapter's saved weights in place of the trainer's own."""
-    trainer.model.load_adapter(str(folder), adapter_name="default", is_trainable=True)
