@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,10 @@ from radeon_stack.errors import Exit, StackError
 from radeon_stack.kernels import shipped
 from radeon_stack.runs import events as ev
 from radeon_stack.workloads.ranks import ALONE, Rank, end_with_the_launcher, lost_another, rank
+
+# Seconds that a process outlives the one it lost: torchrun, which looks every tenth of one, tells of the first that it
+# finds ended, and would take this one for the cause.
+AFTER_ANOTHER = 1.0
 
 
 class StopRequested(BaseException):
@@ -148,6 +153,8 @@ def carry_out(argv: list[str], work: Callable[[Job], dict[str, Any]], sizes: Siz
         sys.stderr.flush()
         failure = _failure(error, job)
         _tell_first(job, write, failure)
+        if not here.alone and lost_another(error):
+            time.sleep(AFTER_ANOTHER)
         return failure.exit_code
 
 

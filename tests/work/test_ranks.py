@@ -228,6 +228,31 @@ def test_the_one_that_fails_tells_why_and_those_that_wait_for_it_do_not(tmp_path
     assert "out of memory" in words[0].what and words[0].remedy == "lower it"
 
 
+LOSES = """
+import os, signal, sys, time
+from radeon_stack.workloads import job
+
+def work(_):
+    if os.environ["RANK"] == "1":
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise RuntimeError("Connection closed by peer")
+
+sys.exit(job.carry_out(sys.argv[1:], work, job.Sizes()))
+"""
+
+
+def test_the_one_that_was_killed_is_the_cause_however_quick_the_others_are_to_end(tmp_path: Path) -> None:
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "loses.py").write_text(LOSES)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    command = [*torchrun, "--nproc-per-node", "2", "--", str(tmp_path / "loses.py"), "--run", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--cache", str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "failed (exitcode: -9) local_rank: 1" in done.stderr
+
+
 def test_layers_are_spread_when_asked_over_the_cards_that_are_seen(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
