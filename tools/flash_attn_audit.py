@@ -14,7 +14,6 @@ import importlib
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -62,20 +61,14 @@ def main() -> int:
     if arguments.inside:
         print(json.dumps(list(rows(arguments.sdist))))
         return 0
-    from tritons import TRITONS, python_with_triton, surroundings
+    from tritons import in_each_triton
 
     site = Path(importlib.import_module("torch").__file__ or "").parent.parent
-    found = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        for version in TRITONS:
-            try:
-                python = python_with_triton(arguments.folder or Path(temporary), version, beside=site)
-            except StackError as error:
-                print(f"radeon-stack: {error}", file=sys.stderr)
-                return error.exit_code
-            command = [str(python), __file__, str(arguments.sdist), "--inside"]
-            done = subprocess.run(command, env=surroundings(), stdout=subprocess.PIPE, text=True, check=True)
-            found[version] = json.loads(done.stdout)
+    try:
+        found = in_each_triton(arguments.folder, site, [__file__, str(arguments.sdist), "--inside"])
+    except StackError as error:
+        print(f"radeon-stack: {error}", file=sys.stderr)
+        return error.exit_code
     record = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "flash_attn": _version(arguments.sdist),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -46,20 +45,14 @@ def main() -> int:
         sys.path.append(str(arguments.inside))
         print(json.dumps(list(rows())))
         return 0
-    from tritons import TRITONS, python_with_triton, surroundings
+    from tritons import in_each_triton
 
-    liger, torch = _packages("liger_kernel"), _packages("torch")
-    found = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        for one in TRITONS:
-            try:
-                python = python_with_triton(arguments.folder or Path(temporary), one, beside=torch)
-            except StackError as error:
-                print(f"radeon-stack: {error}", file=sys.stderr)
-                return error.exit_code
-            command = [str(python), __file__, "--inside", str(liger)]
-            done = subprocess.run(command, env=surroundings(), stdout=subprocess.PIPE, text=True, check=True)
-            found[one] = json.loads(done.stdout)
+    script = [__file__, "--inside", str(_packages("liger_kernel"))]
+    try:
+        found = in_each_triton(arguments.folder, _packages("torch"), script)
+    except StackError as error:
+        print(f"radeon-stack: {error}", file=sys.stderr)
+        return error.exit_code
     record = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "liger_kernel": version("liger-kernel"),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from radeon_stack.errors import MachineError
 from radeon_stack.images.locking import TRITONS
 
 ROOT = Path(__file__).resolve().parent.parent
-__all__ = ["ROOT", "TRITONS", "python_with_triton", "surroundings"]
+__all__ = ["ROOT", "TRITONS", "in_each_triton", "python_with_triton", "surroundings"]
 
 
 def python_with_triton(folder: Path, version: str, beside: Path | None = None) -> Path:
@@ -31,6 +35,17 @@ def python_with_triton(folder: Path, version: str, beside: Path | None = None) -
         packages = next((home / "lib").glob("python*/site-packages"))
         (packages / "beside.pth").write_text(f"{beside}\n", encoding="utf-8")
     return python
+
+
+def in_each_triton(folder: Path | None, beside: Path, script: Sequence[str]) -> dict[str, Any]:
+    """What a script prints as JSON, by the triton that it runs in. MachineError when one cannot be had."""
+    found = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for version in TRITONS:
+            command = [str(python_with_triton(folder or Path(temporary), version, beside=beside)), *script]
+            done = subprocess.run(command, env=surroundings(), stdout=subprocess.PIPE, text=True, check=True)
+            found[version] = json.loads(done.stdout)
+    return found
 
 
 def surroundings() -> dict[str, str]:

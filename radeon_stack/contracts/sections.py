@@ -38,10 +38,16 @@ class TakesModel(Section):
         if model.startswith(RANDOM_PREFIX) and model.removeprefix(RANDOM_PREFIX) not in RANDOM_MODELS:
             raise ValueError(", ".join(f"'{RANDOM_PREFIX}{name}'" for name in RANDOM_MODELS))
         if model.startswith(HUB_PREFIX):
-            name, at, revision = model.removeprefix(HUB_PREFIX).partition("@")
-            if not HUB_ID.fullmatch(name) or (at and not REVISION.fullmatch(revision)):
+            name, revision = hub_parts(model)
+            if not HUB_ID.fullmatch(name) or not (revision is None or REVISION.fullmatch(revision)):
                 raise ValueError(f"'{HUB_PREFIX}ORG/NAME' or '{HUB_PREFIX}ORG/NAME@REVISION'")
         return model
+
+
+def hub_parts(model: str) -> tuple[str, str | None]:
+    """The id and the revision (a branch, tag or commit; None: the hub's default) of `hub:ORG/NAME@REVISION`."""
+    name, at, revision = model.removeprefix(HUB_PREFIX).partition("@")
+    return name, revision if at else None
 
 
 def is_made(model: str) -> bool:

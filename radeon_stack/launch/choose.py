@@ -12,8 +12,8 @@ from radeon_stack.host.engines import EngineProbe, probe_engine, require_engine
 from radeon_stack.host.selection import Selection
 from radeon_stack.images.resolve import Image, find_image, named_image
 
-# What the workloads import; looked for, never imported, on the host side.
 USUAL_KIND = "train"  # of `make image`
+# What the workloads import; looked for, never imported, on the host side.
 WORK_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
 

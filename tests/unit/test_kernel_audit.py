@@ -19,7 +19,7 @@ from radeon_stack.kernels.audit.apart import NoResultError, call_apart
 from radeon_stack.kernels.audit.assembly import dot_layouts, read_assembly
 from radeon_stack.kernels.audit.chips import CHIPS, waves_by_registers, waves_per_simd
 from radeon_stack.kernels.audit.findings import judge
-from radeon_stack.kernels.audit.launcher import Compiled
+from radeon_stack.kernels.audit.launcher import Compiled, wave_size
 from radeon_stack.kernels.audit.table import text_table
 from radeon_stack.kernels.variant import Variant
 from tests.conftest import ROOT
@@ -138,7 +138,7 @@ def test_scalar_registers_limit_cdna_alone(named: int, waves: int) -> None:
 def test_lds_leaves_room_for_as_many_waves_as_llvm_says(size: int, gfx950: int, gfx1100: int) -> None:
     for arch, waves in (("gfx950", gfx950), ("gfx1100", gfx1100), ("gfx1201", gfx1100)):
         chip = CHIPS[arch]
-        found = waves_per_simd(chip, vgprs=24, sgprs=24, lds=8252, waves=-(-size // chip.wave_size))
+        found = waves_per_simd(chip, vgprs=24, sgprs=24, lds=8252, waves=-(-size // wave_size(arch)))
         assert min(math.ceil(found), chip.slots) == waves
 
 

@@ -30,7 +30,6 @@ class Chip:
     """What waves share. A "unit" is what a workgroup runs on: a CU, or from RDNA on a WGP of two."""
 
     arch: str
-    wave_size: int
     vgprs: int
     """Of a SIMD, for each lane."""
     granule: int
@@ -48,11 +47,11 @@ class Chip:
 
 
 def _rdna(arch: str) -> Chip:
-    return Chip(arch, wave_size=32, vgprs=1536, granule=24, lds=128 * KIB, slots=16, barriers=32)
+    return Chip(arch, vgprs=1536, granule=24, lds=128 * KIB, slots=16, barriers=32)
 
 
 def _cdna(arch: str, lds: int) -> Chip:
-    return Chip(arch, wave_size=64, vgprs=512, granule=8, lds=lds, slots=8, barriers=16, sgprs=800)
+    return Chip(arch, vgprs=512, granule=8, lds=lds, slots=8, barriers=16, sgprs=800)
 
 
 CHIPS = {

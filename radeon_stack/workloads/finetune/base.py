@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from radeon_stack.contracts.finetune import Quantization
 from radeon_stack.contracts.options import AUTO
-from radeon_stack.contracts.sections import HUB_PREFIX, is_made
+from radeon_stack.contracts.sections import HUB_PREFIX, hub_parts, is_made
 from radeon_stack.errors import CheckError
 from radeon_stack.kernels import interface, quantizer
 from radeon_stack.kernels.nf4 import NF4
@@ -161,11 +161,7 @@ def describe(model: Any, folder: Path, source: str) -> dict[str, Any]:
         "class": type(inner).__name__,
         "attention": inner.config._attn_implementation,
         "experts": inner.config._experts_implementation if experts else None,
-        "source": f"{source.partition('@')[0]}@{folder.name}"
-        if source.startswith(HUB_PREFIX)
-        else source
-        if is_made(source)
-        else folder.name,
+        "source": _source(source, folder),
         "parameters": total,
         "trainable": trainable,
         "trainable_percent": round(100 * trainable / total, 3),
@@ -177,6 +173,13 @@ def describe(model: Any, folder: Path, source: str) -> dict[str, Any]:
         "memory_bytes": memory(model),
         **eight,
     }
+
+
+def _source(asked: str, folder: Path) -> str:
+    """What a model is told as: a hub's with its commit, which its folder is named after; never where it lies."""
+    if asked.startswith(HUB_PREFIX):
+        return f"{HUB_PREFIX}{hub_parts(asked)[0]}@{folder.name}"
+    return asked if is_made(asked) else folder.name
 
 
 def memory(model: torch.nn.Module) -> int:
