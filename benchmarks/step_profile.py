@@ -60,7 +60,7 @@ def summary(ran: Iterable[Ran], wall: float) -> dict[str, Any]:
 
     wall: seconds of the step by the host's clock. `idle` is the wall time in which no kernel ran: the host was late.
     """
-    every = list(ran)
+    every = sorted(ran, key=lambda one: one.begin)
     names = _sums((one.name, one) for one in every)
     kinds = _sums((kind_of(one.name), one) for one in every)
     busy = busy_seconds(every)
@@ -72,7 +72,30 @@ def summary(ran: Iterable[Ran], wall: float) -> dict[str, Any]:
         "launches": len(every),
         "kinds": dict(sorted(kinds.items(), key=lambda entry: -entry[1]["seconds"])),
         "kernels": [{"name": name[:NAME_LENGTH], "kind": kind_of(name), **told} for name, told in top],
+        "gaps": gaps(every),
     }
+
+
+def gaps(ran: Sequence[Ran]) -> list[dict[str, Any]]:
+    """The longest times in which nothing ran, in order of time: seconds since the first began, and between what.
+
+    ran: in the order of their beginning.
+    """
+    found, last = [], None
+    for one in ran:
+        if last and one.begin > last.end:
+            found.append((one.begin - last.end, last, one))
+        last = one if last is None or one.end > last.end else last
+    longest = sorted(found, key=lambda gap: -gap[0])[:TOP]
+    return [
+        {
+            "at": (before.end - ran[0].begin) / 1e6,
+            "seconds": width / 1e6,
+            "after": before.name[:NAME_LENGTH],
+            "before": after.name[:NAME_LENGTH],
+        }
+        for width, before, after in sorted(longest, key=lambda gap: gap[1].end)
+    ]
 
 
 def _sums(named: Iterable[tuple[str, Ran]]) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Times every tile that might serve, on the GPU that is here: what `kernels/configs.py` should have for it.
 
-    PYTHONPATH=. python benchmarks/tune_kernels.py [--out FILE] [--only experts,linear] [--workers N]
+    PYTHONPATH=. python benchmarks/tune_kernels.py [--out FILE] [--only experts,linear] [--blocks 64,128] [--workers N]
 
 Sizes are Qwen3-30B-A3B's experts (128 of 2048 × 768, top 8) and an 8B model's linear layers. Kernels are compiled
 first, by several processes; then each candidate is timed as a captured graph (device time: a tile has nothing to do
@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":  # in the place of this folder: its file names are none of a library's business
@@ -38,6 +38,7 @@ TOKENS = {16: (128,), 32: (256,), 64: (512,), 128: (2048, 4096)}  # by the row b
 KINDS: tuple[Kind, ...] = ("gated_forward", "forward", "gated_backward", "backward")
 LINEARS = ((4096, 4096), (4096, 14336), (14336, 4096))  # (out, in)
 ROWS = {16: (16,), 32: (32,), 64: (64,), 128: (128, 256, 512, 1024)}
+DECODE: Literal["decode"] = "decode"  # both matrices once, which a step does twice
 TORCH = Tile(0, 0, 0, 0, 0)  # in a tile's place: decoded once, and multiplied by torch
 RANK = 64
 REPEATS = 4
@@ -101,8 +102,10 @@ class Experts:
         self.hidden = torch.randn(tokens * TOP_K, INNER, **half)
         self.gate_up = torch.randn(tokens * TOP_K, 2 * INNER, **half)
 
-    def call(self, kind: Kind, packed: bool, tile: Tile) -> Any:
+    def call(self, kind: Kind | Literal["decode"], packed: bool, tile: Tile) -> Any:
         up, down = self.matrices[packed]
+        if kind == DECODE:
+            return nf4.decode(up, torch.bfloat16), nf4.decode(down, torch.bfloat16)
         if kind == "gated_forward":
             return grouped.gated_forward(self.x, up, self.routing, save=True, tile=tile)
         if kind == "forward":
@@ -134,20 +137,21 @@ class Layer:
         return linear.product(x, self.weight, first, second, 1.0, None, over_columns=forward, tile=tile)
 
 
-def jobs(parts: list[str]) -> Iterator[tuple[Any, ...]]:
+def jobs(parts: list[str], blocks: list[int]) -> Iterator[tuple[Any, ...]]:
     """(part, what, packed, row block, tile)"""
     if "experts" in parts:
+        for rows in (one for one in TOKENS if one in blocks):
+            yield "experts", DECODE, True, rows, TORCH
         for packed in (True, False):
             for kind in KINDS:
-                for rows in TOKENS:
+                for rows in (one for one in TOKENS if one in blocks):
                     for tile in tiles(rows, nf4=packed, gated=kind == "gated_forward"):
                         yield "experts", kind, packed, rows, tile
     if "linear" in parts:
         for forward in (True, False):
-            for rows in ROWS:
-                for tile in tiles(rows, nf4=True, gated=False):
+            for rows in (one for one in ROWS if one in blocks):
+                for tile in (*tiles(rows, nf4=True, gated=False), TORCH):
                     yield "linear", forward, True, rows, tile
-            yield "linear", forward, True, 128, TORCH
 
 
 def compile_share(share: list[tuple[Any, ...]]) -> None:
@@ -166,9 +170,8 @@ def compile_share(share: list[tuple[Any, ...]]) -> None:
             print(f"{part} {what} {tile}: {str(error)[:80]}", file=sys.stderr)
 
 
-def measure(parts: list[str]) -> Iterator[dict[str, Any]]:
+def measure(parts: list[str], planned: list[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     """A row a candidate and size."""
-    planned = list(jobs(parts))
     if "experts" in parts:
         experts = Experts(EXPERTS)
         for rows, batches in TOKENS.items():
@@ -229,12 +232,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", default="experts,linear")
+    parser.add_argument("--blocks", default="16,32,64,128", help="row blocks")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 2)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("a GPU is needed: what is timed here is the device alone")
     parts, begun = arguments.only.split(","), time.monotonic()
-    todo = list(jobs(parts))
+    todo = list(jobs(parts, [int(block) for block in arguments.blocks.split(",")]))
     context = multiprocessing.get_context("spawn")
     workers = [
         context.Process(target=compile_share, args=(todo[first :: arguments.workers],))
@@ -245,7 +249,7 @@ def main() -> None:
     for worker in workers:
         worker.join()
     print(f"{len(todo)} kernels compiled in {time.monotonic() - begun:.0f} s", file=sys.stderr)
-    rows = list(measure(parts))
+    rows = list(measure(parts, todo))
     card = torch.cuda.get_device_properties(0)
     record = {
         "card": {"name": card.name, "arch": getattr(card, "gcnArchName", f"sm_{card.major}{card.minor}")},

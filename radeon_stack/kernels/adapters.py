@@ -31,7 +31,8 @@ from radeon_stack.kernels.interface import (
 )
 from radeon_stack.kernels.launch import can_run_on
 from radeon_stack.kernels.linear import nf4_linear
-from radeon_stack.kernels.nf4 import BLOCK, from_bitsandbytes
+from radeon_stack.kernels.nf4 import BLOCK, NF4, from_bitsandbytes
+from radeon_stack.kernels.recompute import is_needed
 
 ADAPTER = "default"  # PEFT's name for the one there is
 
@@ -41,15 +42,25 @@ class NF4LoraLinear(PeftLinear4bit):
     in blocks of 64, a device that kernels run on. Anything else is PEFT's own forward.
     """
 
+    _packed: NF4 | None = None  # as the last forward pass met it
+
     def forward(self, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
         base = self.get_base_layer()
         if arguments or named or not self._is_plain(base) or not can_run_on(x.device):
             return super().forward(x, *arguments, **named)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.compute_dtype or x.dtype
-        weight = from_bitsandbytes(base.weight.data, base.weight.quant_state)
+        weight, needed = self._weight(base.weight), is_needed(self)
         a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        return nf4_linear(x.to(dtype), weight, a, b, self.scaling[ADAPTER], base.bias).to(x.dtype)
+        return nf4_linear(x.to(dtype), weight, a, b, self.scaling[ADAPTER], base.bias, needed=needed).to(x.dtype)
+
+    def _weight(self, parameter: Any) -> NF4:
+        state, packed = parameter.quant_state, self._packed
+        # module.to() makes other tensors of them.
+        if packed is None or packed.absmax is not state.absmax or packed.packed.data_ptr() != parameter.data_ptr():
+            packed = from_bitsandbytes(parameter.data, state)
+            self.__dict__["_packed"] = packed
+        return packed
 
     def _is_plain(self, base: Any) -> bool:
         state = base.weight.quant_state
@@ -70,6 +81,11 @@ def use_nf4_linear(config: LoraConfig) -> LoraConfig:
     """Have PEFT adapt bitsandbytes' Linear4bit by our layer."""
     config._register_custom_module({Linear4bit: NF4LoraLinear})
     return config
+
+
+def can_spare(module: nn.Module) -> bool:
+    """Whether a module heeds `recompute.is_needed`, wherever its product is ours."""
+    return isinstance(module, NF4LoraLinear) or (is_experts(module) and is_fused(module))
 
 
 class GroupedExpertsLora(ParamWrapper):

@@ -66,12 +66,14 @@ def gated_experts(
     down_adapter: Adapter | None = None,
     *,
     partial: bool = False,
+    needed: bool = True,
 ) -> Tensor:
     """The same by grouped products: two forward, two back for x, and two more for each weight that is trained.
 
     Nothing is read back by the host and sums have a fixed order. NF4 experts are decoded tile by tile; where each has
     very many rows, a matrix is decoded once a product (`configs.decode_experts_once`).
     `partial`: index may hold numbers of no expert here; those slots count as zero. On a CPU it is the definition.
+    needed: False where nobody reads the values, only the gradients' way back is wanted (`recompute.py`): they are zeros.
     """
     _check_shapes(x, index, slot_weight, gate_up, down, gate_up_adapter, down_adapter)
     if not can_run_on(x.device):
@@ -85,20 +87,21 @@ def gated_experts(
     gate_up, down = row_major(gate_up), row_major(down)
     plain = tuple(None if isinstance(weight, NF4) else weight for weight in (gate_up, down))
     trained = any(tensor.requires_grad for tensor in (x, slot_weight, *plain, *factors) if tensor is not None)
-    frozen = _Frozen(routing, gate_up, down, scales, trained and torch.is_grad_enabled())
+    frozen = _Frozen(routing, gate_up, down, scales, trained and torch.is_grad_enabled(), needed)
     out: Tensor = _GatedExperts.apply(x, slot_weight, *plain, *factors, frozen)
     return out
 
 
 @dataclass(frozen=True)
 class _Frozen:
-    """What has no gradient of its own; `training`: what the way back needs is kept."""
+    """What has no gradient of its own; `training`: what the way back needs is kept; `needed`: and the values."""
 
     routing: Routing
     gate_up: Weight
     down: Weight
     scales: tuple[float, ...]
     training: bool
+    needed: bool
 
 
 class _GatedExperts(torch.autograd.Function):
@@ -129,6 +132,15 @@ class _GatedExperts(torch.autograd.Function):
             low_rank=_low_rank(up_u, up_b, frozen.scales[0]),
         )
         down_u = None if down_a is None else grouped.matmul(hidden, down_a, routing)
+        if training:
+            # 16-bit weights are saved as tensors: a change in place is noticed, and offloading hooks see them.
+            ctx.save_for_backward(
+                x, slot_weight, gate_up, gate_up_matrix, down_matrix, up_a, up_b, down_a, down_b, up_u, down_u
+            )
+            ctx.routing, ctx.scales = frozen.routing, frozen.scales
+            ctx.packed = tuple(one if isinstance(one, NF4) else None for one in (frozen.gate_up, frozen.down))
+        if not frozen.needed:
+            return x.new_zeros(()).expand_as(x)
         y = grouped.matmul(
             hidden,
             grouped.for_rows(frozen.down, routing, x.dtype),
@@ -137,13 +149,6 @@ class _GatedExperts(torch.autograd.Function):
             slot_weight=slot_weight,
             low_rank=_low_rank(down_u, down_b, frozen.scales[1]),
         )
-        if training:
-            # 16-bit weights are saved as tensors: a change in place is noticed, and offloading hooks see them.
-            ctx.save_for_backward(
-                x, slot_weight, gate_up, gate_up_matrix, down_matrix, up_a, up_b, down_a, down_b, up_u, down_u
-            )
-            ctx.routing, ctx.scales = frozen.routing, frozen.scales
-            ctx.packed = tuple(one if isinstance(one, NF4) else None for one in (frozen.gate_up, frozen.down))
         return combine(y, routing.top_k)[0]
 
     @staticmethod

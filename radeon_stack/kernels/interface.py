@@ -17,6 +17,7 @@ from radeon_stack.kernels.experts import gated_experts, grouped_linear
 from radeon_stack.kernels.grouped import Weight
 from radeon_stack.kernels.launch import can_run_on
 from radeon_stack.kernels.nf4 import BLOCK, NF4, from_bitsandbytes
+from radeon_stack.kernels.recompute import is_needed
 from radeon_stack.kernels.routing import Routing, route
 
 GROUPED, PACKED = "radeon_grouped", "radeon_nf4"
@@ -93,7 +94,8 @@ def _forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor, *, pac
     if is_fused(module):
         wrappers = getattr(module, ADAPTERS, {})
         adapters = (wrappers[name].adapter() if name in wrappers else None for name in (up_name, down_name))
-        return gated_experts(x, index, weights, up, down, *adapters, partial=partial).to(hidden.dtype)
+        needed = is_needed(module)
+        return gated_experts(x, index, weights, up, down, *adapters, partial=partial, needed=needed).to(hidden.dtype)
     if not can_run_on(hidden.device):
         from transformers.integrations.moe import grouped_mm_experts_forward
 

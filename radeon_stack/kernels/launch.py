@@ -64,7 +64,8 @@ def _specialised(argument: Any) -> Any:
     # What Triton compiles differently for: a pointer's type, alignment and (for AMD's buffer loads) range; a number's
     # width, 1, and factors of 16.
     if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0, argument.untyped_storage().size() >> 31 == 0
+        small = torch.version.hip is None or argument.untyped_storage().size() >> 31 == 0
+        return argument.dtype, argument.data_ptr() % 16 == 0, small
     if isinstance(argument, int):
         return argument % 16 == 0, argument == 1, argument >> 31 == 0
     return None

@@ -48,21 +48,28 @@ def nf4_linear(
     b: Tensor | None = None,
     scale: float = 1.0,
     bias: Tensor | None = None,
+    *,
+    needed: bool = True,
 ) -> Tensor:
     """The same without 16-bit weights in memory while rows are few; where they are many, decoded once a pass for torch.
 
     Gradients go to x, a and b; weight and bias are frozen. a and b may be float32 (a trainer's master weights): they
     are rounded to x's dtype as autocast would. Their gradients are summed in float32, and at many rows rounded to x's
     dtype, as torch's products are.
+
+    needed: False where nobody reads the values, only the gradients' way back is wanted (`recompute.py`): they are zeros.
     """
     if x.shape[-1] != weight.shape[1]:
         raise UsageError(f"x is {tuple(x.shape)}, and the layer takes rows of {weight.shape[1]}")
     if a is not None and b is not None and a.shape[0] > MAX_RANK:  # more than a tile's registers hold
         low = (x @ a.to(x.dtype).T) @ b.to(x.dtype).T
-        return nf4_linear(x, weight, bias=bias) + scale * low
+        return nf4_linear(x, weight, bias=bias, needed=needed) + scale * low
     rows = x.reshape(-1, x.shape[-1])
     a, b, bias = (None if tensor is None else tensor.contiguous() for tensor in (a, b, bias))
-    out: Tensor = _NF4Linear.apply(rows, a, b, _Frozen(weight, bias, scale))
+    if torch.is_grad_enabled():
+        out: Tensor = _NF4Linear.apply(rows, a, b, _Frozen(weight, bias, scale, needed))
+    else:  # the first pass of a layer that is computed again: the host has enough to do
+        out, _ = _way(rows)(rows.contiguous(), weight, a, b, scale, bias, over_columns=True)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -71,15 +78,18 @@ class _Frozen:
     weight: NF4
     bias: Tensor | None
     scale: float
+    needed: bool
 
 
 class _NF4Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, frozen: _Frozen) -> Tensor:
         x = x.contiguous()
-        ctx.once = decode_once(family(x.device), x.shape[0])
-        way = by_torch if ctx.once else product
-        out, u = way(x, frozen.weight, a, b, frozen.scale, frozen.bias, over_columns=True)
+        if frozen.needed:
+            out, u = _way(x)(x, frozen.weight, a, b, frozen.scale, frozen.bias, over_columns=True)
+        else:
+            out = x.new_zeros(()).expand(x.shape[0], frozen.weight.shape[0])
+            u = None if a is None else x @ a.to(x.dtype).T
         ctx.save_for_backward(x if a is not None else None, a, b, u)
         ctx.frozen = frozen
         return out
@@ -90,18 +100,20 @@ class _NF4Linear(torch.autograd.Function):
         x, a, b, u = ctx.saved_tensors
         frozen: _Frozen = ctx.frozen
         d_out = d_out.contiguous()
+        way = _way(d_out)
         if ctx.needs_input_grad[0]:
-            way = by_torch if ctx.once else product
             d_x, g = way(d_out, frozen.weight, b, a, frozen.scale, None, over_columns=False)
         else:
             d_x, g = None, d_out @ b.to(d_out.dtype)
         if a is None:
             return d_x, None, None, None
-        if ctx.once and g is not None:
-            d_a, d_b = (frozen.scale * (g.T @ x)).to(a.dtype), (frozen.scale * (d_out.T @ u)).to(b.dtype)
-        else:
-            d_a, d_b = adapter_gradients(x, d_out, u, g, a, b, frozen.scale)
-        return d_x, d_a, d_b, None
+        gradients = gradients_by_torch if way is by_torch else adapter_gradients
+        return d_x, *gradients(x, d_out, u, g, a, b, frozen.scale), None
+
+
+def _way(rows: Tensor) -> Any:
+    """How so many rows are best multiplied."""
+    return by_torch if decode_once(family(rows.device), rows.shape[0]) else product
 
 
 def by_torch(
@@ -117,12 +129,16 @@ def by_torch(
     """What `product` gives, of a matrix that is decoded first: many rows are best left to torch's products."""
     matrix = decode(weight, x.dtype)
     matrix = matrix.T if over_columns else matrix
-    out = x @ matrix if bias is None else torch.addmm(bias.to(x.dtype), x, matrix)
     if first is None or second is None:
-        return out, None
+        return x @ matrix if bias is None else torch.addmm(bias.to(x.dtype), x, matrix), None
     down, up = (factor.to(x.dtype) for factor in (first, second))
-    u = x @ (down.T if over_columns else down)
-    return out.addmm_(u, up.T if over_columns else up, alpha=scale), u
+    u, up = x @ (down.T if over_columns else down), up.T if over_columns else up
+    if bias is not None:
+        out = torch.addmm(bias.to(x.dtype), u, up, alpha=scale)
+    else:
+        out = (u @ up).mul_(scale) if scale != 1 else u @ up
+    # The small product first: the large one reads it while it computes, and it is not read and written once more.
+    return out.addmm_(x, matrix), u
 
 
 def product(
@@ -203,6 +219,16 @@ def _low_rank_partials(x: Tensor, factor: Tensor, rank: int, split: int, *, over
         stages=ADAPTER_STAGES,
     )
     return partials
+
+
+def gradients_by_torch(
+    x: Tensor, d_out: Tensor, u: Tensor, g: Tensor, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(d_a, d_b) in the factors' own dtypes, rounded to x's."""
+    d_a, d_b = g.T @ x, d_out.T @ u
+    if scale != 1:
+        d_a, d_b = d_a.mul_(scale), d_b.mul_(scale)
+    return d_a.to(a.dtype), d_b.to(b.dtype)
 
 
 def adapter_gradients(

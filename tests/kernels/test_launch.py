@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from radeon_stack.kernels.launch import _specialised
 
 
-def test_a_pointers_type_alignment_and_range_are_told_apart() -> None:
+def test_a_pointers_type_alignment_and_range_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.1")  # the range is AMD's
     base = torch.zeros(64, dtype=torch.float16)
     keys = [
         _specialised(base),

@@ -21,11 +21,23 @@ from radeon_stack.workloads.finetune.packing import Pack
 class RowsTrainer(SFTTrainer):
     """TRL's trainer; `grouped` by length once `group` was called, on packs once `take_packs` was.
 
-    A checkpoint's adapter is taken up in the dtype that it was trained in.
+    A checkpoint's adapter is taken up in the dtype that it was trained in. Twice a batch transformers walks through all
+    modules, to put them in the mode that they are in and to count the parameters it counted before; here once.
     """
 
     grouped: ByLength | None = None
     miscounts = False
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        set_mode_once(self.model)
+        self._operations: int | None = None  # of a step, for each token
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """transformers' own: 6 · tokens · parameters without embeddings."""
+        if self._operations is None:
+            self._operations = 6 * self.model.num_parameters(exclude_embeddings=True)
+        return self._operations * int(inputs["input_ids"].numel())
 
     def group(self, lengths: list[int], seed: int) -> ByLength:
         """Have rows of like length together; the same of all processes and attempts, and of any for a global batch."""
@@ -54,6 +66,24 @@ class RowsTrainer(SFTTrainer):
         super().log(logs, start_time)
 
 
+def set_mode_once(model: torch.nn.Module) -> None:
+    """Have `train()` and `eval()` do nothing where they put the model in that mode before.
+
+    What it is in by itself says little: a wrapper that is new trains, and what it wraps may not.
+    """
+    walk = model.train
+    last: bool | None = None
+
+    def train(mode: bool = True) -> torch.nn.Module:
+        nonlocal last
+        if mode != last:
+            walk(mode)
+            last = mode
+        return model
+
+    model.train = train  # type: ignore[method-assign]
+
+
 class Packs:
     """A batch of packs, each one sequence: int64 (packs, tokens of the longest).
 
@@ -61,9 +91,6 @@ class Packs:
     (`masking_utils.find_packed_sequence_indices`), with sliding windows too. Each padded place is a row of its own.
     Flash attention would not see it (5.23): it wants all packs of a batch as one sequence, as TRL's own padding-free
     batches are; elsewhere those would cost a mask of the square of that length.
-
-    Without an attention mask, the loss that balances a mixture's experts counts padded places too; a batch of one
-    pack has none.
     """
 
     def __init__(self, padding: int) -> None:

@@ -13,6 +13,8 @@ from transformers import TrainerCallback
 from radeon_stack import atomic
 from radeon_stack.contracts.finetune import FinetuneConfig
 from radeon_stack.errors import WorkloadError
+from radeon_stack.kernels.adapters import can_spare
+from radeon_stack.kernels.recompute import use_recompute
 from radeon_stack.runs.events import Metric
 from radeon_stack.workloads.finetune import ranks
 from radeon_stack.workloads.finetune.checkpoints import best_folder, checkpoints, last_checkpoint, scratch
@@ -174,6 +176,13 @@ class Ledger(TrainerCallback):
             trained = [p for p in model.parameters() if p.requires_grad]
             held += sum(p.numel() * (p.element_size() + self._per_parameter) for p in trained)
         self._job.held = held
+
+
+class Recompute(TrainerCallback):
+    """Has the layers that transformers was told to compute again computed our way; it tells them as training begins."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        use_recompute(getattr(model, "module", model), can_spare)
 
 
 class Rate(TrainerCallback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from radeon_stack.kernels.adapters import add_experts_lora
 from radeon_stack.workloads.finetune import fp8, ranks, unsloth_backend
 from radeon_stack.workloads.finetune.adapter import experts_alpha, load_into, lora_config
 from radeon_stack.workloads.finetune.batches import RowsTrainer, dataset
-from radeon_stack.workloads.finetune.callbacks import Evaluator, Ledger, Rate, Teller, Watcher
+from radeon_stack.workloads.finetune.callbacks import Evaluator, Ledger, Rate, Recompute, Teller, Watcher
 from radeon_stack.workloads.finetune.checkpoints import Checkpoint, best_folder, scratch
 from radeon_stack.workloads.finetune.encoding import Encoded
 from radeon_stack.workloads.finetune.evaluation import evaluations_in, out_of_patience, read_record
@@ -57,6 +58,8 @@ def trainer_for(
     if config.lora.experts_rank:
         add_experts_lora(trainer.model, config.lora.experts_rank, experts_alpha(config.lora))
     fp8.leave_to_each_process(trainer.model)
+    if not unsloth and not config.train.offload_activations:
+        trainer.add_callback(Recompute())
     # In this order: a loss is told before it is judged.
     trainer.add_callback(Teller(job, config.train.steps))
     if config.export.tensorboard and job.rank.first:
@@ -101,6 +104,8 @@ def sft_arguments(config: FinetuneConfig, folder: Path, *, evaluate: bool = Fals
         dataloader_pin_memory=torch.cuda.is_available(),
         dataset_kwargs={"skip_prepare_dataset": True},  # rows come encoded
         max_length=None,
+        # It teaches routers to spread tokens over experts. They are frozen here: it would bend what is before them.
+        router_aux_loss_coef=0.0,
         report_to=[],
         ddp_find_unused_parameters=False,
         ddp_timeout=int(ranks.PATIENCE.total_seconds()),
@@ -136,6 +141,9 @@ def train(job: Job, trainer: SFTTrainer, checkpoint: Checkpoint | None, patience
             load_into(trainer.model, checkpoint.path)
             trainer.state = state
             return {}
+    # What there is by now stays: looking through it for garbage would hold a step up for a third of a second.
+    gc.collect()
+    gc.freeze()
     with job.deferred_stop():
         output = trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     ranks.meet()

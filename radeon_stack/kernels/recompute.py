@@ -1,0 +1,158 @@
+"""Activation checkpointing of decoder layers, with less to compute and less to do for the host.
+
+transformers hands each layer's forward to a function of torch's, whose first pass notes every tensor that autograd
+would save and whose second is compared with it. Here the first pass makes no graph at all, as torch's reentrant form
+does, and of the second the last product is left out: a layer ends with `residual + product(…)`, whose value nobody
+reads again, and whose way back asks for the product's inputs alone. In a Llama layer that is 27 % of the products.
+
+Which product that is, is not guessed: the first time that a layer is computed again, it is the one after which autograd
+saved nothing more. Where a norm follows (Gemma), there is none. A layer that this does not fit (dropout, more inputs
+with gradients than the hidden states, a result that is not one tensor, router logits that a loss wants) is torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
+
+SPARES = "radeon_spares"  # a layer's attribute: [the module whose values its second pass does without, or None]
+SPARED = "radeon_spared"  # that module's, meanwhile
+FUNCTION = "_gradient_checkpointing_func"  # transformers' name for what a layer calls
+
+Checkpoint = Callable[..., Any]
+
+
+def is_needed(module: nn.Module) -> bool:
+    """Whether anybody reads what this module is about to compute."""
+    return SPARED not in module.__dict__
+
+
+def use_recompute(model: Any, can_spare: Callable[[nn.Module], bool]) -> bool:
+    """Have the model's checkpointed layers computed again this way; after transformers' own was switched on.
+
+    can_spare: whether a module heeds `is_needed`. Returns whether anything was changed.
+    """
+    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    if not layers or getattr(model.config, "output_router_logits", False) or _drops(model):
+        return False
+    ours: dict[Checkpoint, Checkpoint] = {}
+    for layer in layers:
+        plain = getattr(layer, FUNCTION)
+        setattr(layer, FUNCTION, ours.setdefault(plain, _instead_of(plain, can_spare)))
+    return True
+
+
+def _drops(model: Any) -> bool:
+    """Whether chance has a part in it: the second pass would have to repeat the first one's."""
+    rates = (value for name, value in vars(model.config).items() if "drop" in name and isinstance(value, float))
+    return any(rates) or any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
+
+
+def _instead_of(plain: Checkpoint, can_spare: Callable[[nn.Module], bool]) -> Checkpoint:
+    one_tensor: dict[type, bool] = {}  # by kind of layer, once one has run
+
+    def checkpoint(run: Any, *arguments: Any) -> Any:
+        if not isinstance(run, partial) or not run.args:  # a model that calls it by an older way
+            return plain(run, *arguments)
+        layer = run.args[0]
+        kind = type(layer)
+        if kind not in one_tensor:
+            out = plain(run, *arguments)
+            one_tensor[kind] = isinstance(out, Tensor)
+            return out
+        if not one_tensor[kind] or not _fits(run, arguments):
+            return plain(run, *arguments)
+        return _Recomputed.apply(arguments[0], _Pass(layer, run, arguments[1:], can_spare))
+
+    return checkpoint
+
+
+def _fits(run: Any, arguments: tuple[Any, ...]) -> bool:
+    first, *others = arguments or (None,)
+    if not (isinstance(first, Tensor) and first.requires_grad and torch.is_grad_enabled()):
+        return False
+    return not any(map(_has_gradient, (*others, *run.keywords.values())))
+
+
+def _has_gradient(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    if isinstance(value, (tuple, list)):
+        return any(map(_has_gradient, value))
+    return isinstance(value, dict) and any(map(_has_gradient, value.values()))
+
+
+class _Pass:
+    """A layer's forward with all that it takes but the hidden states, under the autocast of the first time."""
+
+    def __init__(self, layer: nn.Module, run: Any, others: tuple[Any, ...], can_spare: Callable[[nn.Module], bool]):
+        self._layer, self._run, self._others, self._can_spare = layer, run, others, can_spare
+
+    def first(self, hidden: Tensor) -> Any:
+        kind = hidden.device.type
+        self._autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        return self._run(hidden, *self._others)
+
+    def again(self, hidden: Tensor) -> Any:
+        with torch.enable_grad(), torch.autocast(*self._autocast, cache_enabled=torch.is_autocast_cache_enabled()):
+            found = self._layer.__dict__.get(SPARES)
+            if found is None:
+                return self._and_find(hidden)
+            spared = found[0]
+            if spared is None:
+                return self._run(hidden, *self._others)
+            spared.__dict__[SPARED] = True
+            try:
+                return self._run(hidden, *self._others)
+            finally:
+                del spared.__dict__[SPARED]
+
+    def _and_find(self, hidden: Tensor) -> Any:
+        """The same, and note which module autograd saves nothing after."""
+        order: list[nn.Module | None] = []
+
+        def saved(tensor: Tensor) -> Tensor:
+            order.append(None)
+            return tensor.detach()  # itself would be a circle, where an operation saves its own result
+
+        def left(module: nn.Module, *_: Any) -> None:
+            order.append(module)
+
+        hooks = [module.register_forward_hook(left) for module in self._layer.modules() if self._can_spare(module)]
+        try:
+            with saved_tensors_hooks(saved, _itself):
+                out = self._run(hidden, *self._others)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._layer.__dict__[SPARES] = [order[-1] if order else None]
+        return out
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class _Recomputed(torch.autograd.Function):
+    """A layer of which only the hidden states before it are kept. Its parameters' gradients are added on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, layer: _Pass) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(hidden)
+        out: Tensor = layer.first(hidden)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, None]:
+        (kept,) = ctx.saved_tensors
+        hidden = kept.detach().requires_grad_()
+        torch.autograd.backward(ctx.layer.again(hidden), d_out)
+        return hidden.grad, None

@@ -1,0 +1,193 @@
+"""Layers that are computed again: the gradients are those of transformers' own way, with a product less."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.kernels.helpers import DEVICE, distance
+
+transformers = pytest.importorskip("transformers", reason="needs the packages of the extra 'work'")
+peft = pytest.importorskip("peft", reason="needs the packages of the extra 'work'")
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the packages of the extra 'work'")
+
+from radeon_stack.kernels import adapters, experts, interface, linear, nf4, recompute  # noqa: E402
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
+SHARED = {**EXPERTS, "shared_expert_intermediate_size": 64}
+GEMMA = {"query_pre_attn_scalar": 16, "sliding_window": 4}
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+LAYERS = 3
+# model_type, what its configuration needs besides sizes, and what its layers end with, if with a product
+FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
+    "llama": ({}, "mlp.down_proj"),
+    "qwen2": ({}, "mlp.down_proj"),
+    "qwen3": ({}, "mlp.down_proj"),
+    "phi3": ({"partial_rotary_factor": 0.5}, "mlp.down_proj"),
+    "gemma2": (GEMMA, None),
+    "gemma3_text": (GEMMA, None),
+    "qwen3_moe": (EXPERTS, "mlp.experts"),
+    "qwen2_moe": (SHARED, None),
+    "mixtral": ({"num_local_experts": 4, "num_experts_per_tok": 2}, "mlp.experts"),
+}
+
+
+@pytest.fixture(autouse=True)
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense layers decoded by their definition and multiplied by torch: what is looked at here is who computes when."""
+    monkeypatch.setattr(linear, "decode_once", lambda *_: True)
+    monkeypatch.setattr(linear, "decode", lambda matrix, dtype: nf4.decode_reference(matrix, dtype))
+
+
+def small(kind: str, *, dropout: float = 0.0, **more: Any) -> Any:
+    """Layers in NF4 with adapters that are not zero, ready to train with every layer computed again."""
+    settings = {**SIZES, "num_hidden_layers": LAYERS, "head_dim": 16, "vocab_size": 61, "pad_token_id": 2}
+    shape = transformers.AutoConfig.for_model(kind, **{**settings, **FAMILIES[kind][0], **more})
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(shape, attn_implementation="eager")
+    pack(model.model)
+    model = model.to(DEVICE)
+    if any(interface.is_experts(module) for module in model.modules()):
+        interface.register()
+        interface.pack_experts(model)
+        model.set_experts_implementation(interface.PACKED)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=dropout)
+    model = peft.get_peft_model(model, adapters.use_nf4_linear(config))
+    torch.manual_seed(4)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.1)
+    model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def pack(model: nn.Module) -> None:
+    """bitsandbytes' layers in the place of linear ones, a mixture's gate excepted."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and not path.endswith("gate"):
+            bias = module.bias is not None
+            sizes = (module.in_features, module.out_features)
+            packed = bitsandbytes.nn.Linear4bit(*sizes, bias=bias, compute_dtype=torch.float32, quant_type="nf4")
+            packed.load_state_dict(module.state_dict())
+            packed.support_avx512bf16_for_cpu = False
+            model.set_submodule(path, packed)
+
+
+def step(model: Any) -> dict[str, torch.Tensor]:
+    """Logits, and the gradients of the adapters, after a step of two batches."""
+    model.zero_grad()
+    torch.manual_seed(5)
+    for ids in torch.randint(3, 61, (2, 2, 7), device=DEVICE):
+        logits = model(input_ids=ids, use_cache=False).logits
+        (logits * torch.linspace(-1, 1, 61, device=DEVICE)).float().square().mean().backward()
+    return {"logits": logits.detach()} | {name: w.grad.clone() for name, w in model.named_parameters() if w.requires_grad}
+
+
+def spared(model: Any) -> set[str | None]:
+    """By their names in a layer, the modules whose values the second pass does without."""
+    found: set[str | None] = set()
+    for layer in model.base_model.model.model.layers:
+        for module in layer.__dict__.get(recompute.SPARES, ()):
+            names = {one: name for name, one in layer.named_modules()}
+            found.add(names[module].replace(".base_layer", "") if module is not None else None)
+    return found
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_gradients_are_those_of_transformers_own_way(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "can_run_on", lambda _: False)
+    wanted = step(small(kind))
+    model = small(kind)
+    assert recompute.use_recompute(model, adapters.can_spare)
+    for _ in range(2):  # the first time it is found out what can be spared, the second it is
+        found = step(model)
+        assert found.keys() == wanted.keys()
+        far = {name: distance(found[name], wanted[name]) for name in wanted}
+        assert not {name: far for name, far in far.items() if not far < 1e-5}
+    assert spared(model) == {FAMILIES[kind][1]}
+
+
+def test_the_last_product_of_each_layer_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small("llama")
+    recompute.use_recompute(model, adapters.can_spare)
+    step(model)
+    own, forward = linear.by_torch, []
+
+    def counted(*arguments: Any, over_columns: bool) -> Any:
+        forward.append(over_columns)
+        return own(*arguments, over_columns=over_columns)
+
+    monkeypatch.setattr(linear, "by_torch", counted)
+    step(model)
+    # Two batches of seven products a layer: forward, back, and again but for one.
+    assert (forward.count(True), forward.count(False)) == (2 * LAYERS * (7 + 6), 2 * LAYERS * 7)
+
+
+def test_experts_leave_their_second_product_out_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gradients(needed: bool) -> list[torch.Tensor]:
+        torch.manual_seed(6)
+        x = torch.randn(3, 64, device=DEVICE, requires_grad=True)
+        weights = torch.rand(3, 2, device=DEVICE, requires_grad=True)
+        index = torch.tensor([[0, 1], [2, 0], [1, 2]], device=DEVICE)
+        up, down = (nf4.quantize(torch.randn(3, *sizes, device=DEVICE)) for sizes in ((128, 64), (64, 64)))
+        out = experts.gated_experts(x, index, weights, up, down, needed=needed)
+        assert needed or not out.any()
+        out.backward(torch.linspace(-1, 1, 64, device=DEVICE).expand(3, 64))
+        assert x.grad is not None and weights.grad is not None
+        return [x.grad, weights.grad]
+
+    for found, wanted in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_the_first_pass_keeps_nothing_but_what_a_layer_is_given() -> None:
+    model = small("llama")
+    recompute.use_recompute(model, adapters.can_spare)
+    step(model)
+    ids = torch.randint(3, 61, (2, 7), device=DEVICE)
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one.shape) or one, lambda one: one):
+        model.base_model.model.model(input_ids=ids, use_cache=False)
+    # What the last norm and the hook that makes embeddings differentiable keep is not of the layers.
+    assert kept.count(torch.Size((2, 7, 64))) == LAYERS + 2 and torch.Size((2, 7, 128)) not in kept
+
+
+@pytest.mark.parametrize("why", ["dropout", "attention_dropout", "output_router_logits"])
+def test_what_it_would_get_wrong_is_left_to_transformers(why: str) -> None:
+    if why == "dropout":
+        model = small("llama", dropout=0.5)
+    elif why == "attention_dropout":
+        model = small("llama", attention_dropout=0.5)
+    else:
+        model = small("qwen3_moe", output_router_logits=True)
+    assert not recompute.use_recompute(model, adapters.can_spare)
+
+
+def test_layers_whose_inputs_need_no_gradient_are_left_to_torch() -> None:
+    model = small("llama")
+    model.base_model.model.disable_input_require_grads()
+    wanted = step(model)
+    recompute.use_recompute(model, adapters.can_spare)
+    for _ in range(2):
+        found = step(model)
+        assert all(distance(found[name], wanted[name]) < 1e-5 for name in wanted)
+
+
+def test_autocast_is_what_it_was_the_first_time() -> None:
+    def autocast(model: Any) -> dict[str, torch.Tensor]:
+        with torch.autocast(DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float16):
+            ids = torch.arange(3, 17, device=DEVICE).view(2, 7)
+            logits = model(input_ids=ids, use_cache=False).logits
+        model.zero_grad()
+        (logits.float().square().mean()).backward()
+        return {name: w.grad.clone() for name, w in model.named_parameters() if w.requires_grad}
+
+    wanted = autocast(small("llama"))
+    model = small("llama")
+    recompute.use_recompute(model, adapters.can_spare)
+    autocast(model)
+    found = autocast(model)
+    assert all(distance(found[name], wanted[name]) < 2e-3 for name in wanted)
