@@ -42,6 +42,7 @@ DECODE: Literal["decode"] = "decode"  # both matrices once, which a step does tw
 TORCH = Tile(0, 0, 0, 0, 0)  # in a tile's place: decoded once, and multiplied by torch
 RANK = 64
 REPEATS = 4
+SAVED_EVERY = 50
 
 
 # (n, k, warps, stages) that are tried
@@ -249,14 +250,18 @@ def main() -> None:
     for worker in workers:
         worker.join()
     print(f"{len(todo)} kernels compiled in {time.monotonic() - begun:.0f} s", file=sys.stderr)
-    rows = list(measure(parts, todo))
     card = torch.cuda.get_device_properties(0)
+    rows: list[dict[str, Any]] = []
     record = {
         "card": {"name": card.name, "arch": getattr(card, "gcnArchName", f"sm_{card.major}{card.minor}")},
         "versions": {name: version(name) for name in ("torch", "triton")},
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "rows": rows,
     }
+    for row in measure(parts, todo):
+        rows.append(row)
+        if arguments.out and len(rows) % SAVED_EVERY == 0:  # it takes minutes, and may be ended before
+            arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if arguments.out:
         arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(*choices(rows), sep="\n")

@@ -73,7 +73,7 @@ def gated_experts(
     Nothing is read back by the host and sums have a fixed order. NF4 experts are decoded tile by tile; where each has
     very many rows, a matrix is decoded once a product (`configs.decode_experts_once`).
     `partial`: index may hold numbers of no expert here; those slots count as zero. On a CPU it is the definition.
-    needed: False where nobody reads the values, only the gradients' way back is wanted (`recompute.py`): they are zeros.
+    needed: False where nobody reads the values, and only the way back is wanted (`recompute.py`): they are zeros.
     """
     _check_shapes(x, index, slot_weight, gate_up, down, gate_up_adapter, down_adapter)
     if not can_run_on(x.device):

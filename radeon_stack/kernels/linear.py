@@ -57,7 +57,7 @@ def nf4_linear(
     are rounded to x's dtype as autocast would. Their gradients are summed in float32, and at many rows rounded to x's
     dtype, as torch's products are.
 
-    needed: False where nobody reads the values, only the gradients' way back is wanted (`recompute.py`): they are zeros.
+    needed: False where nobody reads the values, and only the way back is wanted (`recompute.py`): they are zeros.
     """
     if x.shape[-1] != weight.shape[1]:
         raise UsageError(f"x is {tuple(x.shape)}, and the layer takes rows of {weight.shape[1]}")

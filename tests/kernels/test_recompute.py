@@ -83,7 +83,11 @@ def step(model: Any) -> dict[str, torch.Tensor]:
     for ids in torch.randint(3, 61, (2, 2, 7), device=DEVICE):
         logits = model(input_ids=ids, use_cache=False).logits
         (logits * torch.linspace(-1, 1, 61, device=DEVICE)).float().square().mean().backward()
-    return {"logits": logits.detach()} | {name: w.grad.clone() for name, w in model.named_parameters() if w.requires_grad}
+    return {"logits": logits.detach(), **gradients_of(model)}
+
+
+def gradients_of(model: Any) -> dict[str, torch.Tensor]:
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def spared(model: Any) -> set[str | None]:
@@ -149,7 +153,12 @@ def test_the_first_pass_keeps_nothing_but_what_a_layer_is_given() -> None:
     step(model)
     ids = torch.randint(3, 61, (2, 7), device=DEVICE)
     kept: list[torch.Size] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one.shape) or one, lambda one: one):
+
+    def keep(one: torch.Tensor) -> torch.Tensor:
+        kept.append(one.shape)
+        return one
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one):
         model.base_model.model.model(input_ids=ids, use_cache=False)
     # What the last norm and the hook that makes embeddings differentiable keep is not of the layers.
     assert kept.count(torch.Size((2, 7, 64))) == LAYERS + 2 and torch.Size((2, 7, 128)) not in kept
@@ -183,7 +192,7 @@ def test_autocast_is_what_it_was_the_first_time() -> None:
             logits = model(input_ids=ids, use_cache=False).logits
         model.zero_grad()
         (logits.float().square().mean()).backward()
-        return {name: w.grad.clone() for name, w in model.named_parameters() if w.requires_grad}
+        return gradients_of(model)
 
     wanted = autocast(small("llama"))
     model = small("llama")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import shutil
 from collections.abc import Sequence
@@ -141,9 +140,6 @@ def train(job: Job, trainer: SFTTrainer, checkpoint: Checkpoint | None, patience
             load_into(trainer.model, checkpoint.path)
             trainer.state = state
             return {}
-    # What there is by now stays: looking through it for garbage would hold a step up for a third of a second.
-    gc.collect()
-    gc.freeze()
     with job.deferred_stop():
         output = trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     ranks.meet()
