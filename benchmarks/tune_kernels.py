@@ -49,7 +49,8 @@ SAVED_EVERY = 50
 HIP = ((32, 64, 4, 2), (32, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 4, 1))
 CUDA = ((64, 64, 4, 3), (64, 64, 8, 3), (64, 128, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 4, 2))
 CUDA_TALL = ((256, 64, 8, 3),)
-CUDA_FLAT = ((128, 128, 4, 2), (32, 128, 4, 3))
+# Rows a little over 128 an expert fill three of 64 better than two of 128.
+CUDA_FLAT = ((128, 128, 4, 2), (32, 128, 4, 3), (256, 64, 8, 3), (256, 64, 4, 3))
 # Twice the rows: NF4 is decoded half as often, and rows a little over 128 an expert do not take a second tile.
 CUDA_256 = ((64, 64, 8, 3), (32, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3))
 

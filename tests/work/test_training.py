@@ -340,3 +340,18 @@ def test_twenty_random_kills_while_saving_and_merging_leave_no_half_written_mode
     torch.set_num_threads(threads)
     print(f"{killed} of 20 killed at work, {partials} left something half-written, {finished} had merged")
     assert killed >= 10
+
+
+def test_a_mode_is_set_once_and_kept_by_all_modules() -> None:
+    """A wrapper trains from its first day, and what it wraps may not: both are put in the mode that was asked for."""
+    import torch
+
+    from radeon_stack.workloads.finetune.batches import set_mode_once
+
+    model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    model[0].eval()
+    set_mode_once(model)
+    for mode in (True, True, False, True):
+        assert model.train(mode) is model
+        assert {module.training for module in model.modules()} == {mode}
+    assert model.eval() is model and not model[0][0].training

@@ -16,6 +16,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from radeon_stack.workloads.finetune.adapter import load_into
 from radeon_stack.workloads.finetune.encoding import IGNORED, Encoded
+from radeon_stack.workloads.finetune.optimizer import without_waiting
 from radeon_stack.workloads.finetune.packing import Pack
 
 
@@ -39,6 +40,10 @@ class RowsTrainer(SFTTrainer):
         gc.collect()
         gc.freeze()
         return super().train(*arguments, **named)
+
+    def create_optimizer(self, *arguments: Any, **named: Any) -> torch.optim.Optimizer:
+        """transformers', without bitsandbytes' waiting."""
+        return without_waiting(super().create_optimizer(*arguments, **named))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """transformers' own: 6 · tokens · parameters without embeddings."""
