@@ -31,25 +31,19 @@ def router(logits: Tensor, top_k: int, *, normalise: bool = True) -> tuple[Tenso
     return weight, index
 
 
+def gate(x: Tensor, matrix: Tensor, top_k: int, *, normalise: bool = True) -> tuple[Tensor, Tensor]:
+    """The router with the linear layer before it, x [tokens, hidden] · matrixᵀ [experts, hidden], as one operation:
+    at any number of tokens a GPU has, it is the host's time that a router takes.
+    """
+    weight, index = _Gate.apply(x, matrix, top_k, normalise)
+    return weight, index
+
+
 class _Router(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
-        from radeon_stack.kernels.jit.routing import router_forward
-
         logits = logits.contiguous()
-        tokens, experts = logits.shape
-        weight = torch.empty((tokens, top_k), dtype=logits.dtype, device=logits.device)
-        index = torch.empty((tokens, top_k), dtype=torch.int64, device=logits.device)
-        block = rows(tokens)
-        constants = {
-            "EXPERTS": experts,
-            "PADDED": next_power(experts),
-            "TOP_K": top_k,
-            "TOP_PADDED": next_power(top_k),
-            "NORMALISE": normalise,
-            "BLOCK_T": block,
-        }
-        launch(router_forward, (cdiv(tokens, block), 1, 1), (logits, weight, index, tokens), constants)
+        weight, index = _chosen(logits, top_k, normalise)
         ctx.save_for_backward(logits, index)
         ctx.normalise = normalise
         ctx.mark_non_differentiable(index)
@@ -58,22 +52,64 @@ class _Router(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_weight: Tensor, _: Any) -> tuple[Tensor, None, None]:
-        from radeon_stack.kernels.jit.routing import router_backward
-
         logits, index = ctx.saved_tensors
-        tokens, experts = logits.shape
-        d_logits = torch.empty_like(logits)
-        block = rows(tokens)
-        constants = {
-            "EXPERTS": experts,
-            "PADDED": next_power(experts),
-            "TOP_K": index.shape[1],
-            "NORMALISE": ctx.normalise,
-            "BLOCK_T": block,
-        }
-        arguments = (logits, index, d_weight.contiguous(), d_logits, tokens)
-        launch(router_backward, (cdiv(tokens, block), 1, 1), arguments, constants)
-        return d_logits, None, None
+        return _d_logits(logits, index, d_weight, ctx.normalise), None, None
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
+        logits = x @ matrix.T
+        weight, index = _chosen(logits, top_k, normalise)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, matrix, logits, index)
+        ctx.normalise = normalise
+        ctx.mark_non_differentiable(index)
+        return weight, index
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_weight: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, matrix, logits, index = ctx.saved_tensors
+        d_logits = _d_logits(logits, index, d_weight, ctx.normalise)
+        d_x = d_logits @ matrix if ctx.needs_input_grad[0] else None
+        return d_x, None if x is None else d_logits.T @ x, None, None
+
+
+def _chosen(logits: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
+    from radeon_stack.kernels.jit.routing import router_forward
+
+    tokens, experts = logits.shape
+    weight = torch.empty((tokens, top_k), dtype=logits.dtype, device=logits.device)
+    index = torch.empty((tokens, top_k), dtype=torch.int64, device=logits.device)
+    block = rows(tokens)
+    constants = {
+        "EXPERTS": experts,
+        "PADDED": next_power(experts),
+        "TOP_K": top_k,
+        "TOP_PADDED": next_power(top_k),
+        "NORMALISE": normalise,
+        "BLOCK_T": block,
+    }
+    launch(router_forward, (cdiv(tokens, block), 1, 1), (logits, weight, index, tokens), constants)
+    return weight, index
+
+
+def _d_logits(logits: Tensor, index: Tensor, d_weight: Tensor, normalise: bool) -> Tensor:
+    from radeon_stack.kernels.jit.routing import router_backward
+
+    tokens, experts = logits.shape
+    d_logits = torch.empty_like(logits)
+    block = rows(tokens)
+    constants = {
+        "EXPERTS": experts,
+        "PADDED": next_power(experts),
+        "TOP_K": index.shape[1],
+        "NORMALISE": normalise,
+        "BLOCK_T": block,
+    }
+    arguments = (logits, index, d_weight.contiguous(), d_logits, tokens)
+    launch(router_backward, (cdiv(tokens, block), 1, 1), arguments, constants)
+    return d_logits
 
 
 def rows(tokens: int) -> int:

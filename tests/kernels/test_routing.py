@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radeon_stack.kernels.router import router, router_reference
+from radeon_stack.kernels.router import gate, router, router_reference
 from radeon_stack.kernels.routing import combine, combine_reference, route, route_reference
 from tests.kernels.helpers import DEVICE, HALVES, ULP, distance
 
@@ -82,3 +82,18 @@ def test_a_token_without_sense_spoils_no_other(device: str) -> None:
     assert torch.equal(index[others], wanted_index[others])
     assert distance(weight[others], wanted[others]) < 1e-6
     assert ((index >= 0) & (index < 8)).all()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_with_its_linear_layer_the_router_gives_the_same_in_one_operation(device: str, trained: bool) -> None:
+    def gradients(one: bool) -> list[torch.Tensor]:
+        torch.manual_seed(8)
+        x = torch.randn(7, 24, device=device, requires_grad=True)
+        matrix = torch.randn(6, 24, device=device, requires_grad=trained)
+        weight, index = gate(x, matrix, 2) if one else router(torch.nn.functional.linear(x, matrix), 2)
+        inputs = [x, matrix] if trained else [x]
+        d_weight = torch.tensor([[1.0, -2.0]], device=device).expand(7, 2)
+        return [weight.detach(), index, *torch.autograd.grad(weight, inputs, d_weight)]
+
+    for found, wanted in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(found, wanted)

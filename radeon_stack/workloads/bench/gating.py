@@ -206,13 +206,13 @@ def softmax_topk(logits: torch.Tensor, top_k: int) -> Routed:
 
 
 def radeon_router(setting: Setting) -> tuple[Router, str]:
-    """torch's linear layer, and the rest in one launch, forward and back."""
+    """torch's product, and the rest in one launch, forward and back."""
     note = kernels_run_on(setting.x.device, str(setting.case["dtype"]))
-    from radeon_stack.kernels.router import router
+    from radeon_stack.kernels.router import gate, router
 
     if setting.bare:
         return lambda logits: router(logits, setting.top_k), note
-    return lambda x: router(F.linear(x, setting.weight), setting.top_k), note
+    return lambda x: gate(x, setting.weight, setting.top_k), note
 
 
 IMPLEMENTATIONS: Mapping[str, Callable[[Setting], tuple[Router, str]]] = {
