@@ -10,6 +10,7 @@ from pathlib import Path
 
 import kernels_page
 import speed_page
+import training_page
 
 from radeon_stack.host.checks import CHECKS
 from radeon_stack.host.known_issues import Issue, load_issues
@@ -28,6 +29,7 @@ def main() -> int:
         ("probe.md", probe()),
         ("kernels.md", kernels_page.page()),
         ("kernel-speed.md", speed_page.page()),
+        ("training-speed.md", training_page.page()),
     ):
         page = ROOT / "docs" / name
         if not check:

@@ -1,4 +1,4 @@
-"""docs/kernel-speed.md: how the kernels are used, and the figures of benchmarks/kernel_speed.json."""
+"""docs/kernel-speed.md: how the kernels are used, and the figures of benchmarks/kernel_speed*.json."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from radeon_stack.kernels.audit.table import markdown_table
 
-RECORD = Path(__file__).resolve().parent.parent / "benchmarks" / "kernel_speed.json"
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 Row = Mapping[str, Any]
 
 HEAD = """<!-- written by tools/docs.py; edit what it reads -->
@@ -38,12 +38,15 @@ nothing about a Radeon.
 
 def page() -> str:
     """The page as Markdown."""
-    if not RECORD.is_file():
-        return HEAD
-    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in BENCHMARKS.glob("kernel_speed*.json")]
+    newest_first = sorted(records, key=lambda one: str(one["card"]["date"]), reverse=True)
+    return "\n".join([HEAD, *(line for record in newest_first for line in _section(record))])
+
+
+def _section(record: Mapping[str, Any]) -> list[str]:
     card, floor, versions = record["card"], record["floor"], record["versions"]
     software = ", ".join(f"{name} {version}" for name, version in versions.items())
-    parts = [HEAD, f"## {card['name']}, {card['date'][:10]}", ""]
+    parts = [f"## {card['name']}, {card['date'][:10]}", ""]
     told = (
         f"`benchmarks/kernel_speed.py` at commit {card['commit'][:7]}; {software}; driver {card['driver']}. Measured "
         f"on that card first: {floor['bandwidth'] / 1e9:.0f} GB/s, {floor['matrix']['bfloat16'] / 1e12:.0f} TFLOP/s "
@@ -55,8 +58,7 @@ def page() -> str:
     for part, title, names in SECTIONS:
         rows = [row for row in record["figures"] if row["part"] == part and row["case"]["dtype"] == "bfloat16"]
         parts += [f"### {title}", "", _table(rows, names), ""]
-    parts += ["### The targets", "", *_verdicts(record["verdicts"]), ""]
-    return "\n".join(parts)
+    return [*parts, "### The targets", "", *_verdicts(record["verdicts"]), ""]
 
 
 SECTIONS = (
