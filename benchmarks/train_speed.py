@@ -152,6 +152,9 @@ class Drawn:
     def __getitem__(self, _: Any) -> torch.Tensor:
         return drawn(self.shape)
 
+    def is_floating_point(self) -> bool:
+        return True
+
 
 @dataclass(frozen=True)
 class Work:
