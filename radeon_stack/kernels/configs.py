@@ -65,11 +65,11 @@ def low_rank_split(rows: int) -> int:
 def decode_experts_once(family: str, mean_rows: float) -> bool:
     """Whether packed experts are decoded to 16 bit before a product, since many tiles would each decode them again.
 
-    One matrix of the layer is then in 16 bit for the time of one product. The bound is an estimate from an H100's
-    device times (benchmarks/kernel_speed.json: 128 experts of 2048 × 768) and was not itself timed: decoding both
-    matrices for both directions moves 3.1 GB, 1.04 ms at the card's 2973 GB/s. At 256 rows an expert a step's 16-bit
-    products take 2.16 ms, with it 3.20, and the packed ones 3.57; at 128 rows 1.46, 2.50 and 2.25. On AMD there is
-    nothing to estimate from: never.
+    One matrix of the layer is then in 16 bit for the time of one product. Measured with 128 experts of 2048 × 768
+    (benchmarks/kernel_speed*.json): at 256 rows an expert a step of 16-bit products takes an H200 1.98 ms and one that
+    decodes first 2.76, where an H100 took 3.57 packed. At 128 rows packed ones take 2.22 ms on the H200, where decoding
+    would come to 2.08, and 2.25 on the H100, where it would come to 2.50: the bound is between. On AMD there is nothing
+    to go by: never.
     """
     return mean_rows > DECODE_EXPERTS_ONCE_ROWS[family]
 
