@@ -16,6 +16,7 @@ from radeon_stack.contracts.options import AUTO
 from radeon_stack.contracts.sections import HUB_PREFIX, hub_parts, is_made
 from radeon_stack.errors import CheckError
 from radeon_stack.kernels import interface, quantizer
+from radeon_stack.kernels.gating import use_gate
 from radeon_stack.kernels.nf4 import NF4
 from radeon_stack.workloads.finetune import fp8, kept
 from radeon_stack.workloads.finetune.architectures import attention_for
@@ -92,6 +93,7 @@ def ready(model: Any, quantization: Quantization) -> Any:
         interface.register()
         packed = quantization.kind == "nf4" and quantization.experts == "nf4"
         model.set_experts_implementation(interface.PACKED if packed else interface.GROUPED)
+        use_gate(model)
     keep_trainable_layout(model)
     check_quantized(model, quantization)
     return model
