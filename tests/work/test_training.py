@@ -355,3 +355,16 @@ def test_a_mode_is_set_once_and_kept_by_all_modules() -> None:
         assert model.train(mode) is model
         assert {module.training for module in model.modules()} == {mode}
     assert model.eval() is model and not model[0][0].training
+
+
+def test_what_is_there_before_training_is_looked_through_again_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a trained model in a circle of references would keep its memory while the next one is loaded."""
+    import gc
+
+    from trl import SFTTrainer
+
+    from radeon_stack.workloads.finetune.batches import RowsTrainer
+
+    trainer = object.__new__(RowsTrainer)
+    monkeypatch.setattr(SFTTrainer, "train", lambda self: gc.get_freeze_count())
+    assert trainer.train() > 0 and gc.get_freeze_count() == 0

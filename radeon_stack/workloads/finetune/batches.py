@@ -36,10 +36,13 @@ class RowsTrainer(SFTTrainer):
         self._operations: int | None = None  # of a step, for each token
 
     def train(self, *arguments: Any, **named: Any) -> Any:
-        """TRL's; what there is by now stays: looking through it for garbage held a step up for a third of a second."""
+        """TRL's; what there is by now is no garbage until the end: looking through it held a step up for 0.33 s."""
         gc.collect()
         gc.freeze()
-        return super().train(*arguments, **named)
+        try:
+            return super().train(*arguments, **named)
+        finally:
+            gc.unfreeze()
 
     def create_optimizer(self, *arguments: Any, **named: Any) -> torch.optim.Optimizer:
         """transformers', without bitsandbytes' waiting."""
