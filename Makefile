@@ -43,6 +43,8 @@ demo: setup  ## teach a 135M model a birthday on this CPU, in about two minutes
 
 # What computes on one thread goes beside what does not; containers that train or build compute on all, and are alone.
 BESIDE := $(addprefix tests/engine/test_,access.py debian.py new_machine.py)
+# Of the work's tests, so many that both sides end together.
+MOVED  := $(addprefix tests/work/test_,bench.py bench_moe.py capabilities.py probe.py)
 test: setup  ## every test this machine can run
 	@$(MAKE) --no-print-directory --jobs=2 test-unit test-work
 	@$(BIN)/python -m pytest tests/engine $(addprefix --ignore=,$(BESIDE))
@@ -52,9 +54,10 @@ test-unit:
 	@$(BIN)/python -m pytest tests/unit
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels
 	@$(BIN)/python -m pytest $(BESIDE)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(MOVED)
 
 test-work:
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/work
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/work $(addprefix --ignore=,$(MOVED))
 
 lint: setup  ## ruff, mypy, and whether the locks are made from today's inputs
 	@$(BIN)/ruff check .
