@@ -84,8 +84,8 @@ def trainer_of(
                 weight.data = torch.randn_like(weight, dtype=torch.float32) * 0.1
                 assert "lora" in name
     trainer.model.train()
-    # Balance between a mixture's experts is one of a batch's, not a sum over its rows; which batch it is, it is to say.
-    trainer.aux_loss_enabled = False
+    # Balance between a mixture's experts would be one of a batch's, not a sum over its rows.
+    assert not trainer.aux_loss_enabled
     return trainer
 
 
