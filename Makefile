@@ -44,7 +44,7 @@ demo: setup  ## teach a 135M model a birthday on this CPU, in about two minutes
 # What computes on one thread goes beside what does not; containers that train or build compute on all, and are alone.
 BESIDE := $(addprefix tests/engine/test_,access.py debian.py new_machine.py)
 # Of the work's tests, so many that both sides end together.
-MOVED  := $(addprefix tests/work/test_,bench.py bench_moe.py capabilities.py probe.py)
+MOVED  := $(addprefix tests/work/test_,bench.py bench_moe.py capabilities.py fp8.py probe.py)
 test: setup  ## every test this machine can run
 	@$(MAKE) --no-print-directory --jobs=2 test-unit test-work
 	@$(BIN)/python -m pytest tests/engine $(addprefix --ignore=,$(BESIDE))
