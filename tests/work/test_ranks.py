@@ -156,7 +156,7 @@ def test_the_first_process_killed_ends_the_run(several: Any, home: Path) -> None
     assert (kill_one(several, home, 0).artifacts / "checkpoints" / "step-3").is_dir()
 
 
-@pytest.mark.parametrize("how", ["data.group_by_length=true"])  # of the orders, the one that is not the sampler's own
+@pytest.mark.parametrize("how", ["data.packing=true", "data.group_by_length=true"])
 def test_another_process_killed_ends_the_run_and_resumed_its_losses_are_the_uninterrupted_ones(
     cli: Cli, several: Any, home: Path, chats: Path, how: str
 ) -> None:
