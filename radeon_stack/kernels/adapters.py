@@ -29,6 +29,7 @@ from radeon_stack.kernels.interface import (
     is_fused,
     matrix_names,
 )
+from radeon_stack.kernels.kept import given, keep
 from radeon_stack.kernels.launch import can_run_on
 from radeon_stack.kernels.linear import nf4_linear
 from radeon_stack.kernels.nf4 import BLOCK, NF4, from_bitsandbytes
@@ -50,9 +51,13 @@ class NF4LoraLinear(PeftLinear4bit):
             return super().forward(x, *arguments, **named)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.compute_dtype or x.dtype
-        weight, needed = self._weight(base.weight), is_needed(self)
+        weight, known = self._weight(base.weight), given(self)
+        if not is_needed(self):
+            known = x.new_zeros((), dtype=dtype).expand(*x.shape[:-1], weight.shape[0])
         a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        return nf4_linear(x.to(dtype), weight, a, b, self.scaling[ADAPTER], base.bias, needed=needed).to(x.dtype)
+        out = nf4_linear(x.to(dtype), weight, a, b, self.scaling[ADAPTER], base.bias, given=known)
+        keep(self, out)
+        return out.to(x.dtype)
 
     def _weight(self, parameter: Any) -> NF4:
         state, packed = parameter.quant_state, self._packed
@@ -81,6 +86,11 @@ def use_nf4_linear(config: LoraConfig) -> LoraConfig:
     """Have PEFT adapt bitsandbytes' Linear4bit by our layer."""
     config._register_custom_module({Linear4bit: NF4LoraLinear})
     return config
+
+
+def can_keep(module: nn.Module) -> bool:
+    """Whether a module calls `kept.keep` and heeds `kept.given`: its adapter is part of its product."""
+    return isinstance(module, NF4LoraLinear) and module.r[ADAPTER] <= MAX_RANK
 
 
 def can_spare(module: nn.Module) -> bool:

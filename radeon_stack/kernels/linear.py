@@ -49,7 +49,7 @@ def nf4_linear(
     scale: float = 1.0,
     bias: Tensor | None = None,
     *,
-    needed: bool = True,
+    given: Tensor | None = None,
 ) -> Tensor:
     """The same without 16-bit weights in memory while rows are few; where they are many, decoded once a pass for torch.
 
@@ -57,17 +57,18 @@ def nf4_linear(
     are rounded to x's dtype as autocast would. Their gradients are summed in float32, and at many rows rounded to x's
     dtype, as torch's products are.
 
-    needed: False where nobody reads the values, and only the way back is wanted (`recompute.py`): they are zeros.
+    given: […, N], the values where they are known or nobody reads them, and only the way back is wanted
+    (`recompute.py`).
     """
     if x.shape[-1] != weight.shape[1]:
         raise UsageError(f"x is {tuple(x.shape)}, and the layer takes rows of {weight.shape[1]}")
     if a is not None and b is not None and a.shape[0] > MAX_RANK:  # more than a tile's registers hold
         low = (x @ a.to(x.dtype).T) @ b.to(x.dtype).T
-        return nf4_linear(x, weight, bias=bias, needed=needed) + scale * low
+        return nf4_linear(x, weight, bias=bias) + scale * low
     rows = x.reshape(-1, x.shape[-1])
     a, b, bias = (None if tensor is None else tensor.contiguous() for tensor in (a, b, bias))
     if torch.is_grad_enabled():
-        out: Tensor = _NF4Linear.apply(rows, a, b, _Frozen(weight, bias, scale, needed))
+        out: Tensor = _NF4Linear.apply(rows, a, b, _Frozen(weight, bias, scale), (given,))
     else:  # the first pass of a layer that is computed again: the host has enough to do
         out, _ = _way(rows)(rows.contiguous(), weight, a, b, scale, bias, over_columns=True)
     return out.view(*x.shape[:-1], out.shape[-1])
@@ -78,17 +79,19 @@ class _Frozen:
     weight: NF4
     bias: Tensor | None
     scale: float
-    needed: bool
 
 
 class _NF4Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, frozen: _Frozen) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, frozen: _Frozen, known: tuple[Tensor | None]
+    ) -> Tensor:
         x = x.contiguous()
-        if frozen.needed:
+        (given,) = known
+        if given is None:
             out, u = _way(x)(x, frozen.weight, a, b, frozen.scale, frozen.bias, over_columns=True)
         else:
-            out = x.new_zeros(()).expand(x.shape[0], frozen.weight.shape[0])
+            out = given.view(x.shape[0], -1)
             u = None if a is None else x @ a.to(x.dtype).T
         ctx.save_for_backward(x if a is not None else None, a, b, u)
         ctx.frozen = frozen
@@ -106,9 +109,9 @@ class _NF4Linear(torch.autograd.Function):
         else:
             d_x, g = None, d_out @ b.to(d_out.dtype)
         if a is None:
-            return d_x, None, None, None
+            return d_x, None, None, None, None
         gradients = gradients_by_torch if way is by_torch else adapter_gradients
-        return d_x, *gradients(x, d_out, u, g, a, b, frozen.scale), None
+        return d_x, *gradients(x, d_out, u, g, a, b, frozen.scale), None, None
 
 
 def _way(rows: Tensor) -> Any:

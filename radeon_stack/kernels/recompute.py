@@ -6,13 +6,15 @@ does, and of the second the last product is left out: a layer ends with `residua
 reads again, and whose way back asks for the product's inputs alone. In a Llama layer that is 27 % of the products.
 
 Which product that is, is not guessed: the first time that a layer is computed again, it is the one after which autograd
-saved nothing more. Where a norm follows (Gemma), there is none. A layer that this does not fit (dropout, more inputs
+saved nothing more. Where a norm follows (Gemma), there is none. Other products may have been kept meanwhile
+(`kept.py`), and are not computed again either. A layer that this does not fit (dropout, more inputs
 with gradients than the hidden states, a result that is not one tensor, router logits that a loss wants) is torch's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
+
+from radeon_stack.kernels.kept import Keeper, Pass
 
 SPARES = "radeon_spares"  # a layer's attribute: [the module whose values its second pass does without, or None]
 SPARED = "radeon_spared"  # that module's, meanwhile
@@ -33,18 +37,27 @@ def is_needed(module: nn.Module) -> bool:
     return SPARED not in module.__dict__
 
 
-def use_recompute(model: Any, can_spare: Callable[[nn.Module], bool]) -> bool:
+def checkpointed(model: Any) -> list[nn.Module]:
+    """The layers that transformers was told to compute again, in their order."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+    return [layer for layer in layers if layer.gradient_checkpointing]
+
+
+def use_recompute(model: Any, can_spare: Callable[[nn.Module], bool], keeper: Keeper | None = None) -> bool:
     """Have the model's checkpointed layers computed again this way; after transformers' own was switched on.
 
-    can_spare: whether a module heeds `is_needed`. Returns whether anything was changed.
+    can_spare: whether a module heeds `is_needed`. keeper: has some of their products wait, and be taken from there.
+    Returns whether anything was changed.
     """
-    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    layers = checkpointed(model)
     if not layers or getattr(model.config, "output_router_logits", False) or _drops(model):
         return False
     ours: dict[Checkpoint, Checkpoint] = {}
     for layer in layers:
         plain = getattr(layer, FUNCTION)
-        setattr(layer, FUNCTION, ours.setdefault(plain, _instead_of(plain, can_spare)))
+        setattr(layer, FUNCTION, ours.setdefault(plain, _instead_of(plain, can_spare, keeper)))
     return True
 
 
@@ -54,7 +67,7 @@ def _drops(model: Any) -> bool:
     return any(rates) or any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
 
 
-def _instead_of(plain: Checkpoint, can_spare: Callable[[nn.Module], bool]) -> Checkpoint:
+def _instead_of(plain: Checkpoint, can_spare: Callable[[nn.Module], bool], keeper: Keeper | None) -> Checkpoint:
     one_tensor: dict[type, bool] = {}  # by kind of layer, once one has run
 
     def checkpoint(run: Any, *arguments: Any) -> Any:
@@ -68,7 +81,7 @@ def _instead_of(plain: Checkpoint, can_spare: Callable[[nn.Module], bool]) -> Ch
             return out
         if not one_tensor[kind] or not _fits(run, arguments):
             return plain(run, *arguments)
-        return _Recomputed.apply(arguments[0], _Pass(layer, run, arguments[1:], can_spare))
+        return _Recomputed.apply(arguments[0], _Pass(layer, run, arguments[1:], can_spare, keeper))
 
     return checkpoint
 
@@ -91,27 +104,34 @@ def _has_gradient(value: Any) -> bool:
 class _Pass:
     """A layer's forward with all that it takes but the hidden states, under the autocast of the first time."""
 
-    def __init__(self, layer: nn.Module, run: Any, others: tuple[Any, ...], can_spare: Callable[[nn.Module], bool]):
+    def __init__(
+        self,
+        layer: nn.Module,
+        run: Any,
+        others: tuple[Any, ...],
+        can_spare: Callable[[nn.Module], bool],
+        keeper: Keeper | None,
+    ) -> None:
         self._layer, self._run, self._others, self._can_spare = layer, run, others, can_spare
+        self._keeper = keeper
+        self._kept: Pass = {}
 
     def first(self, hidden: Tensor) -> Any:
         kind = hidden.device.type
         self._autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-        return self._run(hidden, *self._others)
+        if self._keeper is None:
+            return self._run(hidden, *self._others)
+        with self._keeper.first_pass(self._layer, hidden) as self._kept:
+            return self._run(hidden, *self._others)
 
     def again(self, hidden: Tensor) -> Any:
         with torch.enable_grad(), torch.autocast(*self._autocast, cache_enabled=torch.is_autocast_cache_enabled()):
             found = self._layer.__dict__.get(SPARES)
             if found is None:
+                self._kept.clear()
                 return self._and_find(hidden)
-            spared = found[0]
-            if spared is None:
+            with _without(found[0]), self._keeper.second_pass(self._kept) if self._keeper else nullcontext():
                 return self._run(hidden, *self._others)
-            spared.__dict__[SPARED] = True
-            try:
-                return self._run(hidden, *self._others)
-            finally:
-                del spared.__dict__[SPARED]
 
     def _and_find(self, hidden: Tensor) -> Any:
         """The same, and note which module autograd saves nothing after."""
@@ -137,6 +157,19 @@ class _Pass:
 
 def _itself(tensor: Tensor) -> Tensor:
     return tensor
+
+
+@contextmanager
+def _without(spared: nn.Module | None) -> Iterator[None]:
+    """While nobody reads that module's values."""
+    if spared is None:
+        yield
+        return
+    spared.__dict__[SPARED] = True
+    try:
+        yield
+    finally:
+        del spared.__dict__[SPARED]
 
 
 class _Recomputed(torch.autograd.Function):

@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers", reason="needs the packages of
 peft = pytest.importorskip("peft", reason="needs the packages of the extra 'work'")
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the packages of the extra 'work'")
 
-from radeon_stack.kernels import adapters, experts, interface, linear, nf4, recompute  # noqa: E402
+from radeon_stack.kernels import adapters, experts, interface, kept, linear, link, nf4, recompute  # noqa: E402
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
 SHARED = {**EXPERTS, "shared_expert_intermediate_size": 64}
@@ -200,3 +200,88 @@ def test_autocast_is_what_it_was_the_first_time() -> None:
     autocast(model)
     found = autocast(model)
     assert all(distance(found[name], wanted[name]) < 2e-3 for name in wanted)
+
+
+def keeper_of(model: Any, monkeypatch: pytest.MonkeyPatch, *names: str) -> kept.Keeper:
+    """Whose decision is made, and for as few rows as these."""
+    monkeypatch.setattr(kept, "LEAST_ROWS", 1)
+    keeper = kept.Keeper(recompute.checkpointed(model), link.Link(torch.device(DEVICE), 1 << 20), adapters.can_keep)
+    keeper.decision = kept.Decision(names, 0.0, 0.0)
+    recompute.use_recompute(model, adapters.can_spare, keeper)
+    return keeper
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_with_products_kept_the_gradients_are_the_same_bits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "can_run_on", lambda _: False)
+    model = small(kind)
+    recompute.use_recompute(model, adapters.can_spare)
+    step(model)
+    wanted = step(model)
+    model = small(kind)
+    names = [name for name, _ in kept.candidates(recompute.checkpointed(model)[0], adapters.can_keep).items()]
+    keeper_of(model, monkeypatch, *names)
+    for _ in range(3):
+        found = step(model)
+    assert {name for name in wanted if not torch.equal(found[name], wanted[name])} == set()
+    assert any(name.endswith("o_proj") for name in names)
+
+
+def test_a_kept_product_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small("llama")
+    keeper_of(model, monkeypatch, "mlp.gate_proj", "self_attn.o_proj")
+    step(model)
+    own, forward = linear.by_torch, []
+
+    def counted(*arguments: Any, over_columns: bool) -> Any:
+        forward.append(over_columns)
+        return own(*arguments, over_columns=over_columns)
+
+    monkeypatch.setattr(linear, "by_torch", counted)
+    step(model)
+    # Of the six that are computed again without it, two are kept.
+    assert (forward.count(True), forward.count(False)) == (2 * LAYERS * (7 + 4), 2 * LAYERS * 7)
+
+
+def test_the_host_has_room_for_one_batch_and_takes_no_more_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small("llama")
+    keeper = keeper_of(model, monkeypatch, "mlp.gate_proj")
+    step(model)
+    step(model)
+    told = keeper.close()
+    rows, width, float32 = 2 * 7, 128, 4
+    assert told["kept"] == ["mlp.gate_proj"]
+    assert told["host_bytes"] == (LAYERS - 1) * rows * width * float32  # the last layer's stays where it is
+    assert step(model)  # an evaluation after it, say
+
+
+def test_what_the_host_has_no_room_for_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = step(small("llama"))
+    model = small("llama")
+    keeper = keeper_of(model, monkeypatch, "mlp.gate_proj")
+    keeper._link.limit = 2 * 7 * 128 * 4  # one layer's
+    for _ in range(2):
+        found = step(model)
+    assert keeper._link.taken == keeper._link.limit
+    assert all(distance(found[name], wanted[name]) < 1e-5 for name in wanted)
+
+
+def test_a_graph_that_is_gone_through_twice_gives_the_same_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small("llama")
+    keeper_of(model, monkeypatch, "mlp.gate_proj", "mlp.up_proj", "self_attn.o_proj")
+    step(model)
+    model.zero_grad()
+    loss = model(input_ids=torch.arange(3, 17, device=DEVICE).view(2, 7), use_cache=False).logits.square().mean()
+    loss.backward(retain_graph=True)
+    once = gradients_of(model)
+    model.zero_grad()
+    loss.backward()
+    again = gradients_of(model)
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+@pytest.mark.parametrize(
+    ("room", "names"), [(0, ()), (63, ("o",)), (100, ("gate",)), (140, ("gate", "o")), (300, ("gate", "up", "o"))]
+)
+def test_the_widest_products_that_fit_are_kept(room: float, names: tuple[str, ...]) -> None:
+    assert kept.fitting({"o": 40, "gate": 100, "up": 100}, room) == names

@@ -11,10 +11,12 @@ import torch
 from transformers import TrainerCallback
 
 from radeon_stack import atomic
-from radeon_stack.contracts.finetune import FinetuneConfig
+from radeon_stack.contracts.finetune import FinetuneConfig, Speed
 from radeon_stack.errors import WorkloadError
-from radeon_stack.kernels.adapters import can_spare
-from radeon_stack.kernels.recompute import use_recompute
+from radeon_stack.kernels.adapters import can_keep, can_spare
+from radeon_stack.kernels.kept import Keeper
+from radeon_stack.kernels.link import Link
+from radeon_stack.kernels.recompute import checkpointed, use_recompute
 from radeon_stack.runs.events import Metric
 from radeon_stack.workloads.finetune import ranks
 from radeon_stack.workloads.finetune.checkpoints import best_folder, checkpoints, last_checkpoint, scratch
@@ -27,8 +29,10 @@ from radeon_stack.workloads.finetune.evaluation import (
     write_record,
 )
 from radeon_stack.workloads.finetune.health import SHOWN, Watch, diagnosis, figures, figures_in, remedy
-from radeon_stack.workloads.finetune.resident import resident
+from radeon_stack.workloads.finetune.resident import available, resident
 from radeon_stack.workloads.job import Job, StopRequested
+
+SHARE_OF_HOST = 0.5  # of the memory that is free as training begins, for products that wait there
 
 
 def told_of(logs: dict[str, Any]) -> dict[str, float]:
@@ -181,8 +185,30 @@ class Ledger(TrainerCallback):
 class Recompute(TrainerCallback):
     """Has the layers that transformers was told to compute again computed our way; it tells them as training begins."""
 
+    def __init__(self, job: Job, speed: Speed) -> None:
+        self._job, self._speed = job, speed
+        self._keeper: Keeper | None = None
+
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        use_recompute(getattr(model, "module", model), can_spare)
+        model = getattr(model, "module", model)
+        self._keeper = keeper_for(model) if self._speed.keep_products else None
+        if not use_recompute(model, can_spare, self._keeper):
+            self._keeper = None
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._keeper is not None:
+            self._job.fact("products", self._keeper.close())
+
+
+def keeper_for(model: Any) -> Keeper | None:
+    """Who keeps products of the layers that are computed again, where the host's memory is another than the card's."""
+    layers = checkpointed(model)
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(layers) < 2 or len(devices) != 1 or (device := devices.pop()).type != "cuda":
+        return None
+    if torch.cuda.get_device_properties(device).is_integrated:
+        return None
+    return Keeper(layers, Link(device, int(SHARE_OF_HOST * available())), can_keep)
 
 
 class Rate(TrainerCallback):

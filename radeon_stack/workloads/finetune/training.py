@@ -58,7 +58,7 @@ def trainer_for(
         add_experts_lora(trainer.model, config.lora.experts_rank, experts_alpha(config.lora))
     fp8.leave_to_each_process(trainer.model)
     if not unsloth and not config.train.offload_activations:
-        trainer.add_callback(Recompute())
+        trainer.add_callback(Recompute(job, config.speed))
     # In this order: a loss is told before it is judged.
     trainer.add_callback(Teller(job, config.train.steps))
     if config.export.tensorboard and job.rank.first:
