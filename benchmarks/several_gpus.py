@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python benchmarks/several_gpus.py --tokenizer FOLDER [--layers 8] [--gpus 1,2,3] [--out FILE]
 
-Llama-3.1-8B's shape with random weights, so many layers of it; 12 rows of 512 tokens a step, by torchrun and NCCL (RCCL)
-as `run --gpus 0,1,2` starts it. Losses are held to those of one GPU: exit 7 where one is further than 1 % of it.
+Llama-3.1-8B's shape with random weights, so many layers of it; 12 rows of 512 tokens a step, by torchrun and NCCL as
+`run --gpus 0,1,2` starts it. Losses are held to those of one GPU: exit 7 where one is further than 1 % of it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +95,15 @@ def case(root: Path, model: Path, data: Path, gpus: int) -> dict[str, Any]:
     (root / "config.json").write_text(json.dumps({"recipe": effective.tree()}))
     command = [*started(sys.executable, gpus), "radeon_stack.workloads.finetune", "--run", str(root)]
     command += ["--cache", str(root), "--model", str(model), "--data", str(data)]
-    cards = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))}
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+    cards = {"CUDA_VISIBLE_DEVICES": ",".join(seen[:gpus])}
     environment = os.environ | cards | {name: value for name, value, _ in variables(gpus, STOP_SECONDS)}
     with (root / "log.txt").open("wb") as log:
         subprocess.run(command, env=environment, stdout=log, stderr=log, check=False, timeout=SECONDS)
     events = read_events(root / "events.jsonl") if (root / "events.jsonl").exists() else []
     metrics = [event for event in events if isinstance(event, Metric) and "loss" in event.values]
     steps = [(event.time, event.values["loss"]) for event in metrics]
-    between = [later - earlier for (earlier, _), (later, _) in zip(steps, steps[1:], strict=False)]
+    between = [later - earlier for (earlier, _), (later, _) in pairwise(steps)]
     told: dict[str, Any] = {"gpus": gpus, "losses": [round(loss, 5) for _, loss in steps]}
     if len(between) >= WARM_UP:
         told["step_seconds"] = statistics.median(between[WARM_UP - 1 :])
