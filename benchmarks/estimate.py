@@ -42,6 +42,8 @@ CASES: dict[str, tuple[str, ...]] = {
     "512 tokens x 1, 16 bit": ("train.batch_size=1", "data.max_length=512", "quantization.kind=none"),
 }
 
+MODEL = "Llama-3.1-8B's shape, {} layers, random weights"
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,24 +55,23 @@ def main() -> int:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this needs a GPU: on a CPU nobody counts what tensors take")
+    cases: dict[str, Any] = {}
+    record = {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "device": torch.cuda.get_device_name(0),
+        **{name: version(name) for name in ("torch", "transformers", "peft", "trl", "bitsandbytes")},
+        "model": arguments.model.name if arguments.model else MODEL.format(arguments.layers),
+        "sets": arguments.sets,
+        "cases": cases,
+    }
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         model = arguments.model or made(root / "model", arguments.tokenizer, arguments.layers)
         data = root / "texts.jsonl"
         data.write_text((json.dumps({"text": "one two three four " * 4096}) + "\n") * 64)
-        cases = {
-            name: case(root / str(number), model, data, (*sets, *arguments.sets))
-            for number, (name, sets) in enumerate(CASES.items())
-        }
-    record = {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "device": torch.cuda.get_device_name(0),
-        **{name: version(name) for name in ("torch", "transformers", "peft", "trl", "bitsandbytes")},
-        "model": model.name if arguments.model else f"Llama-3.1-8B's shape, {arguments.layers} layers, random weights",
-        "sets": arguments.sets,
-        "cases": cases,
-    }
-    arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+        for number, (name, sets) in enumerate(CASES.items()):
+            cases[name] = case(root / str(number), model, data, (*sets, *arguments.sets))
+            arguments.out.write_text(json.dumps(record, indent=2) + "\n")  # it takes minutes, and may be ended before
     off = [name for name, told in cases.items() if not abs(told.get("off", 1)) <= TOLERANCE]
     print(
         f"{len(cases) - len(off)} of {len(cases)} within {TOLERANCE:.0%}" + (f"; not {', '.join(off)}" if off else "")

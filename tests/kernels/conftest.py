@@ -45,8 +45,9 @@ def _poisoning(make: Any) -> Any:
 
     def made(*arguments: Any, **named: Any) -> Any:
         tensor = make(*arguments, **named)
-        if tensor.is_floating_point():
-            return tensor.fill_(float("nan"))
-        return tensor.fill_(torch.iinfo(tensor.dtype).max) if tensor.dtype != torch.bool else tensor
+        with torch.no_grad():
+            if tensor.is_floating_point():
+                return tensor.fill_(float("nan"))
+            return tensor.fill_(torch.iinfo(tensor.dtype).max) if tensor.dtype != torch.bool else tensor
 
     return made
