@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from radeon_stack.kernels.link import Kept, Link
 
 # Nothing writes over what these give, as Liger's RoPE does with queries and keys.
-NAMES = ("gate_proj", "up_proj", "gate_up_proj", "o_proj")
+NAMES = ("gate_proj", "up_proj", "gate_up_proj", "o_proj", "v_proj")
 ITEM_BYTES = 2
 LEAST_ROWS = 1024  # with fewer, a step waits for the host, which would have more to do
 SKIPPED_PASSES = 2  # kernels are compiled, memory is taken
-SHARE_OF_LINK = 0.9
 SHARE_OF_DEVICE = 0.25  # of the memory that a step leaves: of two layers' it is needed at once
 KEEP = "radeon_keep"  # a module's attribute in the first pass: who takes its result
 GIVEN = "radeon_given"  # and in the second: that result
@@ -131,7 +130,7 @@ class Keeper:
         seconds = self._clock.row_seconds(rows)
         if seconds is not None:
             link = self._link.bytes_per_second()
-            room = min(SHARE_OF_LINK * link * seconds, SHARE_OF_DEVICE * device_room(self._link.device) / rows)
+            room = min(link * seconds, SHARE_OF_DEVICE * device_room(self._link.device) / rows)
             widths = (
                 {name: width for name, (_, width) in layer.items()} for layer in self._candidates.values() if layer
             )
