@@ -51,21 +51,23 @@ class Launcher:
             with torch.cuda.device(device):
                 self(kernel, grid, arguments, constants, warps=warps, stages=stages, fp_fusion=fp_fusion)
             return
-        key = (kernel, device, warps, stages, fp_fusion, *constants.values(), *map(_specialised, arguments))
+        # Addresses in the tensors' place: the launcher would ask each for its own, and the driver for its device.
+        passed = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
+        key = (kernel, device, warps, stages, fp_fusion, *constants.values(), *map(_specialised, arguments, passed))
         compiled = self._compiled.get(key)
         if compiled is None:
             options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fp_fusion}
             self._compiled[key] = kernel[grid](*arguments, **constants, **options)
         else:
-            compiled[grid](*arguments, *constants.values())
+            compiled[grid](*passed, *constants.values())
 
 
-def _specialised(argument: Any) -> Any:
+def _specialised(argument: Any, passed: Any) -> Any:
     # What Triton compiles differently for: a pointer's type, alignment and (for AMD's buffer loads) range; a number's
     # width, 1, and factors of 16.
     if isinstance(argument, Tensor):
         small = torch.version.hip is None or argument.untyped_storage().size() >> 31 == 0
-        return argument.dtype, argument.data_ptr() % 16 == 0, small
+        return argument.dtype, passed % 16 == 0, small
     if isinstance(argument, int):
         return argument % 16 == 0, argument == 1, argument >> 31 == 0
     return None
