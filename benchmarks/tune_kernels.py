@@ -54,24 +54,33 @@ CUDA_TALL = ((256, 64, 8, 3),)
 CUDA_FLAT = ((128, 128, 4, 2), (32, 128, 4, 3), (256, 64, 8, 3), (256, 64, 4, 3))
 # Twice the rows: NF4 is decoded half as often, and rows a little over 128 an expert do not take a second tile.
 CUDA_256 = ((64, 64, 8, 3), (32, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3))
-# Turned round, by row block: (m, n, k, warps, stages), m of the block or less; down the rows n is 64 a warp.
+# Turned round, by row block: (m, n, k, warps, stages, pairs) along the columns; down the rows, where n is 64 a warp,
+# without the last.
 TURNED_ALONG = {
-    16: ((16, 64, 64, 4, 3), (16, 64, 64, 4, 4), (16, 128, 64, 4, 3), (16, 128, 64, 4, 4), (16, 128, 128, 4, 3)),
-    128: ((64, 128, 64, 4, 3), (128, 128, 64, 4, 2), (128, 128, 64, 4, 3), (128, 256, 64, 8, 3), (128, 128, 64, 8, 3)),
+    16: (
+        *((16, 128, 64, 4, stages, pairs) for stages in (3, 4) for pairs in (False, True)),
+        *((16, 128, 128, 4, 3, pairs) for pairs in (False, True)),
+        *((16, n, 64, 4, stages, True) for n in (64, 256) for stages in (3, 4)),
+    ),
+    128: (
+        *((m, 128, 64, 4, 3, pairs) for m in (64, 128) for pairs in (False, True)),
+        (128, 128, 64, 4, 2, False),
+        (128, 128, 64, 4, 4, False),
+        (128, 128, 64, 8, 3, True),
+        (128, 256, 64, 8, 3, False),
+    ),
 }
 TURNED_DOWN = {
-    16: ((16, 256, 64, 4, 2), (16, 256, 64, 4, 3), (16, 256, 64, 4, 4)),
-    128: ((64, 256, 64, 4, 2), (64, 256, 64, 4, 3), (64, 256, 64, 4, 4)),
+    16: tuple((16, 256, 64, 4, stages) for stages in (2, 3, 4)),
+    128: ((32, 256, 64, 4, 3), (64, 256, 64, 4, 2), (64, 256, 64, 4, 3)),
 }
 
 
 def turned(rows: int, *, along: bool, gated: bool) -> Iterator[Tile]:
     """Candidates of which NF4 goes from registers to the matrix units."""
     if along:
-        for m, n, k, warps, stages in TURNED_ALONG.get(rows, ()):
-            tile = Tile(m, n // 2 if gated else n, k, warps, stages, turned=True)
-            yield tile
-            yield replace(tile, pairs=True)
+        for m, n, k, warps, stages, pairs in TURNED_ALONG.get(rows, ()):
+            yield Tile(m, n // 2 if gated else n, k, warps, stages, turned=True, pairs=pairs)
     else:
         for m, n, k, warps, stages in TURNED_DOWN.get(rows, ()):
             yield Tile(m, n, k, warps, stages, turned=True)

@@ -206,16 +206,16 @@ def test_decoding_a_step_ahead_changes_no_bit(nf4: str) -> None:
         assert torch.equal(*forth)
 
 
-@pytest.mark.parametrize("nf4", ["flat", "double"])
-@pytest.mark.parametrize("pairs", [False, True])
-@pytest.mark.parametrize(("k", "warps"), [(64, 4), (128, 4), (64, 8)])
+@pytest.mark.parametrize(
+    ("nf4", "pairs", "k", "warps"), [("flat", False, 64, 4), ("flat", True, 128, 4), ("double", True, 64, 8)]
+)
 def test_the_product_turned_round_is_the_same_product(nf4: str, pairs: bool, k: int, warps: int) -> None:
     from radeon_stack.kernels.configs import Tile
 
-    layer = Layer(torch.float16, nf4=nf4, tokens=21, width=384, inner=128)
+    layer = Layer(torch.float16, nf4=nf4, tokens=9, experts=2, width=384, inner=128)
     up, down = layer.matrices
-    routing, x = route(layer.index, 4), layer.x.detach()
-    gate_up = torch.randn(42, 256, device=DEVICE).half()
+    routing, x = route(layer.index, 2), layer.x.detach()
+    gate_up = torch.randn(18, 256, device=DEVICE).half()
     hidden = gate_up[:, :128].contiguous()
 
     def products(along: Tile, down_rows: Tile) -> list[torch.Tensor]:

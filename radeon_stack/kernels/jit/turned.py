@@ -69,7 +69,7 @@ def multiply_turned(
         else:
             tile = _down(
                 w, absmax, table, nested_absmax, nested_code, nested_offset,
-                w_row + k, column, columns, NF4, NESTED, warps, BLOCK_K, dtype,
+                w_row, k, column, columns, NF4, NESTED, warps, BLOCK_K, dtype,
             )  # fmt: skip
         acc = tl.dot(tile, tl.trans(rows), acc, input_precision="ieee")
     acc = tl.permute(tl.reshape(acc, (repeat, warps, 2, 8, m)), (4, 1, 3, 0, 2))
@@ -123,6 +123,7 @@ def _down(
     nested_code,
     nested_offset,
     first,
+    k,
     column,
     columns,
     NF4: tl.constexpr,
@@ -131,21 +132,20 @@ def _down(
     BLOCK_K: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """[N, BLOCK_K]: the transpose of N columns from `column` on of the rows first …, those past the end anything.
+    """[N, BLOCK_K]: the transpose of N columns from `column` on of the rows first + k …, those past the end anything.
 
     N is 64 a warp: what a thread needs of a row is one word. With shorter words Triton would not move the layout up.
     """
-    # Rows in the order (8, 2, t), so that what the threads of a warp read at once lies side by side.
-    step = tl.arange(0, BLOCK_K)
-    step = step // 8 * 8 + step % 4 * 2 + step // 4 % 2
-    # Warps past the last column work on the last ones.
+    # Rows by warps, and in the order (8, 2, t): what the threads of a warp read at once lies side by side.
+    number = tl.arange(0, WARPS * BLOCK_K)
+    row = first + number % BLOCK_K // 8 * 8 + number % 4 * 2 + number // 4 % 2
     blocks = columns // NF4_BLOCK  # of a row; a block is a warp's
-    block = tl.minimum(column // NF4_BLOCK + tl.arange(0, WARPS), blocks - 1)
-    place = (step * (blocks * 8))[None, :, None] + (block * 8)[:, None, None] + tl.arange(0, 8)[None, None, :]
-    word = tl.load(w.to(tl.pointer_type(tl.int32)) + first * (blocks * 8) + place)
-    index = first * blocks + (step * blocks)[None, :] + block[:, None]
-    factor = _factor(absmax, nested_absmax, nested_code, nested_offset, index, NESTED)
-    values = (_eight(table, word, NF4) * factor[:, :, None, None, None, None]).to(dtype)
+    block = tl.minimum(column // NF4_BLOCK + number // BLOCK_K, blocks - 1)  # warps past the last work on the last
+    index = row * blocks + block
+    words = w.to(tl.pointer_type(tl.int32)) + (index * 8)[:, None] + tl.arange(0, 8)[None, :]
+    word = tl.load(words + k * (blocks * 8))
+    factor = _factor(absmax, nested_absmax, nested_code, nested_offset, index + k * blocks, NESTED)
+    values = (_eight(table, word, NF4) * factor[:, None, None, None, None]).to(dtype)
     # (warp, 8, 2, t, g, the number's bits, lowest first) → (4, warp, 2, g, 8, t, 2)
     values = tl.reshape(values, (WARPS, BLOCK_K // 8, 2, 4, 8, 2, 2, 2))
     return tl.reshape(tl.permute(values, (7, 6, 0, 5, 4, 1, 3, 2)), (64 * WARPS, BLOCK_K))
@@ -156,7 +156,7 @@ def _factor(absmax, nested_absmax, nested_code, nested_offset, index, NESTED: tl
     """weights.nf4_scale of the blocks `index`, loaded."""
     scale = tl.load(absmax + index)
     if NESTED:
-        offset = tl.load(nested_offset + tl.zeros((1, 1), tl.int32))
+        offset = tl.load(nested_offset + tl.zeros_like(index).to(tl.int32))
         return tl.load(nested_code + scale.to(tl.int32)) * tl.load(nested_absmax + index // NESTED_BLOCK) + offset
     else:
         return scale
