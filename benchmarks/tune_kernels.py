@@ -1,6 +1,7 @@
 """Times every tile that might serve, on the GPU that is here: what `kernels/configs.py` should have for it.
 
-    PYTHONPATH=. python benchmarks/tune_kernels.py [--out FILE] [--only experts,linear] [--blocks 64,128] [--workers N]
+    PYTHONPATH=. python benchmarks/tune_kernels.py [--out FILE] [--only experts,linear] [--blocks 64,128] [--turned]
+        [--workers N]
 
 Sizes are Qwen3-30B-A3B's experts (128 of 2048 × 768, top 8) and an 8B model's linear layers. Kernels are compiled
 first, by several processes; then each candidate is timed as a captured graph (device time: a tile has nothing to do
@@ -53,6 +54,36 @@ CUDA_TALL = ((256, 64, 8, 3),)
 CUDA_FLAT = ((128, 128, 4, 2), (32, 128, 4, 3), (256, 64, 8, 3), (256, 64, 4, 3))
 # Twice the rows: NF4 is decoded half as often, and rows a little over 128 an expert do not take a second tile.
 CUDA_256 = ((64, 64, 8, 3), (32, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3))
+# Turned round, by row block: (m, n, k, warps, stages, pairs) along the columns; down the rows, where n is 64 a warp,
+# without the last.
+TURNED_ALONG = {
+    16: (
+        *((16, 128, 64, 4, stages, pairs) for stages in (3, 4) for pairs in (False, True)),
+        *((16, 128, 128, 4, 3, pairs) for pairs in (False, True)),
+        *((16, n, 64, 4, stages, True) for n in (64, 256) for stages in (3, 4)),
+    ),
+    128: (
+        *((m, 128, 64, 4, 3, pairs) for m in (64, 128) for pairs in (False, True)),
+        (128, 128, 64, 4, 2, False),
+        (128, 128, 64, 4, 4, False),
+        (128, 128, 64, 8, 3, True),
+        (128, 256, 64, 8, 3, False),
+    ),
+}
+TURNED_DOWN = {
+    16: tuple((16, 256, 64, 4, stages) for stages in (2, 3, 4)),
+    128: ((32, 256, 64, 4, 3), (64, 256, 64, 4, 2), (64, 256, 64, 4, 3)),
+}
+
+
+def turned(rows: int, *, along: bool, gated: bool) -> Iterator[Tile]:
+    """Candidates of which NF4 goes from registers to the matrix units."""
+    if along:
+        for m, n, k, warps, stages, pairs in TURNED_ALONG.get(rows, ()):
+            yield Tile(m, n // 2 if gated else n, k, warps, stages, turned=True, pairs=pairs)
+    else:
+        for m, n, k, warps, stages in TURNED_DOWN.get(rows, ()):
+            yield Tile(m, n, k, warps, stages, turned=True)
 
 
 def tiles(rows: int, *, nf4: bool, gated: bool) -> Iterator[Tile]:
@@ -139,7 +170,7 @@ class Layer:
         return linear.product(x, self.weight, first, second, 1.0, None, over_columns=forward, tile=tile)
 
 
-def jobs(parts: list[str], blocks: list[int]) -> Iterator[tuple[Any, ...]]:
+def jobs(parts: list[str], blocks: list[int], *, only_turned: bool) -> Iterator[tuple[Any, ...]]:
     """(part, what, packed, row block, tile)"""
     if "experts" in parts:
         for rows in (one for one in TOKENS if one in blocks):
@@ -147,12 +178,20 @@ def jobs(parts: list[str], blocks: list[int]) -> Iterator[tuple[Any, ...]]:
         for packed in (True, False):
             for kind in KINDS:
                 for rows in (one for one in TOKENS if one in blocks):
-                    for tile in tiles(rows, nf4=packed, gated=kind == "gated_forward"):
+                    gated, along = kind == "gated_forward", kind in ("gated_forward", "forward")
+                    for tile in (
+                        *(() if only_turned else tiles(rows, nf4=packed, gated=gated)),
+                        *(turned(rows, along=along, gated=gated) if packed and not torch.version.hip else ()),
+                    ):
                         yield "experts", kind, packed, rows, tile
     if "linear" in parts:
         for forward in (True, False):
             for rows in (one for one in ROWS if one in blocks):
-                for tile in (*tiles(rows, nf4=True, gated=False), TORCH):
+                for tile in (
+                    *(() if only_turned else tiles(rows, nf4=True, gated=False)),
+                    *(() if torch.version.hip else turned(rows, along=forward, gated=False)),
+                    TORCH,
+                ):
                     yield "linear", forward, True, rows, tile
 
 
@@ -227,7 +266,7 @@ def _tile(tile: dict[str, Any]) -> str:
     if tile == asdict(TORCH):
         return "(decoded once, torch)"
     sizes = ",".join(str(tile[name]) for name in ("m", "n", "k", "warps", "stages"))
-    return f"({sizes}{',ahead' if tile['ahead'] else ''})"
+    return f"({sizes}{''.join(f',{name}' for name in ('ahead', 'turned', 'pairs') if tile[name])})"
 
 
 def main() -> None:
@@ -235,12 +274,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", default="experts,linear")
     parser.add_argument("--blocks", default="16,32,64,128", help="row blocks")
+    parser.add_argument("--turned", action="store_true", help="of the tiles only those turned round")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 2)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("a GPU is needed: what is timed here is the device alone")
     parts, begun = arguments.only.split(","), time.monotonic()
-    todo = list(jobs(parts, [int(block) for block in arguments.blocks.split(",")]))
+    blocks = [int(block) for block in arguments.blocks.split(",")]
+    todo = list(jobs(parts, blocks, only_turned=arguments.turned))
     context = multiprocessing.get_context("spawn")
     workers = [
         context.Process(target=compile_share, args=(todo[first :: arguments.workers],))

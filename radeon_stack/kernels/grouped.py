@@ -15,11 +15,12 @@ from torch import Tensor
 from radeon_stack.errors import UsageError
 from radeon_stack.kernels.configs import Kind, Tile, decode_experts_once, full_precision_tile, grouped_tile
 from radeon_stack.kernels.launch import launch
-from radeon_stack.kernels.nf4 import NF4, decode, lookup_of, pointers
+from radeon_stack.kernels.nf4 import NF4, decode, decoding, lookup_of, pointers
 from radeon_stack.kernels.routing import Routing
 from radeon_stack.kernels.sizes import cdiv, next_power, padded_rank
 
 Weight: TypeAlias = Tensor | NF4
+DENSE = {"AHEAD": False, "TURNED": 0, "PAIRS": False}  # in the place of nf4.decoding
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,9 @@ def matmul(
             low.scale,
             tiles,
         ),
+        k=k,
+        width=tile.n,
+        over_columns=over_columns,
         before={"GATHER": gather > 0, "SCATTER": scatter, "OVER_COLUMNS": over_columns},
         after={"BIAS": bias is not None, "WEIGHTED": slot_weight is not None, "RANK": padded_rank(low.rank)},
     )
@@ -145,6 +149,9 @@ def gated_forward(
             low.scale,
             tiles,
         ),
+        k=k,
+        width=2 * tile.n,
+        over_columns=True,
         after={"RANK": padded_rank(low.rank), "SAVE": save},
     )
     return gate_up, hidden
@@ -199,6 +206,9 @@ def gated_backward(
             low.scale,
             tiles,
         ),
+        k=k,
+        width=tile.n,
+        over_columns=False,
         after={"RANK": padded_rank(low.rank), "SAVE": save},
     )
     return d_gate_up, d_weight, weighted
@@ -276,10 +286,13 @@ def _launch(
     programs: int,
     arguments: tuple[Any, ...],
     *,
+    k: int,
+    width: int,
+    over_columns: bool,
     before: dict[str, Any] | None = None,
     after: dict[str, Any],
 ) -> None:
-    """The constants that all of them have, with a kernel's own before and after NF4's."""
+    """The constants that all of them have, with a kernel's own before and after NF4's; the rest as nf4.decoding's."""
     constants = {
         "EXPERTS": routing.experts,
         "PADDED": next_power(routing.experts),
@@ -291,7 +304,7 @@ def _launch(
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,
         "GROUP": tile.group,
-        "AHEAD": tile.ahead and isinstance(weight, NF4),
+        **(decoding(weight, tile, k, width, over_columns=over_columns) if isinstance(weight, NF4) else DENSE),
     }
     # Without fused multiply-add decoded values are bitsandbytes' to the bit.
     launch(

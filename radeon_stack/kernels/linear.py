@@ -22,7 +22,7 @@ from radeon_stack.kernels.configs import (
 )
 from radeon_stack.kernels.grouped import family, weight_arguments
 from radeon_stack.kernels.launch import launch
-from radeon_stack.kernels.nf4 import NF4, decode, decode_reference, lookup_of
+from radeon_stack.kernels.nf4 import NF4, decode, decode_reference, decoding, lookup_of
 from radeon_stack.kernels.sizes import cdiv, next_power, padded_rank
 
 
@@ -198,7 +198,7 @@ def product(
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,
         "GROUP": tile.group,
-        "AHEAD": tile.ahead,
+        **decoding(weight, tile, k, tile.n, over_columns=over_columns),
     }
     grid = (cdiv(rows, tile.m) * cdiv(n, tile.n), 1, 1)
     launch(linear, grid, arguments, constants, warps=tile.warps, stages=tile.stages, fp_fusion=False)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from radeon_stack.errors import UsageError
+from radeon_stack.kernels.configs import Tile
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -118,6 +119,18 @@ def decode(matrix: NF4, dtype: torch.dtype | None = None) -> Tensor:
 def lookup_of(matrix: NF4) -> int:
     """The kernels' NF4 constant (`jit.weights`): 2, by warp shuffle, on CUDA; 1, by selects, anywhere else."""
     return 2 if matrix.device.type == "cuda" and torch.version.hip is None else 1
+
+
+def decoding(matrix: NF4, tile: Tile, k: int, width: int, *, over_columns: bool) -> dict[str, Any]:
+    """The kernels' constants for how a product decodes: over k, into tiles of `width` columns of accumulators."""
+    across = min(16 * tile.warps, width)
+    fits = k % tile.k == 0 and (over_columns or width == 4 * across)
+    turned = tile.turned and fits and matrix.packed.data_ptr() % 4 == 0  # it reads words
+    return {
+        "AHEAD": tile.ahead and not turned,
+        "TURNED": across if turned else 0,
+        "PAIRS": tile.pairs and turned,
+    }
 
 
 def pointers(matrix: NF4) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

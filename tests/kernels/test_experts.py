@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from radeon_stack.errors import UsageError
 from radeon_stack.kernels import grouped
 from radeon_stack.kernels.experts import Adapter, gated_experts, gated_experts_reference
-from radeon_stack.kernels.nf4 import NF4, quantize
+from radeon_stack.kernels.nf4 import NF4, decoding, quantize
 from radeon_stack.kernels.routing import route
 from tests.kernels.helpers import DEVICE, HALVES, distance
 
@@ -208,6 +208,45 @@ def test_decoding_a_step_ahead_changes_no_bit(nf4: str) -> None:
         hidden = rows[:, :128].contiguous()
         forth = [grouped.matmul(hidden, down, routing, tile=one) for one in (ahead, tile)]
         assert same(*forth)
+
+
+@pytest.mark.parametrize(
+    ("nf4", "pairs", "k", "warps"), [("flat", False, 64, 4), ("flat", True, 128, 4), ("double", True, 64, 8)]
+)
+def test_the_product_turned_round_is_the_same_product(nf4: str, pairs: bool, k: int, warps: int) -> None:
+    from radeon_stack.kernels.configs import Tile
+
+    layer = Layer(torch.float16, nf4=nf4, tokens=9, experts=2, width=384, inner=128)
+    up, down = layer.matrices
+    routing, x = route(layer.index, 2), layer.x.detach()
+    gate_up = torch.randn(18, 256, device=DEVICE).half()
+    hidden = gate_up[:, :128].contiguous()
+
+    def products(along: Tile, down_rows: Tile) -> list[torch.Tensor]:
+        return [
+            *grouped.gated_forward(x, up, routing, save=True, tile=along),
+            grouped.matmul(hidden, down, routing, scatter=True, tile=along),
+            *grouped.gated_backward(x, down, routing, layer.weight.detach(), gate_up, tile=down_rows)[:1],
+            grouped.matmul(gate_up, up, routing, over_columns=False, tile=down_rows),
+        ]
+
+    tile = Tile(16, 128, k, warps, 1)
+    turned = replace(tile, turned=True, pairs=pairs)
+    found = products(turned, replace(turned, n=64 * warps))  # of 384 columns the last tile has fewer than it is wide
+    for one, other in zip(found, products(tile, tile), strict=True):
+        assert distance(one, other) < LIMIT[torch.float16]
+
+
+def test_turned_tiles_are_for_what_fits_them() -> None:
+    from radeon_stack.kernels.configs import Tile
+
+    matrix = quantize(torch.randn(64, 64, device=DEVICE).half())
+    tile = Tile(16, 64, 64, 4, 1, turned=True, ahead=True, pairs=True)
+    assert decoding(matrix, tile, 192, 64, over_columns=True) == {"AHEAD": False, "TURNED": 64, "PAIRS": True}
+    assert decoding(matrix, tile, 192, 256, over_columns=False)["TURNED"] == 64
+    plain = {"AHEAD": True, "TURNED": 0, "PAIRS": False}
+    assert decoding(matrix, tile, 96, 64, over_columns=True) == plain  # no whole steps
+    assert decoding(matrix, tile, 192, 64, over_columns=False) == plain  # too narrow to be read by words
 
 
 def test_experts_with_many_rows_are_decoded_once_and_give_the_same_function(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,8 @@ def grouped_matmul(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     AHEAD: tl.constexpr,
+    TURNED: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """out = x · wᵀ (OVER_COLUMNS; w: [E, N, K]) or x · w (w: [E, K, N]), + bias + lora_scale · u·v, times slot_weight.
 
@@ -92,12 +94,13 @@ def grouped_matmul(
     if OVER_COLUMNS:
         acc = multiply(
             acc, x, x_row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
-            matrix * n_size + tl.minimum(column, n_size - 1), 0, k_size, True, NF4, NESTED, AHEAD, BLOCK_K, BLOCK_K,
+            matrix * n_size + tl.minimum(column, n_size - 1), 0, k_size,
+            True, NF4, NESTED, AHEAD, TURNED, PAIRS, BLOCK_K, BLOCK_K,
         )  # fmt: skip
     else:
         acc = multiply(
             acc, x, x_row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
-            matrix * k_size, n_tile * BLOCK_N, n_size, False, NF4, NESTED, AHEAD, BLOCK_K, BLOCK_N,
+            matrix * k_size, n_tile * BLOCK_N, n_size, False, NF4, NESTED, AHEAD, TURNED, PAIRS, BLOCK_K, BLOCK_N,
         )  # fmt: skip
     if BIAS:
         acc += tl.load(bias + matrix * n_size + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]
@@ -140,6 +143,8 @@ def gated_forward(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     AHEAD: tl.constexpr,
+    TURNED: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """hidden = silu(gate) · up, where [gate up] = x[slots // top_k] · wᵀ; w: [E, 2N, K], gate's rows first.
 
@@ -166,7 +171,7 @@ def gated_forward(
         acc = lora_scale * low_rank(u, v, position, w_row, pair_ok, pair, n_size, rank, True, RANK)
     acc = multiply(
         acc, x, x_row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
-        w_row, 0, k_size, True, NF4, NESTED, AHEAD, BLOCK_K, BLOCK_K,
+        w_row, 0, k_size, True, NF4, NESTED, AHEAD, TURNED, PAIRS, BLOCK_K, BLOCK_K,
     )  # fmt: skip
     gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))
     ok = inside[:, None] & column_ok[None, :]
@@ -216,6 +221,8 @@ def gated_backward(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     AHEAD: tl.constexpr,
+    TURNED: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """Back through the down projection and the gate in one go.
 
@@ -244,7 +251,7 @@ def gated_backward(
         acc = lora_scale * low_rank(u, v, position, v_row, column_ok, column, n_size, rank, False, RANK)
     acc = multiply(
         acc, d_out, d_row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
-        matrix * k_size, n_tile * BLOCK_N, n_size, False, NF4, NESTED, AHEAD, BLOCK_K, BLOCK_N,
+        matrix * k_size, n_tile * BLOCK_N, n_size, False, NF4, NESTED, AHEAD, TURNED, PAIRS, BLOCK_K, BLOCK_N,
     )  # fmt: skip
     ok = inside[:, None] & column_ok[None, :]
     pair = (position * (2 * n_size))[:, None] + column[None, :]

@@ -80,6 +80,8 @@ def linear(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     AHEAD: tl.constexpr,
+    TURNED: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """out = x · wᵀ + bias + scale · u · factorᵀ with OVER_COLUMNS; else x · w + scale · u · factor.
 
@@ -113,12 +115,14 @@ def linear(
     if OVER_COLUMNS:
         acc = multiply(
             acc, x, row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
-            tl.minimum(column, n_size - 1).to(tl.int64), 0, k_size, True, NF4, NESTED, AHEAD, BLOCK_K, BLOCK_K,
+            tl.minimum(column, n_size - 1).to(tl.int64), 0, k_size,
+            True, NF4, NESTED, AHEAD, TURNED, PAIRS, BLOCK_K, BLOCK_K,
         )  # fmt: skip
     else:
         acc = multiply(
             acc, x, row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
-            tl.zeros((), tl.int64), n_tile * BLOCK_N, n_size, False, NF4, NESTED, AHEAD, BLOCK_K, BLOCK_N,
+            tl.zeros((), tl.int64), n_tile * BLOCK_N, n_size,
+            False, NF4, NESTED, AHEAD, TURNED, PAIRS, BLOCK_K, BLOCK_N,
         )  # fmt: skip
     if BIAS:
         acc += tl.load(bias + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from radeon_stack.kernels.jit.turned import multiply_turned
 from radeon_stack.kernels.jit.weights import NF4_BLOCK, nf4_decode, nf4_load, weight_tile
 
 
@@ -27,6 +28,8 @@ def multiply(
     NF4: tl.constexpr,
     NESTED: tl.constexpr,
     AHEAD: tl.constexpr,
+    TURNED: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -35,6 +38,7 @@ def multiply(
     OVER_COLUMNS: the tile is wᵀ of the rows w_row (int64 [N], all real), `columns` is k_size and WIDTH is BLOCK_K.
     Else it is WIDTH columns from `column` on of the k_size rows that begin with w_row (int64 scalar).
     AHEAD: NF4 is decoded a step before it is used, while the matrix units work on the step before. It takes registers.
+    TURNED: NF4 by turned.multiply_turned, ACROSS being TURNED; else 0.
     """
     step = tl.arange(0, BLOCK_K)
     dtype: tl.constexpr = x.dtype.element_ty
@@ -52,6 +56,11 @@ def multiply(
             row, place = _tile_at(w_row, column, k + 2 * BLOCK_K, k_size, OVER_COLUMNS, BLOCK_K, WIDTH)
             packed, scale, outer = nf4_load(w, absmax, nested_absmax, row, place, columns, NESTED, WIDTH)
         return acc
+    elif TURNED:
+        return multiply_turned(
+            acc, x, x_row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
+            w_row, column, columns, OVER_COLUMNS, NF4, NESTED, TURNED, PAIRS, BLOCK_K,
+        )  # fmt: skip
     else:
         for k in range(0, k_size, BLOCK_K):
             k_ok = k + step < k_size

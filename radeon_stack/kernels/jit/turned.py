@@ -1,0 +1,223 @@
+"""The product turned round, outᵀ = tile · xᵀ, for CUDA: decoded NF4 goes from registers to the matrix units.
+
+Hopper's matrix units take their left operand from registers and their right one from shared memory. Of a step's left
+operand, ACROSS rows (16 a warp), thread (g, t) = (lane // 4, lane % 4) of a warp holds rows g and g + 8 of the warp's
+16, and of every 16 values along the reduction 2t, 2t + 1, 2t + 8 and 2t + 9. All orders below are such that a thread
+finds what it needs side by side in memory, and needs it nowhere else. Any order gives the same products, but others
+send decoded values through shared memory. Triton moves the loads' layout up to the loads only where what it meets on
+the way are loads, constants and what is done by element: no ranges, no scalars.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from radeon_stack.kernels.jit.weights import NESTED_BLOCK, NF4_BLOCK, SHUFFLE, lookup
+
+
+@triton.jit
+def multiply_turned(
+    acc,
+    x,
+    x_row,
+    k_size,
+    w,
+    absmax,
+    code,
+    nested_absmax,
+    nested_code,
+    nested_offset,
+    w_row,
+    column,
+    columns,
+    OVER_COLUMNS: tl.constexpr,
+    NF4: tl.constexpr,
+    NESTED: tl.constexpr,
+    ACROSS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """product.multiply for NF4, k_size in whole steps. acc: [M, N], N a multiple of ACROSS; not over columns,
+    four times that.
+
+    PAIRS: over columns, the reduction's order gives a thread words of its own, whose eight values it needs all. x comes
+    in that order too, two values a load. Else four threads read the same word, and each takes another of its bytes.
+    """
+    m: tl.constexpr = acc.shape[0]
+    n: tl.constexpr = acc.shape[1]
+    warps: tl.constexpr = ACROSS // 16
+    repeat: tl.constexpr = n // ACROSS
+    dtype: tl.constexpr = x.dtype.element_ty
+    # 2 · repeat neighbouring columns are one thread's: (warp, g, repeat, 2) → (repeat, warp, 2, g).
+    acc = tl.permute(tl.reshape(acc, (m, warps, 8, repeat, 2)), (3, 1, 4, 2, 0))
+    acc = tl.reshape(acc, (n, m))
+    table = _table(code, NF4)
+    step = tl.arange(0, BLOCK_K)
+    if OVER_COLUMNS:
+        w_row = tl.reshape(tl.permute(tl.reshape(w_row, (warps, 8, repeat, 2)), (2, 0, 3, 1)), (n,))
+        if PAIRS:
+            step = step // 64 * 64 + step // 2 % 4 * 16 + step // 16 % 4 * 4 + step // 8 % 2 * 2 + step % 2
+    rows_at = x + (x_row * k_size)[:, None] + step[None, :]
+    for k in range(0, k_size, BLOCK_K):
+        rows = tl.load(rows_at + k)
+        if OVER_COLUMNS:
+            tile = _along(
+                w, absmax, table, nested_absmax, nested_code, nested_offset,
+                w_row, k, columns, NF4, NESTED, PAIRS, BLOCK_K, dtype,
+            )  # fmt: skip
+        else:
+            tile = _down(
+                w, absmax, table, nested_absmax, nested_code, nested_offset,
+                w_row, k, column, columns, NF4, NESTED, warps, BLOCK_K, dtype,
+            )  # fmt: skip
+        acc = tl.dot(tile, tl.trans(rows), acc, input_precision="ieee")
+    acc = tl.permute(tl.reshape(acc, (repeat, warps, 2, 8, m)), (4, 1, 3, 0, 2))
+    return tl.reshape(acc, (m, n))
+
+
+@triton.jit
+def _along(
+    w,
+    absmax,
+    table,
+    nested_absmax,
+    nested_code,
+    nested_offset,
+    row,
+    k,
+    columns,
+    NF4: tl.constexpr,
+    NESTED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """[N, BLOCK_K]: columns k … of the rows `row` (int64 [N])."""
+    n: tl.constexpr = row.shape[0]
+    wide: tl.constexpr = BLOCK_K // NF4_BLOCK
+    blocks = columns // NF4_BLOCK  # of a row; a block is eight words of eight values
+    words = w.to(tl.pointer_type(tl.int32)) + (row * (blocks * 8))[:, None] + tl.arange(0, wide * 8)[None, :]
+    word = tl.load(words + k // 8)
+    index = (row * blocks)[:, None] + (tl.arange(0, wide) + k // NF4_BLOCK)[None, :]
+    factor = _factor(absmax, nested_absmax, nested_code, nested_offset, index, NESTED)
+    if PAIRS:
+        # Thread t's words are 2t and 2t + 1: (block, t, word, 4, 2, 2) → (block, word, 4, 2, t, 2).
+        values = _eight(table, word, NF4)  # [N, words, 2, 2, 2], the number's lowest bit first
+        values = tl.reshape(values, (n, wide, 4, 2, 2, 2, 2)) * factor[:, :, None, None, None, None, None]
+        values = tl.permute(values.to(dtype), (0, 1, 3, 6, 5, 2, 4))
+        return tl.reshape(values, (n, BLOCK_K))
+    else:
+        byte = word[:, :, None] >> (8 * tl.arange(0, 4))[None, None, :]
+        values = tl.join(_value(table, byte, 4, NF4), _value(table, byte, 0, NF4))
+        values = tl.reshape(values, (n, wide, NF4_BLOCK)) * factor[:, :, None]
+        return tl.reshape(values, (n, BLOCK_K)).to(dtype)
+
+
+@triton.jit
+def _down(
+    w,
+    absmax,
+    table,
+    nested_absmax,
+    nested_code,
+    nested_offset,
+    first,
+    k,
+    column,
+    columns,
+    NF4: tl.constexpr,
+    NESTED: tl.constexpr,
+    WARPS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """[N, BLOCK_K]: the transpose of N columns from `column` on of the rows first + k …, those past the end anything.
+
+    N is 64 a warp: what a thread needs of a row is one word. With shorter words Triton would not move the layout up.
+    """
+    # Rows by warps, and in the order (8, 2, t): what the threads of a warp read at once lies side by side.
+    number = tl.arange(0, WARPS * BLOCK_K)
+    row = first + number % BLOCK_K // 8 * 8 + number % 4 * 2 + number // 4 % 2
+    blocks = columns // NF4_BLOCK  # of a row; a block is a warp's
+    block = tl.minimum(column // NF4_BLOCK + number // BLOCK_K, blocks - 1)  # warps past the last work on the last
+    index = row * blocks + block
+    words = w.to(tl.pointer_type(tl.int32)) + (index * 8)[:, None] + tl.arange(0, 8)[None, :]
+    word = tl.load(words + k * (blocks * 8))
+    factor = _factor(absmax, nested_absmax, nested_code, nested_offset, index + k * blocks, NESTED)
+    values = (_eight(table, word, NF4) * factor[:, None, None, None, None]).to(dtype)
+    # (warp, 8, 2, t, g, the number's bits, lowest first) → (4, warp, 2, g, 8, t, 2)
+    values = tl.reshape(values, (WARPS, BLOCK_K // 8, 2, 4, 8, 2, 2, 2))
+    return tl.reshape(tl.permute(values, (7, 6, 0, 5, 4, 1, 3, 2)), (64 * WARPS, BLOCK_K))
+
+
+@triton.jit
+def _factor(absmax, nested_absmax, nested_code, nested_offset, index, NESTED: tl.constexpr):
+    """weights.nf4_scale of the blocks `index`, loaded."""
+    scale = tl.load(absmax + index)
+    if NESTED:
+        offset = tl.load(nested_offset + tl.zeros_like(index).to(tl.int32))
+        return tl.load(nested_code + scale.to(tl.int32)) * tl.load(nested_absmax + index // NESTED_BLOCK) + offset
+    else:
+        return scale
+
+
+@triton.jit
+def _eight(table, word, NF4: tl.constexpr):
+    """The values of a word of 32 bits, float32 [..., 2, 2, 2]: the lowest bit of their number first."""
+    return tl.join(_four(table, word, 0, NF4), _four(table, word, 16, NF4))
+
+
+@triton.jit
+def _four(table, word, AT: tl.constexpr, NF4: tl.constexpr):
+    return tl.join(_two(table, word, AT, NF4), _two(table, word, AT + 8, NF4))
+
+
+@triton.jit
+def _two(table, word, AT: tl.constexpr, NF4: tl.constexpr):
+    return tl.join(_value(table, word, AT + 4, NF4), _value(table, word, AT, NF4))
+
+
+@triton.jit
+def _table(code, NF4: tl.constexpr):
+    """What _value looks values up in. SHUFFLE: [1, 1], in each lane another entry: the lane's own, modulo 16."""
+    if NF4 == SHUFFLE:
+        # Nothing is loaded: without an operand that might differ Triton would make a scalar of it.
+        return tl.inline_asm_elementwise(
+            "{.reg .u32 l, b; .reg .pred p<4>; .reg .f32 v<14>; mov.u32 l, %laneid;"
+            " and.b32 b, l, 1; setp.ne.u32 p0, b, 0; and.b32 b, l, 2; setp.ne.u32 p1, b, 0;"
+            " and.b32 b, l, 4; setp.ne.u32 p2, b, 0; and.b32 b, l, 8; setp.ne.u32 p3, b, 0;"
+            " selp.f32 v0, 0fBF3239B1, 0fBF800000, p0; selp.f32 v1, 0fBECA32A0, 0fBF066B30, p0;"
+            " selp.f32 v2, 0fBE3D353F, 0fBE91A24D, p0; selp.f32 v3, 0f00000000, 0fBDBA7871, p0;"
+            " selp.f32 v4, 0f3E24CAE3, 0f3DA2FAFF, p0; selp.f32 v5, 0f3EAD033A, 0f3E7C04DD, p0;"
+            " selp.f32 v6, 0f3F1007AB, 0f3EE1A4B8, p0; selp.f32 v7, 0f3F800000, 0f3F3913B3, p0;"
+            " selp.f32 v8, v1, v0, p1; selp.f32 v9, v3, v2, p1; selp.f32 v10, v5, v4, p1; selp.f32 v11, v7, v6, p1;"
+            " selp.f32 v12, v9, v8, p2; selp.f32 v13, v11, v10, p2; selp.f32 $0, v13, v12, p3;}",
+            "=f,f",
+            [tl.load(code + tl.zeros((1, 1), tl.int32))],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return code
+
+
+@triton.jit
+def _value(table, word, AT: tl.constexpr, NF4: tl.constexpr):
+    """float32: weights.lookup, in a _table, of bits AT to AT + 3."""
+    if NF4 == SHUFFLE:
+        if len(word.shape) == 3:
+            mine = tl.broadcast_to(table[:, :, None], word.shape)
+        else:
+            mine = tl.broadcast_to(table, word.shape)
+        return tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, -1;",
+            "=f,f,r",
+            [mine, word >> AT],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return lookup(table, word >> AT, NF4)
