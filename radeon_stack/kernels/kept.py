@@ -2,14 +2,15 @@
 
 A layer's widest products cost as much the second time as the first. Copied to the host while the next layers compute,
 and back before they are wanted, they cost a transfer beside the computing. How many of a layer fit is measured: what
-the link carries in the time that a layer takes. They are the same bits, so results do not depend on it.
+the link carries in the time that a layer takes, and fewer if layers then take longer. They are the same bits, so
+results do not depend on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ from radeon_stack.kernels.link import Kept, Link
 NAMES = ("gate_proj", "up_proj", "gate_up_proj", "o_proj", "v_proj")
 ITEM_BYTES = 2
 LEAST_ROWS = 1024  # with fewer, a step waits for the host, which would have more to do
-SKIPPED_PASSES = 2  # kernels are compiled, memory is taken
+MEASURED_PASSES = 3  # of which the quickest counts: in the first ones kernels are compiled and memory is taken
+SETTLED_PASSES = 2  # after a decision, before it is judged: the host's memory is taken
+LONGER = 1.08  # than without: so much is too much
 SHARE_OF_DEVICE = 0.25  # of the memory that a step leaves: of two layers' it is needed at once
 KEEP = "radeon_keep"  # a module's attribute in the first pass: who takes its result
 GIVEN = "radeon_given"  # and in the second: that result
@@ -60,6 +63,7 @@ class Keeper:
         self._link = link
         self._candidates = {layer: candidates(layer, heeds) for layer in layers}
         self._clock = _Clock(len(layers) - 1)
+        self._times: list[float] = []
         self._stack: list[Pass] = []
 
     @contextmanager
@@ -125,42 +129,53 @@ class Keeper:
         return [module for name, (module, _) in self._candidates[layer].items() if name in names]
 
     def _decide(self, rows: int) -> None:
-        if self.decision is not None or rows < LEAST_ROWS:
+        seconds = self._clock.read()
+        if rows >= LEAST_ROWS:
+            self._clock.begin(rows)
+        if seconds is None:
             return
-        seconds = self._clock.row_seconds(rows)
-        if seconds is not None:
-            link = self._link.bytes_per_second()
-            room = min(link * seconds, SHARE_OF_DEVICE * device_room(self._link.device) / rows)
-            widths = (
-                {name: width for name, (_, width) in layer.items()} for layer in self._candidates.values() if layer
-            )
-            widest = max(widths, key=lambda one: sum(one.values()), default={})
-            self.decision = Decision(fitting(widest, room), seconds, link)
+        self._times.append(seconds)
+        if self.decision is None and len(self._times) == MEASURED_PASSES:
+            self.decision = self._fitting(rows, min(self._times))
+            self._times.clear()
+        elif self.decision and len(self._times) > SETTLED_PASSES and seconds > LONGER * self.decision.row_seconds:
+            self.decision = replace(self.decision, names=self.decision.names[:-1])
+            self._times.clear()
+
+    def _fitting(self, rows: int, seconds: float) -> Decision:
+        link = self._link.bytes_per_second()
+        room = min(link * seconds, SHARE_OF_DEVICE * device_room(self._link.device) / rows)
+        widths = ({name: width for name, (_, width) in layer.items()} for layer in self._candidates.values() if layer)
+        widest = max(widths, key=lambda one: sum(one.values()), default={})
+        return Decision(fitting(widest, room), seconds, link)
 
 
 class _Clock:
-    """What a layer takes a row in its first pass, between events on the device."""
+    """What a layer takes a row in its first pass, between events on the device; of one pass at a time."""
 
     def __init__(self, layers: int) -> None:
         self._layers = layers
-        self._passes = self._rows = 0
+        self._rows = 0
         self._begin: Any = None
         self._end: Any = None
 
-    def row_seconds(self, rows: int) -> float | None:
-        """Of a pass that is over, once there is one that counts; begins one else."""
-        if self._begin is not None and self._end is not None:
-            self._end.synchronize()
-            return float(self._begin.elapsed_time(self._end)) / 1e3 / self._layers / self._rows
-        self._passes += 1
-        if self._passes > SKIPPED_PASSES:
+    def begin(self, rows: int) -> None:
+        """The first layer begins."""
+        if self._begin is None:
             self._begin, self._rows = _now(), rows
-        return None
 
     def end(self) -> None:
         """The last layer begins."""
         if self._begin is not None and self._end is None:
             self._end = _now()
+
+    def read(self) -> float | None:
+        """Seconds; None where no pass is over."""
+        if self._end is None or not self._end.query():
+            return None
+        seconds = float(self._begin.elapsed_time(self._end)) / 1e3
+        self._begin = self._end = None
+        return seconds / self._layers / self._rows
 
 
 def _now() -> Any:

@@ -202,9 +202,24 @@ def test_autocast_is_what_it_was_the_first_time() -> None:
     assert all(distance(found[name], wanted[name]) < 2e-3 for name in wanted)
 
 
-def keeper_of(model: Any, monkeypatch: pytest.MonkeyPatch, *names: str) -> kept.Keeper:
+class Clock:
+    """Passes that took so long a layer and row; then none is over."""
+
+    def __init__(self, *seconds: float) -> None:
+        self._seconds = list(seconds)
+
+    def begin(self, rows: int) -> None: ...
+
+    def end(self) -> None: ...
+
+    def read(self) -> float | None:
+        return self._seconds.pop(0) if self._seconds else None
+
+
+def keeper_of(model: Any, monkeypatch: pytest.MonkeyPatch, *names: str, took: tuple[float, ...] = ()) -> kept.Keeper:
     """Whose decision is made, and for as few rows as these."""
     monkeypatch.setattr(kept, "LEAST_ROWS", 1)
+    monkeypatch.setattr(kept, "_Clock", lambda _: Clock(*took))
     keeper = kept.Keeper(recompute.checkpointed(model), link.Link(torch.device(DEVICE), 1 << 20), adapters.can_keep)
     keeper.decision = kept.Decision(names, 0.0, 0.0)
     recompute.use_recompute(model, adapters.can_spare, keeper)
@@ -278,6 +293,25 @@ def test_a_graph_that_is_gone_through_twice_gives_the_same_twice(monkeypatch: py
     loss.backward()
     again = gradients_of(model)
     assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+def test_as_many_are_kept_as_the_link_carries_and_fewer_when_layers_take_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = small("llama")
+    bytes_a_row = 2 * (128 + 128 + 64)  # what gate, up and o come to
+    monkeypatch.setattr(link.Link, "bytes_per_second", lambda _: bytes_a_row / 0.010)
+    monkeypatch.setattr(kept, "device_room", lambda _: float("inf"))
+    without, slower = (0.5, 0.011, 0.010), (0.5, 0.5, 0.012)
+    keeper = keeper_of(model, monkeypatch, took=(*without, *slower, 0.5, 0.5, 0.0107))
+    keeper.decision = None
+    found: list[tuple[str, ...] | None] = []
+    for _ in range(6):
+        step(model)
+        found.append(keeper.decision.names if keeper.decision else None)
+    both = ("mlp.gate_proj", "mlp.up_proj")
+    # Two passes a step; the first layer's first pass of all is transformers' own.
+    assert found == [None, (*both, "self_attn.o_proj"), (*both, "self_attn.o_proj"), both, both, both]
 
 
 @pytest.mark.parametrize(
