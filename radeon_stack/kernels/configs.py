@@ -15,8 +15,8 @@ class Tile:
     """A block of [m, n] outputs, reduced k at a time; `group` row tiles share their weights' way through the cache.
 
     ahead: NF4 is decoded a step before the matrix units need it.
-    turned: NF4 goes from registers to the matrix units, where nf4.decoding says so (jit.turned; CUDA's; k of 64 or
-    more). pairs: and over columns x is loaded by pairs.
+    turned: NF4 goes from registers to the matrix units, where nf4.decoding says so (jit.turned; CUDA's).
+    pairs: and, over columns, x is loaded by pairs.
     """
 
     m: int

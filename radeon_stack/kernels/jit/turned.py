@@ -59,6 +59,8 @@ def multiply_turned(
         if PAIRS:
             step = step // 64 * 64 + step // 2 % 4 * 16 + step // 16 % 4 * 4 + step // 8 % 2 * 2 + step % 2
     rows_at = x + (x_row * k_size)[:, None] + step[None, :]
+    # With a way past the loop its accumulators are defined twice, and ptxas waits for every single product.
+    tl.assume(k_size > 0)
     for k in range(0, k_size, BLOCK_K):
         rows = tl.load(rows_at + k)
         if OVER_COLUMNS:
