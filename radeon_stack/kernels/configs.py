@@ -66,16 +66,15 @@ def low_rank_split(rows: int) -> int:
     return 16 if rows <= 128 else 8 if rows <= 512 else 4
 
 
-def decode_experts_once(family: str, mean_rows: float) -> bool:
+def decode_experts_once(family: str, mean_rows: float, *, over_columns: bool) -> bool:
     """Whether packed experts are decoded to 16 bit before a product, since many tiles would each decode them again.
 
-    One matrix of the layer is then in 16 bit for the time of one product. Measured with 128 experts of 2048 × 768
-    (benchmarks/kernel_speed*.json): at 256 rows an expert a step of 16-bit products takes an H200 1.98 ms and one that
-    decodes first 2.76, where an H100 took 3.57 packed. At 128 rows packed ones take 2.22 ms on the H200, where decoding
-    would come to 2.08, and 2.25 on the H100, where it would come to 2.50: the bound is between. On AMD there is nothing
-    to go by: never.
+    One matrix of the layer is then in 16 bit for the time of one product. Measured on an H200 with 128 experts of
+    2048 × 768 (benchmarks/tune_kernels_h200.json, tune_turned_h200.json): to decode both matrices takes 0.39 ms. At 256
+    rows an expert the products over columns take 1.04 ms packed and 0.79 in 16 bit, those down the rows 1.57 and 1.00;
+    at 128 rows the latter take 0.99 and 0.63. On AMD there is nothing to go by: never.
     """
-    return mean_rows > DECODE_EXPERTS_ONCE_ROWS[family]
+    return mean_rows > DECODE_EXPERTS_ONCE_ROWS[family, over_columns]
 
 
 def decode_once(family: str, rows: int) -> bool:
@@ -87,7 +86,12 @@ MAX_RANK = 128  # of adapters in a product's tile; at 64 rows the experts' way b
 ADAPTER_STAGES = 2  # of the adapters' own small products
 LOW_RANK_WARPS = 8
 FP8_DECODE_BLOCK = 1024  # columns of a row that a program decodes
-DECODE_EXPERTS_ONCE_ROWS = {"cuda": 192.0, "hip": float("inf")}
+DECODE_EXPERTS_ONCE_ROWS = {
+    ("cuda", True): 384.0,
+    ("cuda", False): 192.0,
+    ("hip", True): float("inf"),
+    ("hip", False): float("inf"),
+}
 # From here torch's products. They take twice as many launches, and until here a step waits for the host, not for the
 # device: at 300 rows an H200 takes 0.18 ms for a packed layer of Llama-8B and 0.06 for a decoded one (profiles of
 # benchmarks/train_speed_llama*.json), and of 684 ms of a step 582 are idle.
@@ -134,10 +138,10 @@ FP8 = {  # compiled and audited, not timed yet
 }
 TILES: dict[tuple[str, bool, Kind], dict[int, Tile]] = {
     ("cuda", False, "gated_forward"): {
-        16: Tile(16, 64, 128, 4, 3),
+        16: Tile(16, 32, 128, 4, 2),
         32: Tile(32, 64, 128, 4, 3),
         64: Tile(64, 64, 64, 4, 4),
-        128: Tile(128, 64, 64, 8, 4),
+        128: Tile(128, 128, 64, 8, 3),
     },
     ("cuda", False, "forward"): {
         16: Tile(16, 128, 128, 4, 2),
@@ -146,40 +150,40 @@ TILES: dict[tuple[str, bool, Kind], dict[int, Tile]] = {
         128: Tile(128, 256, 64, 8, 3),
     },
     ("cuda", False, "gated_backward"): {
-        16: Tile(16, 128, 64, 8, 3),
+        16: Tile(16, 64, 64, 4, 3),
         32: Tile(32, 128, 64, 4, 4),
         64: Tile(64, 128, 64, 4, 4),
-        128: Tile(64, 128, 64, 4, 4),
+        128: Tile(64, 128, 64, 4, 3),
     },
     ("cuda", False, "backward"): {
-        16: Tile(16, 128, 128, 4, 2),
+        16: Tile(16, 128, 64, 8, 3),
         32: Tile(32, 128, 64, 4, 3),
         64: Tile(64, 128, 64, 4, 4),
         128: Tile(128, 256, 64, 8, 3),
     },
     ("cuda", True, "gated_forward"): {
-        16: Tile(16, 64, 128, 4, 3),
-        32: Tile(32, 64, 128, 4, 3),
-        64: Tile(64, 64, 64, 4, 3),
-        128: Tile(128, 64, 64, 8, 3),
+        16: Tile(16, 64, 128, 4, 3, turned=True, pairs=True),
+        32: Tile(32, 64, 64, 4, 3, turned=True),
+        64: Tile(64, 64, 64, 4, 3, turned=True),
+        128: Tile(128, 64, 64, 4, 3, turned=True),
     },
     ("cuda", True, "forward"): {
-        16: Tile(16, 128, 64, 4, 3),
-        32: Tile(32, 128, 64, 4, 3),
-        64: Tile(64, 128, 64, 4, 3),
-        128: Tile(128, 128, 64, 8, 3),
+        16: Tile(16, 128, 64, 4, 3, turned=True),
+        32: Tile(32, 128, 64, 4, 3, turned=True),
+        64: Tile(64, 128, 64, 4, 3, turned=True),
+        128: Tile(128, 128, 64, 4, 4, turned=True),
     },
     ("cuda", True, "gated_backward"): {
-        16: Tile(16, 64, 128, 4, 3),
-        32: Tile(32, 64, 128, 4, 3),
-        64: Tile(64, 64, 128, 4, 2),
-        128: Tile(128, 64, 64, 8, 3),
+        16: Tile(16, 256, 64, 4, 3, turned=True),
+        32: Tile(32, 256, 64, 4, 3, turned=True),
+        64: Tile(32, 256, 64, 4, 3, turned=True),
+        128: Tile(128, 64, 64, 4, 3),
     },
     ("cuda", True, "backward"): {
-        16: Tile(16, 64, 128, 4, 2),
-        32: Tile(32, 64, 128, 4, 2),
-        64: Tile(64, 128, 64, 4, 2),
-        128: Tile(128, 128, 64, 8, 3),
+        16: Tile(16, 256, 64, 4, 3, turned=True),
+        32: Tile(32, 256, 64, 4, 3, turned=True),
+        64: Tile(64, 256, 64, 4, 3, turned=True),
+        128: Tile(128, 128, 64, 4, 3),
     },
 }
 # For AMD: chosen by what the compiler makes of them (no spills, 64 KiB of LDS), never timed.

@@ -126,7 +126,7 @@ class _GatedExperts(torch.autograd.Function):
         up_u = None if up_a is None else grouped.matmul(x, up_a, routing, gather=routing.top_k)
         gate_up, hidden = grouped.gated_forward(
             x,
-            grouped.for_rows(frozen.gate_up, routing, x.dtype),
+            grouped.for_rows(frozen.gate_up, routing, x.dtype, over_columns=True),
             routing,
             save=training,
             low_rank=_low_rank(up_u, up_b, frozen.scales[0]),
@@ -143,7 +143,7 @@ class _GatedExperts(torch.autograd.Function):
             return x.new_zeros(()).expand_as(x)
         y = grouped.matmul(
             hidden,
-            grouped.for_rows(frozen.down, routing, x.dtype),
+            grouped.for_rows(frozen.down, routing, x.dtype, over_columns=True),
             routing,
             scatter=True,
             slot_weight=slot_weight,
@@ -164,8 +164,9 @@ class _GatedExperts(torch.autograd.Function):
         down_g = None
         if down_b is not None:
             down_g = grouped.matmul(d_out, down_b, routing, over_columns=False, gather=top_k)
+        down = grouped.for_rows(down_weight, routing, d_out.dtype, over_columns=False)
         d_gate_up, parts, weighted = grouped.gated_backward(
-            d_out, grouped.for_rows(down_weight, routing, d_out.dtype), routing, slot_weight, gate_up,
+            d_out, down, routing, slot_weight, gate_up,
             save=needs[3] or down_a is not None, low_rank=_low_rank(down_g, down_a, down_scale),
         )  # fmt: skip
         up_g = None if up_b is None else grouped.matmul(d_gate_up, up_b, routing, over_columns=False)
@@ -173,7 +174,7 @@ class _GatedExperts(torch.autograd.Function):
         sums: Tensor | None = None
         if needs[0]:
             d_rows = grouped.matmul(
-                d_gate_up, grouped.for_rows(up_weight, routing, d_out.dtype), routing,
+                d_gate_up, grouped.for_rows(up_weight, routing, d_out.dtype, over_columns=False), routing,
                 over_columns=False, scatter=True, low_rank=_low_rank(up_g, up_a, up_scale),
             )  # fmt: skip
             d_x, sums = combine(d_rows, top_k, parts, slot_weight.dtype)
@@ -234,7 +235,7 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         return grouped.matmul(
             x,
-            grouped.for_rows(layer.weight, layer.routing, x.dtype),
+            grouped.for_rows(layer.weight, layer.routing, x.dtype, over_columns=not layer.transposed),
             layer.routing,
             over_columns=not layer.transposed,
             gather=gather,
@@ -249,7 +250,7 @@ class _GroupedLinear(torch.autograd.Function):
         gather = routing.top_k if ctx.by_token else 0
         d_x = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
-            weight = grouped.for_rows(ctx.packed or matrix, routing, d_out.dtype)
+            weight = grouped.for_rows(ctx.packed or matrix, routing, d_out.dtype, over_columns=ctx.transposed)
             d_x = grouped.matmul(d_out, weight, routing, over_columns=ctx.transposed, scatter=ctx.by_token)
             d_x = combine(d_x, routing.top_k)[0] if ctx.by_token else d_x
         if ctx.needs_input_grad[1]:
