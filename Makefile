@@ -41,20 +41,20 @@ $(READY): pyproject.toml Makefile docker/locks/train-cpu.txt docker/locks/dev.tx
 demo: setup  ## teach a 135M model a birthday on this CPU, in about two minutes
 	@$(BIN)/radeon-stack run train-llama --preset demo --engine local
 
-# What computes on one thread goes beside what does not; containers that train or build compute on all, and are alone.
-BESIDE := $(addprefix tests/engine/test_,access.py debian.py new_machine.py)
+# What computes on one thread, or waits, goes beside what does not; containers that train compute on all, and are alone.
+ALONE := tests/engine/test_docker.py
 # Of the work's tests, so many that both sides end together.
-MOVED  := $(addprefix tests/work/test_,bench.py bench_moe.py capabilities.py fp8.py probe.py)
+MOVED := $(addprefix tests/work/test_,bench.py capabilities.py probe.py)
 test: setup  ## every test this machine can run
 	@$(MAKE) --no-print-directory --jobs=2 test-unit test-work
-	@$(BIN)/python -m pytest tests/engine $(addprefix --ignore=,$(BESIDE))
+	@$(BIN)/python -m pytest $(ALONE)
 
 .PHONY: test-unit test-work
 test-unit:
 	@$(BIN)/python -m pytest tests/unit
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels
-	@$(BIN)/python -m pytest $(BESIDE)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(MOVED)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/engine --ignore=$(ALONE)
 
 test-work:
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/work $(addprefix --ignore=,$(MOVED))

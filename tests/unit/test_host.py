@@ -422,7 +422,7 @@ FUZZED = ("two-r9700-and-igpu", "mi300x-cpx", "strix-halo", "wsl2")
 
 
 def test_random_bytes_in_any_file_of_sysfs_never_crash_it(tmp_path: Path) -> None:
-    """For some seconds here, for a minute in CI (RADEON_STACK_FUZZ_SECONDS); the seed is told when it fails."""
+    """For some seconds here, for half a minute in CI (RADEON_STACK_FUZZ_SECONDS); the seed is told when it fails."""
     seed = int(os.environ.get("RADEON_STACK_FUZZ_SEED", time.time_ns()))
     chance = random.Random(seed)
     more = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -40,6 +41,7 @@ def small_model(architecture: str, folder: Path, tiny_model: Path, **options: An
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, more = SHAPES[architecture]
+    words = json.loads((tiny_model / "config.json").read_text())["vocab_size"]
     shape = AutoConfig.for_model(
         kind,
         hidden_size=64,
@@ -51,7 +53,7 @@ def small_model(architecture: str, folder: Path, tiny_model: Path, **options: An
         max_position_embeddings=256,
         bos_token_id=1,
         eos_token_id=2,
-        **({"vocab_size": 49152, "pad_token_id": 2} | more | options),
+        **({"vocab_size": words, "pad_token_id": 2} | more | options),
     )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(folder)

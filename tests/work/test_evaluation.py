@@ -23,7 +23,7 @@ LOCAL = ("--engine", "local")
 def config(**train: Any) -> Any:
     from radeon_stack.contracts.finetune import Data, FinetuneConfig, Lora, Train
 
-    # A rate far too high: each evaluation is worse than the one before.
+    # Far too high a rate, and what is held back is unlike what is learnt: each evaluation is worse than the one before.
     defaults: dict[str, Any] = {
         "steps": 40,
         "batch_size": 2,
@@ -42,14 +42,17 @@ def trainer(job: Any, tiny_model: Path, settings: Any) -> Any:
 
     from radeon_stack.workloads.finetune import training
     from radeon_stack.workloads.finetune.encoding import encode_rows
-    from radeon_stack.workloads.finetune.evaluation import split
     from radeon_stack.workloads.finetune.forms import Row
 
     set_seed(1)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    rows = [Row(text=f"The number {n} is followed by {n + 1}.") for n in range(16)]
-    learnt, held_back = split(encode_rows(job, tokenizer, rows, max_length=32, loss_on="all"), 0.25, 0)
-    return training.trainer_for(job, settings, nf4(tiny_model, job), tokenizer, learnt, held_back)
+    texts = [f"The number {n} is followed by {n + 1}." for n in range(12)], ["Wer weiss, was danach kommt"] * 4
+    learnt, held_back = (
+        encode_rows(job, tokenizer, [Row(text=text) for text in these], max_length=32, loss_on="all") for these in texts
+    )
+    model = nf4(tiny_model, job)
+    model.model.norm.weight.data *= 8  # what it says, it says firmly: it has more to lose
+    return training.trainer_for(job, settings, model, tokenizer, learnt, held_back)
 
 
 def adapter_of(model: Any) -> dict[str, Any]:

@@ -328,7 +328,7 @@ def test_a_run_in_packs_says_so_beforehand_and_in_its_report(
 ) -> None:
     lines = [json.dumps({key: text.format(n, n + 1) * (1 + n % 9) for key, text in row.items()}) for n in range(90)]
     (tmp_path / "numbers.jsonl").write_text("\n".join(lines))
-    sets = ("data.packing=true", "data.max_length=256", "train.steps=4", "train.eval_every=2", "export.merge=false")
+    sets = ("data.packing=true", "data.max_length=384", "train.steps=4", "train.eval_every=2", "export.merge=false")
     words = [word for one in (*sets, *more) for word in ("--set", one)]
     result = cli(*tiny_run, *LOCAL, "--data", "numbers.jsonl", *words, cwd=tmp_path)
     assert result.code == Exit.OK, result.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -42,10 +43,14 @@ def work(job: Job) -> dict[str, Any]:
     # Bad data is told before torch's seconds of importing.
     rows = read_rows(config.data, job.arguments.data)
     job.progress("import", 0, 1, note="torch, transformers, peft, trl")
-    if config.backend == "unsloth":
-        unsloth_backend.bring(job.arguments.cache)
-    from radeon_stack.workloads.finetune.story import finetune
-
+    # What is imported stays: the collector need not look it through again and again while it comes.
+    gc.disable()
+    try:
+        if config.backend == "unsloth":
+            unsloth_backend.bring(job.arguments.cache)
+        from radeon_stack.workloads.finetune.story import finetune
+    finally:
+        gc.enable()
     job.progress("import", 1, 1)
     return finetune(job, config, rows, checkpoint)
 
