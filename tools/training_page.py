@@ -28,12 +28,18 @@ else 2048 × 4, and 512 × 1 × 2 for the whole one. Seconds are the median of n
 elsewhere: on this virtual machine a launch, with all that leads to it, takes about 0.06 ms.
 """
 
+EIGHT_BITS = """`benchmarks/fp8_training.py`: twenty steps on one batch of 4 × 512 tokens, for a loss that has to fall;
+every layer computed again. `rounded` is a 16-bit checkpoint rounded while it is read, `channel` one with a scale an
+output channel, `block` one with a scale for 128 × 128.
+"""
+
 
 def page() -> str:
     """The page as Markdown."""
     records = [json.loads(file.read_text(encoding="utf-8")) for file in BENCHMARKS.glob("train_speed*.json")]
     newest_first = sorted(records, key=lambda one: str(one["date"]), reverse=True)
-    return "\n".join([HEAD, *(line for record in newest_first for line in _section(record))])
+    measured = (line for record in newest_first for line in _section(record))
+    return "\n".join([HEAD, *measured, *_eight_bits(), *_several_gpus(), *_estimates()])
 
 
 def _section(record: Mapping[str, Any]) -> Iterator[str]:
@@ -48,6 +54,54 @@ def _section(record: Mapping[str, Any]) -> Iterator[str]:
         if profiles:
             yield f"\n### {case}: ms of one step on the device (launches), under the profiler\n"
             yield _profiles(profiles)
+    yield ""
+
+
+def _read(name: str) -> Any:
+    return json.loads((BENCHMARKS / name).read_text(encoding="utf-8"))
+
+
+def _eight_bits() -> Iterator[str]:
+    record = _read("fp8_training.json")
+    card, day, commit = record["card"]["name"], record["date"][:10], record["commit"][:7]
+    yield f"## Llama-3.1-8B from FP8, beside bf16 and NF4: {card}, {day}, commit {commit}\n"
+    yield EIGHT_BITS
+    names = ("weights from", "s/step", "tokens/s", "peak GiB", "weights GiB", "first loss", "last loss")
+    yield markdown_table(names, [_eight_bits_row(row) for row in record["measured"]])
+    yield ""
+
+
+def _eight_bits_row(row: Row) -> tuple[str, ...]:
+    if "failed" in row:
+        return (row["source"], " ".join(row["failed"].split())[-REASON:], "", "", "", "", "")
+    gib = [f"{row[name]:.2f}" for name in ("peak_gib", "weights_gib")]
+    speed = (f"{row['step_seconds']:.3f}", f"{row['tokens_per_second']:,.0f}")
+    return (row["source"], *speed, *gib, *(f"{row['losses'][place]:.3f}" for place in (0, -1)))
+
+
+def _several_gpus() -> Iterator[str]:
+    record = _read("several_gpus.json")
+    yield f"## One GPU and several: {record['card']}, {record['date']}, commit {record['commit'][:7]}\n"
+    rows = f"{record['rows']} rows of {record['tokens']} tokens a step in all"
+    yield f"`benchmarks/several_gpus.py`: {record['model']}, {rows}, by torchrun and NCCL.\n"
+    steps = range(1, 1 + len(record["measured"][0]["losses"]))
+    table = [
+        (str(one["gpus"]), f"{one['step_seconds']:.3f}", *(f"{loss:.4f}" for loss in one["losses"]))
+        for one in record["measured"]
+    ]
+    yield markdown_table(("GPUs", "s/step", *(f"loss {step}" for step in steps)), table)
+    yield ""
+
+
+def _estimates() -> Iterator[str]:
+    record = _read("estimate.json")
+    yield f"## What `--estimate` said, and what was taken: {record['device']}, {record['date']}\n"
+    yield f"`benchmarks/estimate.py`: {record['model']}, three steps.\n"
+    rows = [
+        (name, *(f"{case[key] / 2**30:.2f}" for key in ("estimated", "measured")), f"{100 * case['off']:+.1f} %")
+        for name, case in record["cases"].items()
+    ]
+    yield markdown_table(("case", "estimated GiB", "measured GiB", "off"), rows)
     yield ""
 
 
