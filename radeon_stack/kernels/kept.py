@@ -207,5 +207,6 @@ def device_room(device: torch.device) -> int:
     """Bytes that the steps until now left."""
     free, total = torch.cuda.mem_get_info(device)
     mine = torch.cuda.memory_reserved(device)
-    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+    share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)  # older ones do not tell
+    allowed = share(device) * total
     return int(min(free + mine, allowed) - torch.cuda.max_memory_allocated(device))
