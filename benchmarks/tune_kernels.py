@@ -12,6 +12,7 @@ a hundredth here may lose elsewhere.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -32,13 +33,14 @@ if __name__ == "__main__":  # in the place of this folder: its file names are no
 import torch  # noqa: E402
 
 from radeon_stack.kernels import grouped, linear, nf4, routing  # noqa: E402
-from radeon_stack.kernels.configs import Kind, Tile  # noqa: E402
+from radeon_stack.kernels.configs import TILES, Kind, Tile  # noqa: E402
 
 EXPERTS, WIDTH, INNER, TOP_K = 128, 2048, 768, 8
 TOKENS = {16: (128,), 32: (256,), 64: (512,), 128: (2048, 4096)}  # by the row block that they should fill
 KINDS: tuple[Kind, ...] = ("gated_forward", "forward", "gated_backward", "backward")
 LINEARS = ((4096, 4096), (4096, 14336), (14336, 4096))  # (out, in)
 ROWS = {16: (16,), 32: (32,), 64: (64,), 128: (128, 256, 512, 1024)}
+Only = Literal["", "turned", "tails"]  # candidates
 DECODE: Literal["decode"] = "decode"  # both matrices once, which a step does twice
 TORCH = Tile(0, 0, 0, 0, 0)  # in a tile's place: decoded once, and multiplied by torch
 RANK = 64
@@ -78,6 +80,60 @@ TURNED_DOWN = {
     64: ((32, 256, 32, 4, 3), *((64, 256, 32, 4, stages) for stages in (3, 4)), (32, 256, 64, 4, 3)),
     128: (*((m, 256, 32, 4, stages) for m in (32, 64) for stages in (3, 4)),),
 }
+TAIL = 32
+# With a tail, for rows a little over 128 an expert: (m, n, k, warps, stages), n that of accumulators. "pairs" are also
+# turned round.
+TAILED: dict[Kind, dict[str, tuple[tuple[int, ...], ...]]] = {
+    "gated_forward": {
+        "16 bit": (
+            *((128, 128, 64, warps, 3) for warps in (4, 8)),
+            (128, 128, 64, 8, 4),
+            (128, 256, 64, 8, 3),
+            (64, 128, 64, 4, 4),
+        ),
+        "nf4": ((128, 128, 64, 8, 3),),
+        "turned": ((128, 128, 64, 8, 3), (64, 128, 64, 4, 3)),
+        "pairs": ((128, 128, 64, 4, 3), (128, 128, 64, 8, 3)),
+    },
+    "forward": {
+        "16 bit": (
+            *((128, 128, 64, warps, 3) for warps in (4, 8)),
+            (128, 128, 64, 8, 4),
+            (128, 256, 64, 8, 3),
+            (64, 128, 64, 4, 4),
+        ),
+        "nf4": ((128, 128, 64, 8, 3),),
+        "turned": ((128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (64, 128, 64, 4, 3)),
+        "pairs": ((128, 128, 64, 8, 3),),
+    },
+    "gated_backward": {
+        "16 bit": (
+            *((64, 128, 64, 4, stages) for stages in (3, 4)),
+            *((128, 64, 64, warps, 3) for warps in (4, 8)),
+            (128, 128, 64, 8, 3),
+        ),
+        "nf4": (*((128, 64, 64, warps, 3) for warps in (4, 8)), (64, 64, 64, 4, 3)),
+    },
+    "backward": {
+        "16 bit": (
+            *((128, 128, 64, warps, 3) for warps in (4, 8)),
+            (128, 128, 64, 8, 4),
+            (128, 256, 64, 8, 3),
+            (64, 128, 64, 4, 4),
+        ),
+        "nf4": ((128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (64, 128, 64, 4, 3)),
+    },
+}
+
+
+def tailed(rows: int, kind: Kind, *, nf4: bool) -> Iterator[Tile]:
+    """Candidates whose last tile of an expert takes TAIL rows more, after the tile that is in use."""
+    if rows == 128:
+        yield TILES["cuda", nf4, kind][rows]
+        for how in ("nf4", "turned", "pairs") if nf4 else ("16 bit",):
+            for m, n, k, warps, stages in TAILED[kind].get(how, ()):
+                tile = Tile(m, n // 2 if kind == "gated_forward" else n, k, warps, stages, tail=TAIL)
+                yield replace(tile, turned=how in ("turned", "pairs"), pairs=how == "pairs")
 
 
 def turned(rows: int, *, along: bool, gated: bool) -> Iterator[Tile]:
@@ -174,8 +230,13 @@ class Layer:
         return linear.product(x, self.weight, first, second, 1.0, None, over_columns=forward, tile=tile)
 
 
-def jobs(parts: list[str], blocks: list[int], *, only_turned: bool) -> Iterator[tuple[Any, ...]]:
+def jobs(parts: list[str], blocks: list[int], only: Only) -> Iterator[tuple[Any, ...]]:
     """(part, what, packed, row block, tile)"""
+    if only == "tails":
+        for packed, kind, rows in itertools.product((True, False), KINDS, blocks if "experts" in parts else ()):
+            for tile in tailed(rows, kind, nf4=packed):
+                yield "experts", kind, packed, rows, tile
+        return
     if "experts" in parts:
         for rows in (one for one in TOKENS if one in blocks):
             yield "experts", DECODE, True, rows, TORCH
@@ -184,7 +245,7 @@ def jobs(parts: list[str], blocks: list[int], *, only_turned: bool) -> Iterator[
                 for rows in (one for one in TOKENS if one in blocks):
                     gated, along = kind == "gated_forward", kind in ("gated_forward", "forward")
                     for tile in (
-                        *(() if only_turned else tiles(rows, nf4=packed, gated=gated)),
+                        *(() if only == "turned" else tiles(rows, nf4=packed, gated=gated)),
                         *(turned(rows, along=along, gated=gated) if packed and not torch.version.hip else ()),
                     ):
                         yield "experts", kind, packed, rows, tile
@@ -192,7 +253,7 @@ def jobs(parts: list[str], blocks: list[int], *, only_turned: bool) -> Iterator[
         for forward in (True, False):
             for rows in (one for one in ROWS if one in blocks):
                 for tile in (
-                    *(() if only_turned else tiles(rows, nf4=True, gated=False)),
+                    *(() if only == "turned" else tiles(rows, nf4=True, gated=False)),
                     *(() if torch.version.hip else turned(rows, along=forward, gated=False)),
                     TORCH,
                 ):
@@ -270,7 +331,9 @@ def _tile(tile: dict[str, Any]) -> str:
     if tile == asdict(TORCH):
         return "(decoded once, torch)"
     sizes = ",".join(str(tile[name]) for name in ("m", "n", "k", "warps", "stages"))
-    return f"({sizes}{''.join(f',{name}' for name in ('ahead', 'turned', 'pairs') if tile[name])})"
+    more = [name for name in ("ahead", "turned", "pairs") if tile[name]]
+    more += [f"tail {tile['tail']}"] if tile["tail"] else []
+    return f"({','.join([sizes, *more])})"
 
 
 def main() -> None:
@@ -278,14 +341,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", default="experts,linear")
     parser.add_argument("--blocks", default="16,32,64,128", help="row blocks")
-    parser.add_argument("--turned", action="store_true", help="of the tiles only those turned round")
+    parser.add_argument(
+        "--turned", dest="of", action="store_const", const="turned", default="", help="only tiles turned round"
+    )
+    parser.add_argument("--tails", dest="of", action="store_const", const="tails", help="only experts' with a tail")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 2)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("a GPU is needed: what is timed here is the device alone")
     parts, begun = arguments.only.split(","), time.monotonic()
     blocks = [int(block) for block in arguments.blocks.split(",")]
-    todo = list(jobs(parts, blocks, only_turned=arguments.turned))
+    todo = list(jobs(parts, blocks, arguments.of))
     context = multiprocessing.get_context("spawn")
     workers = [
         context.Process(target=compile_share, args=(todo[first :: arguments.workers],))

@@ -17,6 +17,7 @@ class Tile:
     ahead: NF4 is decoded a step before the matrix units need it.
     turned: NF4 goes from registers to the matrix units, where nf4.decoding says so (jit.turned; CUDA's).
     pairs: and, over columns, x is loaded by pairs.
+    tail: over experts' rows, the last tile of an expert takes up to so many rows more, in place of one for them alone.
     """
 
     m: int
@@ -28,6 +29,7 @@ class Tile:
     group: int = 8
     turned: bool = False
     pairs: bool = False
+    tail: int = 0
 
 
 Kind = Literal["gated_forward", "forward", "gated_backward", "backward"]

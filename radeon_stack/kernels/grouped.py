@@ -257,8 +257,9 @@ def for_rows(weight: Weight, routing: Routing, dtype: torch.dtype, *, over_colum
 
 
 def m_tiles(routing: Routing, tile: Tile) -> int:
-    """Row tiles there can be at most: each expert's last one may be part empty."""
-    return min(cdiv(routing.size, tile.m) + routing.experts - 1, routing.size)
+    """Row tiles there can be at most: where every expert but one has a single row, and that one all the others."""
+    others = routing.size - routing.experts
+    return min(routing.size, routing.experts + max(0, others - tile.tail) // tile.m)
 
 
 def row_major(weight: Weight) -> Weight:
@@ -301,6 +302,7 @@ def _launch(
         "NESTED": isinstance(weight, NF4) and weight.nested,
         **after,
         "BLOCK_M": tile.m,
+        "TAIL": tile.tail,
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,
         "GROUP": tile.group,

@@ -275,7 +275,7 @@ def _extras(*, bias: bool = False, weighted: bool = False) -> dict[str, Any]:
 
 
 def _blocks(tile: Tile) -> dict[str, Any]:
-    sizes = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": tile.group}
+    sizes = {"BLOCK_M": tile.m, "TAIL": tile.tail, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": tile.group}
     return {**sizes, "AHEAD": tile.ahead, "TURNED": 0, "PAIRS": False}
 
 

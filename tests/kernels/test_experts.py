@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -235,6 +237,66 @@ def test_the_product_turned_round_is_the_same_product(nf4: str, pairs: bool, k: 
     found = products(turned, replace(turned, n=64 * warps))  # of 384 columns the last tile has fewer than it is wide
     for one, other in zip(found, products(tile, tile), strict=True):
         assert distance(one, other) < LIMIT[torch.float16]
+
+
+TAILED_ROWS = (16, 17, 32, 0, 33, 1, 49)  # an expert: at, and a row past, whole tiles of 16 and their tails
+
+
+@pytest.mark.parametrize(
+    ("nf4", "turned", "rank"), [("", False, 0), ("", False, 8), ("flat", False, 8), ("flat", True, 8)]
+)
+def test_rows_past_whole_tiles_are_taken_by_the_last_one(nf4: str, turned: bool, rank: int) -> None:
+    from radeon_stack.kernels.configs import Tile
+
+    experts, size = len(TAILED_ROWS), sum(TAILED_ROWS)
+    index = torch.repeat_interleave(torch.arange(experts), torch.tensor(TAILED_ROWS))
+    index = index[torch.randperm(size)].view(size // 2, 2).to(DEVICE)  # of two slots a token, perhaps one expert's
+    layer = Layer(torch.float16, nf4=nf4, tokens=size // 2, experts=experts, width=128, inner=64)
+    up, down = layer.matrices
+    routing, x = route(index, experts), layer.x.detach()
+    weight, gate_up = layer.weight.detach(), torch.randn(size, 128, device=DEVICE).half()
+    hidden, bias = gate_up[:, :64].contiguous(), torch.randn(experts, 128, device=DEVICE).half()
+
+    def adapter(columns: int, *, over_columns: bool) -> grouped.LowRank | None:
+        u, v = torch.randn(size, rank, device=DEVICE).half(), torch.randn(experts, columns, rank, device=DEVICE)
+        return grouped.LowRank(u, v if over_columns else v.mT.contiguous(), 0.5, rank) if rank else None
+
+    low = [adapter(128, over_columns=True) for _ in range(2)]
+    low += [adapter(columns, over_columns=False) for columns in (64, 128)]
+
+    def products(along: Tile, down_rows: Tile) -> list[torch.Tensor]:
+        more = {"scatter": True, "slot_weight": weight, "bias": bias}
+        return [
+            *grouped.gated_forward(x, up, routing, save=True, low_rank=low[0], tile=along),
+            grouped.matmul(hidden, down, routing, low_rank=low[1], tile=along, **more),
+            *grouped.gated_backward(x, down, routing, weight, gate_up, save=True, low_rank=low[2], tile=down_rows),
+            grouped.matmul(x, up, routing, gather=2, tile=along),
+            grouped.matmul(gate_up, up, routing, over_columns=False, low_rank=low[3], tile=down_rows),
+        ]
+
+    tile = Tile(16, 64, 64, 4, 1)
+    tailed = replace(tile, tail=16, turned=turned)
+    assert grouped.m_tiles(routing, tailed) < grouped.m_tiles(routing, tile)
+    wanted = products(tile, tile)
+    found = products(tailed, replace(tailed, n=256) if turned else tailed)
+    if turned:  # d_slot_weight comes in as many parts as there are column tiles
+        found[4], wanted[4] = found[4].sum(1), wanted[4].sum(1)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.isfinite().all()
+        assert distance(one, other) < LIMIT[torch.float16]
+
+
+@pytest.mark.parametrize(("m", "tail"), [(4, 0), (4, 2), (4, 4), (2, 4)])
+def test_no_more_tiles_than_are_launched(m: int, tail: int) -> None:
+    from radeon_stack.kernels.configs import Tile
+
+    most: dict[int, int] = {}
+    for rows in itertools.product(range(18), repeat=2):
+        tiles = sum(min(n, max(1, -(-(n - tail) // m))) for n in rows)
+        most[sum(rows)] = max(most.get(sum(rows), 0), tiles)
+    for size in range(18):
+        routing = cast("Any", SimpleNamespace(size=size, experts=2))
+        assert grouped.m_tiles(routing, Tile(m, 64, 64, 4, 1, tail=tail)) == most[size]
 
 
 def test_turned_tiles_are_for_what_fits_them() -> None:

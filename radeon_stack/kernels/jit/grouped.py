@@ -1,12 +1,16 @@
-"""Matrix products over expert-sorted rows."""
+"""Matrix products over expert-sorted rows.
+
+TAIL: an expert's last tile may have as many rows more than BLOCK_M. Its program then makes two products by the same
+tiles of the weight; those without such rows run a loop of their own, and pay nothing.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from radeon_stack.kernels.jit.product import multiply
-from radeon_stack.kernels.jit.tiles import find_tile, swizzle
+from radeon_stack.kernels.jit.product import multiply, multiply_both
+from radeon_stack.kernels.jit.tiles import find_tile, rows_of, swizzle
 
 
 @triton.jit
@@ -26,6 +30,63 @@ def low_rank(u, v, position, row, row_ok, column, columns, rank, OVER_COLUMNS: t
         here = (column < columns)[None, :] & ok[:, None]
         right = tl.load(v + (row * columns)[:, None] + column[None, :], mask=here, other=0.0)
         return tl.dot(left, right.to(left.dtype), input_precision="ieee")
+
+
+@triton.jit
+def initial(
+    u,
+    v,
+    position,
+    row,
+    row_ok,
+    column,
+    columns,
+    rank,
+    scale,
+    OVER_COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+):
+    """What a product is added to, float32 [rows, columns]: scale · low_rank, or with RANK 0 zeros."""
+    if RANK > 0:
+        return scale * low_rank(u, v, position, row, row_ok, column, columns, rank, OVER_COLUMNS, RANK)
+    else:
+        return tl.zeros((position.shape[0], column.shape[0]), tl.float32)
+
+
+@triton.jit
+def slots_at(slots, position, READ: tl.constexpr):
+    """The slots at sorted positions, int64; unless READ, the positions."""
+    if READ:
+        return tl.load(slots + position).to(tl.int64)
+    else:
+        return position
+
+
+@triton.jit
+def store_product(
+    acc,
+    out,
+    bias,
+    slot_weight,
+    position,
+    slot,
+    inside,
+    bias_at,
+    column,
+    column_ok,
+    n_size,
+    SCATTER: tl.constexpr,
+    BIAS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):
+    """grouped_matmul's end, of [rows, columns]."""
+    if BIAS:
+        acc += tl.load(bias + bias_at + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]
+    if WEIGHTED:
+        acc *= tl.load(slot_weight + slot).to(tl.float32)[:, None]
+    out_row = slot if SCATTER else position
+    place = out + (out_row * n_size)[:, None] + column[None, :]
+    tl.store(place, acc.to(out.dtype.element_ty), mask=inside[:, None] & column_ok[None, :])
 
 
 @triton.jit(do_not_specialize=["m_tiles", "top_k", "rank"])
@@ -61,6 +122,7 @@ def grouped_matmul(
     WEIGHTED: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    TAIL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
@@ -73,42 +135,62 @@ def grouped_matmul(
     x rows: sorted positions, or with GATHER slots[position] // top_k. out rows: positions, or slots with SCATTER.
     """
     m_tile, n_tile = swizzle(tl.program_id(0), m_tiles, tl.cdiv(n_size, BLOCK_N), GROUP)
-    expert, first, last = find_tile(offsets, m_tile, EXPERTS, PADDED, BLOCK_M)
+    expert, first, last = find_tile(offsets, m_tile, EXPERTS, PADDED, BLOCK_M, TAIL)
     if expert >= EXPERTS:
         return
-    position = first + tl.arange(0, BLOCK_M)
-    inside = position < last
-    # Rows past the end repeat the last one: loads need no mask, and their results are not stored.
-    position = tl.minimum(position, last - 1).to(tl.int64)
-    slot = position
-    if GATHER or SCATTER or WEIGHTED:
-        slot = tl.load(slots + position).to(tl.int64)
+    position, inside = rows_of(first, last, BLOCK_M)
+    slot = slots_at(slots, position, GATHER or SCATTER or WEIGHTED)
     x_row = slot // top_k if GATHER else position
     column = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = column < n_size
     matrix = expert.to(tl.int64)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if RANK > 0:
-        v_row = matrix * n_size + column if OVER_COLUMNS else matrix * rank + tl.arange(0, RANK)
-        acc = lora_scale * low_rank(u, v, position, v_row, column_ok, column, n_size, rank, OVER_COLUMNS, RANK)
-    if OVER_COLUMNS:
-        acc = multiply(
-            acc, x, x_row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
-            matrix * n_size + tl.minimum(column, n_size - 1), 0, k_size,
-            True, NF4, NESTED, AHEAD, TURNED, PAIRS, BLOCK_K, BLOCK_K,
+    v_row = matrix * n_size + column if OVER_COLUMNS else matrix * rank + tl.arange(0, RANK if RANK > 0 else 1)
+    acc = initial(u, v, position, v_row, column_ok, column, n_size, rank, lora_scale, OVER_COLUMNS, RANK)
+    w_row = matrix * n_size + tl.minimum(column, n_size - 1) if OVER_COLUMNS else matrix * k_size
+    w_column = 0 if OVER_COLUMNS else n_tile * BLOCK_N
+    columns = k_size if OVER_COLUMNS else n_size
+    width: tl.constexpr = BLOCK_K if OVER_COLUMNS else BLOCK_N
+    if TAIL > 0 and last - first > BLOCK_M:
+        position_tail, inside_tail = rows_of(first + BLOCK_M, last, TAIL)
+        slot_tail = slots_at(slots, position_tail, GATHER or SCATTER or WEIGHTED)
+        x_row_tail = slot_tail // top_k if GATHER else position_tail
+        acc_tail = initial(
+            u, v, position_tail, v_row, column_ok, column, n_size, rank, lora_scale, OVER_COLUMNS, RANK
+        )  # fmt: skip
+        acc, acc_tail = multiply_both(
+            acc, acc_tail, x, x_row, x_row_tail, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
+            w_row, w_column, columns, OVER_COLUMNS, NF4, NESTED, TURNED, PAIRS, BLOCK_K, width,
+        )  # fmt: skip
+        store_product(
+            acc_tail, out, bias, slot_weight, position_tail, slot_tail, inside_tail, matrix * n_size, column, column_ok,
+            n_size, SCATTER, BIAS, WEIGHTED,
         )  # fmt: skip
     else:
         acc = multiply(
             acc, x, x_row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
-            matrix * k_size, n_tile * BLOCK_N, n_size, False, NF4, NESTED, AHEAD, TURNED, PAIRS, BLOCK_K, BLOCK_N,
+            w_row, w_column, columns, OVER_COLUMNS, NF4, NESTED, AHEAD, TURNED, PAIRS, BLOCK_K, width,
         )  # fmt: skip
-    if BIAS:
-        acc += tl.load(bias + matrix * n_size + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]
-    if WEIGHTED:
-        acc *= tl.load(slot_weight + slot).to(tl.float32)[:, None]
-    out_row = slot if SCATTER else position
-    place = out + (out_row * n_size)[:, None] + column[None, :]
-    tl.store(place, acc.to(out.dtype.element_ty), mask=inside[:, None] & column_ok[None, :])
+    store_product(
+        acc, out, bias, slot_weight, position, slot, inside, matrix * n_size, column, column_ok,
+        n_size, SCATTER, BIAS, WEIGHTED,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_gated(acc, gate_up, hidden, position, inside, column, column_ok, n_size, SAVE: tl.constexpr):
+    """gated_forward's end, of [rows, 2 · columns]: gate beside up."""
+    dtype = hidden.dtype.element_ty
+    gate, up = tl.split(tl.reshape(acc, (acc.shape[0], acc.shape[1] // 2, 2)))
+    ok = inside[:, None] & column_ok[None, :]
+    place = (position * n_size)[:, None] + column[None, :]
+    if SAVE:
+        # silu'(gate) is taken from what is stored: round first, so that both directions see the same gate.
+        gate = gate.to(dtype).to(tl.float32)
+        up = up.to(dtype).to(tl.float32)
+        both = gate_up + (position * (2 * n_size))[:, None] + column[None, :]
+        tl.store(both, gate.to(dtype), mask=ok)
+        tl.store(both + n_size, up.to(dtype), mask=ok)
+    tl.store(hidden + place, (gate * tl.sigmoid(gate) * up).to(dtype), mask=ok)
 
 
 @triton.jit(do_not_specialize=["m_tiles", "top_k", "rank"])
@@ -139,6 +221,7 @@ def gated_forward(
     RANK: tl.constexpr,
     SAVE: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    TAIL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
@@ -151,14 +234,11 @@ def gated_forward(
     hidden: [positions, N]; gate_up: [positions, 2N], written with SAVE for the way back.
     """
     m_tile, n_tile = swizzle(tl.program_id(0), m_tiles, tl.cdiv(n_size, BLOCK_N), GROUP)
-    expert, first, last = find_tile(offsets, m_tile, EXPERTS, PADDED, BLOCK_M)
+    expert, first, last = find_tile(offsets, m_tile, EXPERTS, PADDED, BLOCK_M, TAIL)
     if expert >= EXPERTS:
         return
-    dtype = x.dtype.element_ty
-    position = first + tl.arange(0, BLOCK_M)
-    inside = position < last
-    position = tl.minimum(position, last - 1).to(tl.int64)
-    x_row = tl.load(slots + position).to(tl.int64) // top_k
+    position, inside = rows_of(first, last, BLOCK_M)
+    x_row = slots_at(slots, position, True) // top_k
     column = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = column < n_size
     # Gate's and up's rows by turns: one product makes both, and a thread holds a gate beside its up.
@@ -166,24 +246,60 @@ def gated_forward(
     pair_ok = pair < 2 * n_size
     real = tl.minimum(pair, 2 * n_size - 1)
     w_row = expert.to(tl.int64) * (2 * n_size) + real // 2 + (real % 2) * n_size
-    acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
-    if RANK > 0:
-        acc = lora_scale * low_rank(u, v, position, w_row, pair_ok, pair, n_size, rank, True, RANK)
-    acc = multiply(
-        acc, x, x_row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
-        w_row, 0, k_size, True, NF4, NESTED, AHEAD, TURNED, PAIRS, BLOCK_K, BLOCK_K,
-    )  # fmt: skip
-    gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))
+    acc = initial(u, v, position, w_row, pair_ok, pair, n_size, rank, lora_scale, True, RANK)
+    if TAIL > 0 and last - first > BLOCK_M:
+        position_tail, inside_tail = rows_of(first + BLOCK_M, last, TAIL)
+        x_row_tail = slots_at(slots, position_tail, True) // top_k
+        acc_tail = initial(u, v, position_tail, w_row, pair_ok, pair, n_size, rank, lora_scale, True, RANK)
+        acc, acc_tail = multiply_both(
+            acc, acc_tail, x, x_row, x_row_tail, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
+            w_row, 0, k_size, True, NF4, NESTED, TURNED, PAIRS, BLOCK_K, BLOCK_K,
+        )  # fmt: skip
+        store_gated(acc_tail, gate_up, hidden, position_tail, inside_tail, column, column_ok, n_size, SAVE)
+    else:
+        acc = multiply(
+            acc, x, x_row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
+            w_row, 0, k_size, True, NF4, NESTED, AHEAD, TURNED, PAIRS, BLOCK_K, BLOCK_K,
+        )  # fmt: skip
+    store_gated(acc, gate_up, hidden, position, inside, column, column_ok, n_size, SAVE)
+
+
+@triton.jit
+def store_gradients(
+    acc,
+    gate_up,
+    d_gate_up,
+    d_weight,
+    weighted,
+    slot_weight,
+    position,
+    slot,
+    inside,
+    column,
+    column_ok,
+    n_size,
+    n_tile,
+    n_tiles,
+    SAVE: tl.constexpr,
+):
+    """gated_backward's end, of d_hidden's [rows, columns] before the routing weight."""
+    dtype = d_gate_up.dtype.element_ty
     ok = inside[:, None] & column_ok[None, :]
-    place = (position * n_size)[:, None] + column[None, :]
+    pair = (position * (2 * n_size))[:, None] + column[None, :]
+    gate = tl.load(gate_up + pair, mask=ok, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + pair + n_size, mask=ok, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    share = tl.sum(tl.where(ok, acc * silu * up, 0.0), 1)
+    tl.store(d_weight + slot * n_tiles + n_tile, share, mask=inside)
+    routing_weight = tl.load(slot_weight + slot).to(tl.float32)[:, None]
     if SAVE:
-        # silu'(gate) is taken from what is stored: round first, so that both directions see the same gate.
-        gate = gate.to(dtype).to(tl.float32)
-        up = up.to(dtype).to(tl.float32)
-        both = gate_up + (position * (2 * n_size))[:, None] + column[None, :]
-        tl.store(both, gate.to(dtype), mask=ok)
-        tl.store(both + n_size, up.to(dtype), mask=ok)
-    tl.store(hidden + place, (gate * tl.sigmoid(gate) * up).to(dtype), mask=ok)
+        place = (position * n_size)[:, None] + column[None, :]
+        tl.store(weighted + place, (routing_weight * silu * up).to(dtype), mask=ok)
+    d_hidden = acc * routing_weight
+    d_gate = d_hidden * up * (sigmoid + silu * (1.0 - sigmoid))
+    tl.store(d_gate_up + pair, d_gate.to(dtype), mask=ok)
+    tl.store(d_gate_up + pair + n_size, (d_hidden * silu).to(dtype), mask=ok)
 
 
 @triton.jit(do_not_specialize=["m_tiles", "top_k", "rank"])
@@ -217,6 +333,7 @@ def gated_backward(
     RANK: tl.constexpr,
     SAVE: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    TAIL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
@@ -233,42 +350,39 @@ def gated_backward(
     """
     n_tiles = tl.cdiv(n_size, BLOCK_N)
     m_tile, n_tile = swizzle(tl.program_id(0), m_tiles, n_tiles, GROUP)
-    expert, first, last = find_tile(offsets, m_tile, EXPERTS, PADDED, BLOCK_M)
+    expert, first, last = find_tile(offsets, m_tile, EXPERTS, PADDED, BLOCK_M, TAIL)
     if expert >= EXPERTS:
         return
-    dtype = d_out.dtype.element_ty
-    position = first + tl.arange(0, BLOCK_M)
-    inside = position < last
-    position = tl.minimum(position, last - 1).to(tl.int64)
-    slot = tl.load(slots + position).to(tl.int64)
+    position, inside = rows_of(first, last, BLOCK_M)
+    slot = slots_at(slots, position, True)
     d_row = slot // top_k
     column = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = column < n_size
     matrix = expert.to(tl.int64)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if RANK > 0:
-        v_row = matrix * rank + tl.arange(0, RANK)
-        acc = lora_scale * low_rank(u, v, position, v_row, column_ok, column, n_size, rank, False, RANK)
-    acc = multiply(
-        acc, d_out, d_row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
-        matrix * k_size, n_tile * BLOCK_N, n_size, False, NF4, NESTED, AHEAD, TURNED, PAIRS, BLOCK_K, BLOCK_N,
+    v_row = matrix * rank + tl.arange(0, RANK if RANK > 0 else 1)
+    acc = initial(u, v, position, v_row, column_ok, column, n_size, rank, lora_scale, False, RANK)
+    if TAIL > 0 and last - first > BLOCK_M:
+        position_tail, inside_tail = rows_of(first + BLOCK_M, last, TAIL)
+        slot_tail = slots_at(slots, position_tail, True)
+        acc_tail = initial(u, v, position_tail, v_row, column_ok, column, n_size, rank, lora_scale, False, RANK)
+        acc, acc_tail = multiply_both(
+            acc, acc_tail, d_out, d_row, slot_tail // top_k, k_size,
+            w, absmax, code, nested_absmax, nested_code, nested_offset,
+            matrix * k_size, n_tile * BLOCK_N, n_size, False, NF4, NESTED, TURNED, PAIRS, BLOCK_K, BLOCK_N,
+        )  # fmt: skip
+        store_gradients(
+            acc_tail, gate_up, d_gate_up, d_weight, weighted, slot_weight, position_tail, slot_tail, inside_tail,
+            column, column_ok, n_size, n_tile, n_tiles, SAVE,
+        )  # fmt: skip
+    else:
+        acc = multiply(
+            acc, d_out, d_row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
+            matrix * k_size, n_tile * BLOCK_N, n_size, False, NF4, NESTED, AHEAD, TURNED, PAIRS, BLOCK_K, BLOCK_N,
+        )  # fmt: skip
+    store_gradients(
+        acc, gate_up, d_gate_up, d_weight, weighted, slot_weight, position, slot, inside,
+        column, column_ok, n_size, n_tile, n_tiles, SAVE,
     )  # fmt: skip
-    ok = inside[:, None] & column_ok[None, :]
-    pair = (position * (2 * n_size))[:, None] + column[None, :]
-    gate = tl.load(gate_up + pair, mask=ok, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + pair + n_size, mask=ok, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    share = tl.sum(tl.where(ok, acc * silu * up, 0.0), 1)
-    tl.store(d_weight + slot * n_tiles + n_tile, share, mask=inside)
-    routing_weight = tl.load(slot_weight + slot).to(tl.float32)[:, None]
-    if SAVE:
-        place = (position * n_size)[:, None] + column[None, :]
-        tl.store(weighted + place, (routing_weight * silu * up).to(dtype), mask=ok)
-    d_hidden = acc * routing_weight
-    d_gate = d_hidden * up * (sigmoid + silu * (1.0 - sigmoid))
-    tl.store(d_gate_up + pair, d_gate.to(dtype), mask=ok)
-    tl.store(d_gate_up + pair + n_size, (d_hidden * silu).to(dtype), mask=ok)
 
 
 @triton.jit(do_not_specialize=["a_top_k", "b_top_k"])

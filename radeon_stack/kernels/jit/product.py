@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from radeon_stack.kernels.jit.turned import multiply_turned
+from radeon_stack.kernels.jit.turned import multiply_turned, multiply_turned_both
 from radeon_stack.kernels.jit.weights import NF4_BLOCK, nf4_decode, nf4_load, weight_tile
 
 
@@ -72,6 +72,59 @@ def multiply(
             )  # fmt: skip
             acc = tl.dot(rows, tl.trans(tile) if OVER_COLUMNS else tile, acc, input_precision="ieee")
         return acc
+
+
+@triton.jit
+def multiply_both(
+    acc,
+    acc_tail,
+    x,
+    x_row,
+    x_row_tail,
+    k_size,
+    w,
+    absmax,
+    code,
+    nested_absmax,
+    nested_code,
+    nested_offset,
+    w_row,
+    column,
+    columns,
+    OVER_COLUMNS: tl.constexpr,
+    NF4: tl.constexpr,
+    NESTED: tl.constexpr,
+    TURNED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """multiply of the rows x_row and of a few more, x_row_tail, by the same tile, which is loaded and decoded once."""
+    step = tl.arange(0, BLOCK_K)
+    dtype: tl.constexpr = x.dtype.element_ty
+    if TURNED:
+        return multiply_turned_both(
+            acc, acc_tail, x, x_row, x_row_tail, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
+            w_row, column, columns, OVER_COLUMNS, NF4, NESTED, TURNED, PAIRS, BLOCK_K,
+        )  # fmt: skip
+    else:
+        tl.assume(k_size > 0)  # see multiply_turned
+        # The tail turned round: it is too flat for Hopper's matrix units, the tile is not.
+        acc_tail = tl.trans(acc_tail)
+        for k in range(0, k_size, BLOCK_K):
+            k_ok = k + step < k_size
+            rows = tl.load(x + (x_row * k_size)[:, None] + (k + step)[None, :], mask=k_ok[None, :], other=0.0)
+            tail = tl.load(x + (x_row_tail * k_size)[:, None] + (k + step)[None, :], mask=k_ok[None, :], other=0.0)
+            row = w_row if OVER_COLUMNS else w_row + tl.minimum(k + step, k_size - 1)
+            tile = weight_tile(
+                w, absmax, code, nested_absmax, nested_code, nested_offset,
+                row, k if OVER_COLUMNS else column, columns, NF4, NESTED, WIDTH, dtype,
+            )  # fmt: skip
+            turned = tl.trans(tile)
+            acc = tl.dot(rows, turned if OVER_COLUMNS else tile, acc, input_precision="ieee")
+            across = tile if OVER_COLUMNS else turned
+            acc_tail = tl.dot(across, tl.trans(tail), acc_tail, input_precision="ieee")
+        return acc, tl.trans(acc_tail)
 
 
 @triton.jit

@@ -44,38 +44,127 @@ def multiply_turned(
     PAIRS: over columns, the reduction's order gives a thread words of its own, whose eight values it needs all. x comes
     in that order too, two values a load. Else four threads read the same word, and each takes another of its bytes.
     """
-    m: tl.constexpr = acc.shape[0]
-    n: tl.constexpr = acc.shape[1]
-    warps: tl.constexpr = ACROSS // 16
-    repeat: tl.constexpr = n // ACROSS
-    dtype: tl.constexpr = x.dtype.element_ty
-    # 2 · repeat neighbouring columns are one thread's: (warp, g, repeat, 2) → (repeat, warp, 2, g).
-    acc = tl.permute(tl.reshape(acc, (m, warps, 8, repeat, 2)), (3, 1, 4, 2, 0))
-    acc = tl.reshape(acc, (n, m))
+    acc = _turn(acc, ACROSS)
     table = _table(code, NF4)
-    step = tl.arange(0, BLOCK_K)
-    if OVER_COLUMNS:
-        w_row = tl.reshape(tl.permute(tl.reshape(w_row, (warps, 8, repeat, 2)), (2, 0, 3, 1)), (n,))
-        if PAIRS:
-            step = step // 64 * 64 + step // 2 % 4 * 16 + step // 16 % 4 * 4 + step // 8 % 2 * 2 + step % 2
+    w_row, step = _orders(w_row, OVER_COLUMNS, PAIRS, ACROSS, BLOCK_K)
     rows_at = x + (x_row * k_size)[:, None] + step[None, :]
     # With a way past the loop its accumulators are defined twice, and ptxas waits for every single product.
     tl.assume(k_size > 0)
     for k in range(0, k_size, BLOCK_K):
         rows = tl.load(rows_at + k)
-        if OVER_COLUMNS:
-            tile = _along(
-                w, absmax, table, nested_absmax, nested_code, nested_offset,
-                w_row, k, columns, NF4, NESTED, PAIRS, BLOCK_K, dtype,
-            )  # fmt: skip
-        else:
-            tile = _down(
-                w, absmax, table, nested_absmax, nested_code, nested_offset,
-                w_row, k, column, columns, NF4, NESTED, warps, BLOCK_K, dtype,
-            )  # fmt: skip
+        tile = _tile(
+            w, absmax, table, nested_absmax, nested_code, nested_offset,
+            w_row, k, column, columns, OVER_COLUMNS, NF4, NESTED, ACROSS, PAIRS, BLOCK_K, x.dtype.element_ty,
+        )  # fmt: skip
         acc = tl.dot(tile, tl.trans(rows), acc, input_precision="ieee")
-    acc = tl.permute(tl.reshape(acc, (repeat, warps, 2, 8, m)), (4, 1, 3, 0, 2))
+    return _turn_back(acc, ACROSS)
+
+
+@triton.jit
+def multiply_turned_both(
+    acc,
+    acc_tail,
+    x,
+    x_row,
+    x_row_tail,
+    k_size,
+    w,
+    absmax,
+    code,
+    nested_absmax,
+    nested_code,
+    nested_offset,
+    w_row,
+    column,
+    columns,
+    OVER_COLUMNS: tl.constexpr,
+    NF4: tl.constexpr,
+    NESTED: tl.constexpr,
+    ACROSS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """product.multiply_both for NF4, otherwise as multiply_turned."""
+    acc = _turn(acc, ACROSS)
+    acc_tail = _turn(acc_tail, ACROSS)
+    table = _table(code, NF4)
+    w_row, step = _orders(w_row, OVER_COLUMNS, PAIRS, ACROSS, BLOCK_K)
+    rows_at = x + (x_row * k_size)[:, None] + step[None, :]
+    tail_at = x + (x_row_tail * k_size)[:, None] + step[None, :]
+    tl.assume(k_size > 0)
+    for k in range(0, k_size, BLOCK_K):
+        rows = tl.load(rows_at + k)
+        tail = tl.load(tail_at + k)
+        tile = _tile(
+            w, absmax, table, nested_absmax, nested_code, nested_offset,
+            w_row, k, column, columns, OVER_COLUMNS, NF4, NESTED, ACROSS, PAIRS, BLOCK_K, x.dtype.element_ty,
+        )  # fmt: skip
+        acc = tl.dot(tile, tl.trans(rows), acc, input_precision="ieee")
+        acc_tail = tl.dot(tile, tl.trans(tail), acc_tail, input_precision="ieee")
+    return _turn_back(acc, ACROSS), _turn_back(acc_tail, ACROSS)
+
+
+@triton.jit
+def _turn(acc, ACROSS: tl.constexpr):
+    """[M, N] → [N, M]. 2 · repeat neighbouring columns are one thread's: (warp, g, repeat, 2) → (repeat, warp, 2, g)"""
+    m: tl.constexpr = acc.shape[0]
+    n: tl.constexpr = acc.shape[1]
+    acc = tl.permute(tl.reshape(acc, (m, ACROSS // 16, 8, n // ACROSS, 2)), (3, 1, 4, 2, 0))
+    return tl.reshape(acc, (n, m))
+
+
+@triton.jit
+def _turn_back(acc, ACROSS: tl.constexpr):
+    n: tl.constexpr = acc.shape[0]
+    m: tl.constexpr = acc.shape[1]
+    acc = tl.permute(tl.reshape(acc, (n // ACROSS, ACROSS // 16, 2, 8, m)), (4, 1, 3, 0, 2))
     return tl.reshape(acc, (m, n))
+
+
+@triton.jit
+def _orders(w_row, OVER_COLUMNS: tl.constexpr, PAIRS: tl.constexpr, ACROSS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(the weight's rows as _turn orders accumulators, a step's places along the reduction in the order of _along)."""
+    step = tl.arange(0, BLOCK_K)
+    if OVER_COLUMNS:
+        n: tl.constexpr = w_row.shape[0]
+        w_row = tl.reshape(w_row, (ACROSS // 16, 8, n // ACROSS, 2))
+        w_row = tl.reshape(tl.permute(w_row, (2, 0, 3, 1)), (n,))
+        if PAIRS:
+            step = step // 64 * 64 + step // 2 % 4 * 16 + step // 16 % 4 * 4 + step // 8 % 2 * 2 + step % 2
+    return w_row, step
+
+
+@triton.jit
+def _tile(
+    w,
+    absmax,
+    table,
+    nested_absmax,
+    nested_code,
+    nested_offset,
+    w_row,
+    k,
+    column,
+    columns,
+    OVER_COLUMNS: tl.constexpr,
+    NF4: tl.constexpr,
+    NESTED: tl.constexpr,
+    ACROSS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """A step's left operand, [N, BLOCK_K]."""
+    if OVER_COLUMNS:
+        return _along(
+            w, absmax, table, nested_absmax, nested_code, nested_offset,
+            w_row, k, columns, NF4, NESTED, PAIRS, BLOCK_K, dtype,
+        )  # fmt: skip
+    else:
+        return _down(
+            w, absmax, table, nested_absmax, nested_code, nested_offset,
+            w_row, k, column, columns, NF4, NESTED, ACROSS // 16, BLOCK_K, dtype,
+        )  # fmt: skip
 
 
 @triton.jit
