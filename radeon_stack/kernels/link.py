@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from radeon_stack.kernels.sizes import next_power
+
 PROBE_BYTES = 64 << 20
 
 
@@ -63,17 +65,17 @@ class Link:
             room.copy_(there, non_blocking=True)
             end = self._mark(timed=True)
         end.synchronize()
-        _unpin(room)
         return PROBE_BYTES / (float(begin.elapsed_time(end)) / 1e3)
 
     def close(self) -> None:
         """Give the host its memory back, once all copies are made."""
         if self._pins:
             self._stream.synchronize()
-        for room in self._rooms:
-            _unpin(room)
         self._rooms.clear()
         self._free.clear()
+        # torch keeps what was pinned for the next who asks; it says no other way to have it give that back.
+        if self._pins and (give_back := getattr(torch._C, "_host_emptyCache", None)):
+            give_back()
 
     def _take(self, size: int) -> Tensor | None:
         fitting = [room for room in self._free if room.nbytes >= size]
@@ -81,21 +83,21 @@ class Link:
             best = min(fitting, key=lambda room: room.nbytes)
             self._free = [room for room in self._free if room is not best]
             return best
-        room = self._pinned(size) if self.taken + size <= self.limit else None
+        whole = next_power(size) if self._pins else size  # what torch takes for it
+        room = self._pinned(size) if self.taken + whole <= self.limit else None
         if room is None:
             self.limit = self.taken
         else:
-            self.taken += size
+            self.taken += whole
             self._rooms.append(room)
         return room
 
     def _pinned(self, size: int) -> Tensor | None:
         """Bytes of the host's that a copy engine may reach; None where the driver refuses them."""
-        # Registered by hand: torch's own allocator of pinned memory rounds up to powers of two and never gives it back.
-        room = torch.empty(size, dtype=torch.uint8)
-        if self._pins and int(torch.cuda.cudart().cudaHostRegister(room.data_ptr(), size, 0)):
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=self._pins)
+        except RuntimeError:
             return None
-        return room
 
     def _mark(self, *, timed: bool = False) -> Any:
         event = self._runtime.Event(enable_timing=True) if timed else self._runtime.Event()
@@ -147,8 +149,3 @@ class Kept:
 
 def _bytes(tensor: Tensor, size: int) -> Tensor:
     return tensor.view(-1).view(torch.uint8)[:size]
-
-
-def _unpin(room: Tensor) -> None:
-    if room.is_pinned():
-        torch.cuda.cudart().cudaHostUnregister(room.data_ptr())
