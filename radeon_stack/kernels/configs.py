@@ -85,8 +85,8 @@ def decode_once(family: str, rows: int) -> bool:
     return rows > DECODE_ONCE_ROWS[family]
 
 
-# From here an expert has two tiles and more, of which a tail spares it less than its tiles cost more. An H200 took 0.18 ms
-# in the place of 0.22 for 128 rows an expert, and for 256 0.88 in that of 0.70 (benchmarks/tune_tails_h200.json).
+# From here an expert has two tiles and more, of which a tail spares it less than its tiles cost more. An H200 took
+# 0.18 ms in the place of 0.22 for 128 rows an expert, and for 256 0.88 in that of 0.70 (tune_tails_h200.json).
 TAIL_ROWS = 192
 MAX_RANK = 128  # of adapters in a product's tile; at 64 rows the experts' way back spills a few registers on gfx11
 ADAPTER_STAGES = 2  # of the adapters' own small products
