@@ -164,11 +164,12 @@ class _GatedExperts(torch.autograd.Function):
         down_g = None
         if down_b is not None:
             down_g = grouped.matmul(d_out, down_b, routing, over_columns=False, gather=top_k)
-        down = grouped.for_rows(down_weight, routing, d_out.dtype, over_columns=False)
+        decoded = grouped.for_rows(down_weight, routing, d_out.dtype, over_columns=False)
         d_gate_up, parts, weighted = grouped.gated_backward(
-            d_out, down, routing, slot_weight, gate_up,
+            d_out, decoded, routing, slot_weight, gate_up,
             save=needs[3] or down_a is not None, low_rank=_low_rank(down_g, down_a, down_scale),
         )  # fmt: skip
+        del decoded  # before the other matrix is
         up_g = None if up_b is None else grouped.matmul(d_gate_up, up_b, routing, over_columns=False)
         d_x: Tensor | None = None
         sums: Tensor | None = None

@@ -196,8 +196,9 @@ def test_what_all_processes_refuse_is_told_once(cli: Cli, several: Any, home: Pa
     assert result.code == Exit.USAGE
     assert "chats.jsonl: line 61" in result.error
     words = [event.kind for event in ev.read_events(the_run(home).events) if isinstance(event, ev.Attempt | ev.Error)]
-    # One may have ended before the first had begun to tell; from there on it is told once.
-    assert words[words.index("attempt") :] == ["attempt", "error"]
+    # One may have ended, and the first with it, before that had begun to tell; from there on it is told once.
+    told = words[words.index("attempt") :] if "attempt" in words else words
+    assert told in (["attempt", "error"], ["error"])
 
 
 FAILS = """
