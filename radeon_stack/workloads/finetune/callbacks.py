@@ -191,7 +191,8 @@ class Recompute(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         model = getattr(model, "module", model)
-        self._keeper = keeper_for(model) if self._speed.keep_products else None
+        share = SHARE_OF_HOST / self._job.rank.count
+        self._keeper = keeper_for(model, int(share * available())) if self._speed.keep_products else None
         if not use_recompute(model, can_spare, self._keeper):
             self._keeper = None
 
@@ -200,15 +201,18 @@ class Recompute(TrainerCallback):
             self._job.fact("products", self._keeper.close())
 
 
-def keeper_for(model: Any) -> Keeper | None:
-    """Who keeps products of the layers that are computed again, where the host's memory is another than the card's."""
+def keeper_for(model: Any, limit: int) -> Keeper | None:
+    """Who keeps products of the layers that are computed again, where the host's memory is another than the card's.
+
+    limit: bytes of it.
+    """
     layers = checkpointed(model)
     devices = {parameter.device for parameter in model.parameters()}
     if len(layers) < 2 or len(devices) != 1 or (device := devices.pop()).type != "cuda":
         return None
     if torch.cuda.get_device_properties(device).is_integrated:
         return None
-    return Keeper(layers, Link(device, int(SHARE_OF_HOST * available())), can_keep)
+    return Keeper(layers, Link(device, limit), can_keep)
 
 
 class Rate(TrainerCallback):
