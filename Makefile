@@ -44,7 +44,7 @@ demo: setup  ## teach a 135M model a birthday on this CPU, in about two minutes
 # What computes on one thread, or waits, goes beside what does not; containers that train compute on all, and are alone.
 ALONE := tests/engine/test_docker.py
 # Of the work's tests, so many that both sides end together.
-MOVED := $(addprefix tests/work/test_,bench.py capabilities.py probe.py)
+MOVED := tests/work/test_bench.py
 test: setup  ## every test this machine can run
 	@$(MAKE) --no-print-directory --jobs=2 test-unit test-work
 	@$(BIN)/python -m pytest $(ALONE)
