@@ -86,6 +86,19 @@ def step(model: Any) -> dict[str, torch.Tensor]:
     return {"logits": logits.detach(), **gradients_of(model)}
 
 
+def products_of(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of a step, whether each product was a way forward."""
+    own, forward = linear.by_torch, []
+
+    def counted(*arguments: Any, over_columns: bool) -> Any:
+        forward.append(over_columns)
+        return own(*arguments, over_columns=over_columns)
+
+    monkeypatch.setattr(linear, "by_torch", counted)
+    step(model)
+    return forward
+
+
 def gradients_of(model: Any) -> dict[str, torch.Tensor]:
     return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
 
@@ -118,14 +131,7 @@ def test_the_last_product_of_each_layer_is_not_computed_again(monkeypatch: pytes
     model = small("llama")
     recompute.use_recompute(model, adapters.can_spare)
     step(model)
-    own, forward = linear.by_torch, []
-
-    def counted(*arguments: Any, over_columns: bool) -> Any:
-        forward.append(over_columns)
-        return own(*arguments, over_columns=over_columns)
-
-    monkeypatch.setattr(linear, "by_torch", counted)
-    step(model)
+    forward = products_of(model, monkeypatch)
     # Two batches of seven products a layer: forward, back, and again but for one.
     assert (forward.count(True), forward.count(False)) == (2 * LAYERS * (7 + 6), 2 * LAYERS * 7)
 
@@ -246,14 +252,7 @@ def test_a_kept_product_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -
     model = small("llama")
     keeper_of(model, monkeypatch, "mlp.gate_proj", "self_attn.o_proj")
     step(model)
-    own, forward = linear.by_torch, []
-
-    def counted(*arguments: Any, over_columns: bool) -> Any:
-        forward.append(over_columns)
-        return own(*arguments, over_columns=over_columns)
-
-    monkeypatch.setattr(linear, "by_torch", counted)
-    step(model)
+    forward = products_of(model, monkeypatch)
     # Of the six that are computed again without it, two are kept.
     assert (forward.count(True), forward.count(False)) == (2 * LAYERS * (7 + 4), 2 * LAYERS * 7)
 
