@@ -1,7 +1,7 @@
 """Times every tile that might serve, on the GPU that is here: what `kernels/configs.py` should have for it.
 
-    PYTHONPATH=. python benchmarks/tune_kernels.py [--out FILE] [--only experts,linear] [--blocks 64,128] [--turned]
-        [--workers N]
+    PYTHONPATH=. python benchmarks/tune_kernels.py [--out FILE] [--only experts,linear] [--blocks 64,128]
+        [--turned] [--tails] [--workers N]
 
 Sizes are Qwen3-30B-A3B's experts (128 of 2048 × 768, top 8) and an 8B model's linear layers. Kernels are compiled
 first, by several processes; then each candidate is timed as a captured graph (device time: a tile has nothing to do
@@ -92,7 +92,7 @@ TAILED: dict[Kind, dict[str, tuple[tuple[int, ...], ...]]] = {
             (64, 128, 64, 4, 4),
         ),
         "nf4": ((128, 128, 64, 8, 3),),
-        "turned": ((128, 128, 64, 8, 3), (64, 128, 64, 4, 3)),
+        "turned": (*((128, 128, 64, warps, 3) for warps in (4, 8)), (64, 128, 64, 4, 3)),
         "pairs": ((128, 128, 64, 4, 3), (128, 128, 64, 8, 3)),
     },
     "forward": {
@@ -127,9 +127,9 @@ TAILED: dict[Kind, dict[str, tuple[tuple[int, ...], ...]]] = {
 
 
 def tailed(rows: int, kind: Kind, *, nf4: bool) -> Iterator[Tile]:
-    """Candidates whose last tile of an expert takes TAIL rows more, after the tile that is in use."""
+    """Candidates whose last tile of an expert takes TAIL rows more, after the tile that is in use, without one."""
     if rows == 128:
-        yield TILES["cuda", nf4, kind][rows]
+        yield replace(TILES["cuda", nf4, kind][rows], tail=0)
         for how in ("nf4", "turned", "pairs") if nf4 else ("16 bit",):
             for m, n, k, warps, stages in TAILED[kind].get(how, ()):
                 tile = Tile(m, n // 2 if kind == "gated_forward" else n, k, warps, stages, tail=TAIL)

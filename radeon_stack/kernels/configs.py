@@ -85,8 +85,9 @@ def decode_once(family: str, rows: int) -> bool:
     return rows > DECODE_ONCE_ROWS[family]
 
 
-# From here an expert has two tiles and more, of which a tail spares it less than its tiles cost more. An H200 took
-# 0.18 ms in the place of 0.22 for 128 rows an expert, and for 256 0.88 in that of 0.70 (tune_tails_h200.json).
+# Up to here an expert has one tile and a little more. For 128 rows an expert an H200 took 0.18 ms with a tail and 0.22
+# without (tune_tails_h200.json, forward). With more tiles a tail spares less of them, and each that has one costs more;
+# at 256 rows no tile with a tail was quicker than the one without, but these were not timed there themselves.
 TAIL_ROWS = 192
 MAX_RANK = 128  # of adapters in a product's tile; at 64 rows the experts' way back spills a few registers on gfx11
 ADAPTER_STAGES = 2  # of the adapters' own small products
@@ -99,8 +100,9 @@ DECODE_EXPERTS_ONCE_ROWS = {
     ("hip", False): float("inf"),
 }
 # From here torch's products. They take twice as many launches, and until here a step waits for the host, not for the
-# device: at 300 rows an H200 takes 0.18 ms for a packed layer of Llama-8B and 0.06 for a decoded one (profiles of
-# benchmarks/train_speed_llama*.json), and of 684 ms of a step 582 are idle.
+# device: at 300 rows an H200 takes 0.17 ms for a packed product of Llama-8B (benchmarks/train_speed_llama.json: 1280 in
+# a step, of whose 816 ms under the profiler 555 are idle), where a decoded one takes 0.05 to 0.11 at 256 rows
+# (tune_linear_h200.json).
 DECODE_ONCE_ROWS = {"cuda": 512, "hip": 512}
 LINEAR = {
     "cuda": {

@@ -21,7 +21,6 @@ class Link:
         self._runtime = getattr(torch, device.type)
         self._pins = device.type != "cpu"
         self._stream = self._runtime.Stream()
-        self._rooms: list[Tensor] = []
         self._free: list[Tensor] = []
 
     def leave(self, tensor: Tensor) -> Kept | None:
@@ -71,7 +70,6 @@ class Link:
         """Give the host its memory back, once all copies are made."""
         if self._pins:
             self._stream.synchronize()
-        self._rooms.clear()
         self._free.clear()
         # torch keeps what was pinned for the next who asks; it says no other way to have it give that back.
         if self._pins and (give_back := getattr(torch._C, "_host_emptyCache", None)):
@@ -89,7 +87,6 @@ class Link:
             self.limit = self.taken
         else:
             self.taken += whole
-            self._rooms.append(room)
         return room
 
     def _pinned(self, size: int) -> Tensor | None:
