@@ -38,6 +38,7 @@ BUDGET = {"seconds": 0.2, "least": 7, "most": 50, "warmup": 3, "warmup_seconds":
 NAMES = ("dtype", "batch", "seq", "heads", "kv_heads", "head_dim", "causal", "varlen")
 SMALL = (("float32", 1, 64, 4, 2, 32, True, False), ("bfloat16", 2, 96, 4, 4, 32, True, True))  # for a CPU
 LONG = (
+    ("bfloat16", 4, 2048, 32, 8, 128, True, False),  # Llama-8B's in benchmarks/train_speed.py
     ("bfloat16", 1, 4096, 32, 8, 128, True, False),
     ("bfloat16", 1, 16384, 32, 8, 128, True, False),
     ("bfloat16", 1, 4096, 32, 32, 64, True, False),

@@ -1,7 +1,7 @@
 """Times every tile that might serve, on the GPU that is here: what `kernels/configs.py` should have for it.
 
     PYTHONPATH=. python benchmarks/tune_kernels.py [--out FILE] [--only experts,linear] [--blocks 64,128]
-        [--turned] [--tails] [--workers N]
+        [--commit HASH] [--workers N]
 
 Sizes are Qwen3-30B-A3B's experts (128 of 2048 × 768, top 8) and an 8B model's linear layers. Kernels are compiled
 first, by several processes; then each candidate is timed as a captured graph (device time: a tile has nothing to do
@@ -33,14 +33,19 @@ if __name__ == "__main__":  # in the place of this folder: its file names are no
 import torch  # noqa: E402
 
 from radeon_stack.kernels import grouped, linear, nf4, routing  # noqa: E402
-from radeon_stack.kernels.configs import TILES, Kind, Tile  # noqa: E402
+from radeon_stack.kernels.configs import LINEAR, MANY, TILES, Kind, Tile  # noqa: E402
 
 EXPERTS, WIDTH, INNER, TOP_K = 128, 2048, 768, 8
-TOKENS = {16: (128,), 32: (256,), 64: (512,), 128: (2048, 4096)}  # by the row block that they should fill
+TOKENS: dict[int, tuple[int, ...]] = {
+    16: (128,),
+    32: (256,),
+    64: (512,),
+    128: (2048,),
+    MANY: (4096,),
+}  # by the row block that they should fill
 KINDS: tuple[Kind, ...] = ("gated_forward", "forward", "gated_backward", "backward")
 LINEARS = ((4096, 4096), (4096, 14336), (14336, 4096))  # (out, in)
-ROWS = {16: (16,), 32: (32,), 64: (64,), 128: (128, 256, 512, 1024)}
-Only = Literal["", "turned", "tails"]  # candidates
+ROWS: dict[int, tuple[int, ...]] = {16: (16,), 32: (32,), 64: (64,), 128: (128, 256, 512, 1024)}
 DECODE: Literal["decode"] = "decode"  # both matrices once, which a step does twice
 TORCH = Tile(0, 0, 0, 0, 0)  # in a tile's place: decoded once, and multiplied by torch
 RANK = 64
@@ -48,113 +53,54 @@ REPEATS = 4
 SAVED_EVERY = 50
 
 
-# (n, k, warps, stages) that are tried
+# (accumulators' columns, k, warps, stages) that are tried
 HIP = ((32, 64, 4, 2), (32, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 4, 1))
-CUDA = ((64, 64, 4, 3), (64, 64, 8, 3), (64, 128, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 4, 2))
-CUDA_TALL = ((256, 64, 8, 3),)
-# Rows a little over 128 an expert fill three of 64 better than two of 128.
-CUDA_FLAT = ((128, 128, 4, 2), (32, 128, 4, 3), (256, 64, 8, 3), (256, 64, 4, 3))
-# Twice the rows: NF4 is decoded half as often, and rows a little over 128 an expert do not take a second tile.
-CUDA_256 = ((64, 64, 8, 3), (32, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3))
-# Turned round, by row block: (m, n, k, warps, stages, pairs) along the columns; down the rows, where n is 64 a warp,
-# without the last.
-TURNED_ALONG = {
-    16: (
-        *((16, 128, 64, 4, stages, pairs) for stages in (3, 4) for pairs in (False, True)),
-        *((16, 128, 128, 4, 3, pairs) for pairs in (False, True)),
-        *((16, n, 64, 4, stages, True) for n in (64, 256) for stages in (3, 4)),
-    ),
-    32: ((32, 128, 64, 4, 3, False), (32, 128, 64, 4, 3, True), (32, 128, 128, 4, 3, True), (32, 128, 64, 4, 4, False)),
-    64: ((64, 128, 64, 4, 3, False), (64, 128, 64, 4, 3, True), (64, 128, 64, 4, 4, False), (64, 256, 64, 8, 3, False)),
-    128: (
-        *((m, 128, 64, 4, 3, pairs) for m in (64, 128) for pairs in (False, True)),
-        (128, 128, 64, 4, 2, False),
-        (128, 128, 64, 4, 4, False),
-        (128, 128, 64, 8, 3, True),
-        (128, 256, 64, 8, 3, False),
-    ),
+CUDA = (
+    *((columns, 64, 4, stages) for columns in (64, 128) for stages in (3, 4)),
+    *((columns, 64, 8, 3) for columns in (128, 256)),
+    (256, 64, 4, 3),
+    (64, 128, 4, 3),
+)
+# (rows, tail) by row block. Whose rows are a little over a tile's, a tail spares the next one.
+HEIGHTS = {
+    16: ((16, 0),),
+    32: ((16, 16), (32, 0)),
+    64: ((32, 16), (32, 32), (64, 0)),
+    128: ((64, 32), (128, 0), (128, 32)),
+    MANY: ((128, 0), (128, 32), (256, 0), (256, 32)),
 }
-TURNED_DOWN = {
-    16: ((16, 256, 32, 4, 3), (16, 256, 32, 4, 4), (16, 256, 64, 4, 2), (16, 256, 64, 4, 3)),
-    32: ((16, 256, 32, 4, 4), *((32, 256, 32, 4, stages) for stages in (3, 4)), (32, 256, 64, 4, 3)),
-    64: ((32, 256, 32, 4, 3), *((64, 256, 32, 4, stages) for stages in (3, 4)), (32, 256, 64, 4, 3)),
-    128: (*((m, 256, 32, 4, stages) for m in (32, 64) for stages in (3, 4)),),
-}
-TAIL = 32
-# With a tail, for rows a little over 128 an expert: (m, n, k, warps, stages), n that of accumulators. "pairs" are also
-# turned round.
-TAILED: dict[Kind, dict[str, tuple[tuple[int, ...], ...]]] = {
-    "gated_forward": {
-        "16 bit": (
-            *((128, 128, 64, warps, 3) for warps in (4, 8)),
-            (128, 128, 64, 8, 4),
-            (128, 256, 64, 8, 3),
-            (64, 128, 64, 4, 4),
-        ),
-        "nf4": ((128, 128, 64, 8, 3),),
-        "turned": (*((128, 128, 64, warps, 3) for warps in (4, 8)), (64, 128, 64, 4, 3)),
-        "pairs": ((128, 128, 64, 4, 3), (128, 128, 64, 8, 3)),
-    },
-    "forward": {
-        "16 bit": (
-            *((128, 128, 64, warps, 3) for warps in (4, 8)),
-            (128, 128, 64, 8, 4),
-            (128, 256, 64, 8, 3),
-            (64, 128, 64, 4, 4),
-        ),
-        "nf4": ((128, 128, 64, 8, 3),),
-        "turned": ((128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (64, 128, 64, 4, 3)),
-        "pairs": ((128, 128, 64, 8, 3),),
-    },
-    "gated_backward": {
-        "16 bit": (
-            *((64, 128, 64, 4, stages) for stages in (3, 4)),
-            *((128, 64, 64, warps, 3) for warps in (4, 8)),
-            (128, 128, 64, 8, 3),
-        ),
-        "nf4": (*((128, 64, 64, warps, 3) for warps in (4, 8)), (64, 64, 64, 4, 3)),
-    },
-    "backward": {
-        "16 bit": (
-            *((128, 128, 64, warps, 3) for warps in (4, 8)),
-            (128, 128, 64, 8, 4),
-            (128, 256, 64, 8, 3),
-            (64, 128, 64, 4, 4),
-        ),
-        "nf4": ((128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (64, 128, 64, 4, 3)),
-    },
-}
+MOST = 144  # accumulators a thread: with more, registers are written to memory
 
 
-def tailed(rows: int, kind: Kind, *, nf4: bool) -> Iterator[Tile]:
-    """Candidates whose last tile of an expert takes TAIL rows more, after the tile that is in use, without one."""
-    if rows == 128:
-        yield replace(TILES["cuda", nf4, kind][rows], tail=0)
-        for how in ("nf4", "turned", "pairs") if nf4 else ("16 bit",):
-            for m, n, k, warps, stages in TAILED[kind].get(how, ()):
-                tile = Tile(m, n // 2 if kind == "gated_forward" else n, k, warps, stages, tail=TAIL)
-                yield replace(tile, turned=how in ("turned", "pairs"), pairs=how == "pairs")
-
-
-def turned(rows: int, *, along: bool, gated: bool) -> Iterator[Tile]:
-    """Candidates of which NF4 goes from registers to the matrix units."""
-    if along:
-        for m, n, k, warps, stages, pairs in TURNED_ALONG.get(rows, ()):
-            yield Tile(m, n // 2 if gated else n, k, warps, stages, turned=True, pairs=pairs)
-    else:
-        for m, n, k, warps, stages in TURNED_DOWN.get(rows, ()):
-            yield Tile(m, n, k, warps, stages, turned=True)
-
-
-def tiles(rows: int, *, nf4: bool, gated: bool) -> Iterator[Tile]:
-    """Candidates for a row block; those of the gate have half as many columns, twice."""
-    for m in (rows,) if rows < 128 else (64, 128, 256) if nf4 and not torch.version.hip else (64, 128):
-        blocks = HIP if torch.version.hip else CUDA_256 if m == 256 else CUDA + (CUDA_TALL if m == 128 else CUDA_FLAT)
-        for n, k, warps, stages in blocks:
-            tile = Tile(m, n // 2 if gated and n > 32 else n, k, warps, stages)
+def tiles(block: int, kind: Kind, *, nf4: bool) -> Iterator[Tile]:
+    """Candidates for a row block."""
+    gated, along = kind == "gated_forward", kind in ("gated_forward", "forward")
+    if torch.version.hip:
+        yield TILES["hip", nf4, kind][min(block, 128)]
+        for columns, k, warps, stages in HIP:
+            yield Tile(min(block, 128), columns // 2 if gated and columns > 32 else columns, k, warps, stages)
+        return
+    yield TILES["cuda", nf4, kind][block]
+    for (m, tail), (columns, k, warps, stages) in itertools.product(HEIGHTS[block], CUDA):
+        if (m + tail) * columns <= MOST * 32 * warps:
+            tile = Tile(m, columns // 2 if gated else columns, k, warps, stages, tail=tail, turned=nf4)
             yield tile
-            if nf4:
-                yield replace(tile, ahead=True)
+            if nf4 and along:
+                yield replace(tile, pairs=True)
+            if nf4 and not along and m >= 128:
+                yield replace(tile, turned=False)
+
+
+def linear_tiles(block: int, *, along: bool) -> Iterator[Tile]:
+    """Candidates for a dense layer, after the one in use."""
+    yield LINEAR["hip" if torch.version.hip else "cuda"][block]
+    for columns, k, warps, stages in HIP if torch.version.hip else CUDA:
+        tile = Tile(block, columns, k, warps, stages)
+        yield tile
+        if not torch.version.hip and block * columns <= MOST * 32 * warps:
+            yield replace(tile, turned=True)
+            if along:
+                yield replace(tile, turned=True, pairs=True)
 
 
 def device_seconds(call: Callable[[], Any]) -> float:
@@ -230,34 +176,18 @@ class Layer:
         return linear.product(x, self.weight, first, second, 1.0, None, over_columns=forward, tile=tile)
 
 
-def jobs(parts: list[str], blocks: list[int], only: Only) -> Iterator[tuple[Any, ...]]:
+def jobs(parts: list[str], blocks: list[int]) -> Iterator[tuple[Any, ...]]:
     """(part, what, packed, row block, tile)"""
-    if only == "tails":
-        for packed, kind, rows in itertools.product((True, False), KINDS, blocks if "experts" in parts else ()):
-            for tile in tailed(rows, kind, nf4=packed):
-                yield "experts", kind, packed, rows, tile
-        return
-    if "experts" in parts:
-        for rows in (one for one in TOKENS if one in blocks):
-            yield "experts", DECODE, True, rows, TORCH
-        for packed in (True, False):
-            for kind in KINDS:
-                for rows in (one for one in TOKENS if one in blocks):
-                    gated, along = kind == "gated_forward", kind in ("gated_forward", "forward")
-                    for tile in (
-                        *(() if only == "turned" else tiles(rows, nf4=packed, gated=gated)),
-                        *(turned(rows, along=along, gated=gated) if packed and not torch.version.hip else ()),
-                    ):
-                        yield "experts", kind, packed, rows, tile
-    if "linear" in parts:
-        for forward in (True, False):
-            for rows in (one for one in ROWS if one in blocks):
-                for tile in (
-                    *(() if only == "turned" else tiles(rows, nf4=True, gated=False)),
-                    *(() if torch.version.hip else turned(rows, along=forward, gated=False)),
-                    TORCH,
-                ):
-                    yield "linear", forward, True, rows, tile
+    for block in blocks:
+        if "experts" in parts:
+            yield "experts", DECODE, True, block, TORCH
+            for packed, kind in itertools.product((True, False), KINDS):
+                for tile in dict.fromkeys(tiles(block, kind, nf4=packed)):
+                    yield "experts", kind, packed, block, tile
+        if "linear" in parts and block in ROWS:
+            for forward in (True, False):
+                for tile in (*dict.fromkeys(linear_tiles(block, along=forward)), TORCH):
+                    yield "linear", forward, True, block, tile
 
 
 def compile_share(share: list[tuple[Any, ...]]) -> None:
@@ -331,7 +261,7 @@ def _tile(tile: dict[str, Any]) -> str:
     if tile == asdict(TORCH):
         return "(decoded once, torch)"
     sizes = ",".join(str(tile[name]) for name in ("m", "n", "k", "warps", "stages"))
-    more = [name for name in ("ahead", "turned", "pairs") if tile[name]]
+    more = [name for name in ("turned", "pairs") if tile[name]]
     more += [f"tail {tile['tail']}"] if tile["tail"] else []
     return f"({','.join([sizes, *more])})"
 
@@ -340,18 +270,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", default="experts,linear")
-    parser.add_argument("--blocks", default="16,32,64,128", help="row blocks")
-    parser.add_argument(
-        "--turned", dest="of", action="store_const", const="turned", default="", help="only tiles turned round"
-    )
-    parser.add_argument("--tails", dest="of", action="store_const", const="tails", help="only experts' with a tail")
+    parser.add_argument("--blocks", default="16,32,64,128,256", help="row blocks")
+    parser.add_argument("--commit", default="", help="of the tree, where it is no repository")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 2)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("a GPU is needed: what is timed here is the device alone")
     parts, begun = arguments.only.split(","), time.monotonic()
     blocks = [int(block) for block in arguments.blocks.split(",")]
-    todo = list(jobs(parts, blocks, arguments.of))
+    todo = list(jobs(parts, blocks))
     context = multiprocessing.get_context("spawn")
     workers = [
         context.Process(target=compile_share, args=(todo[first :: arguments.workers],))
@@ -367,6 +294,7 @@ def main() -> None:
     record = {
         "card": {"name": card.name, "arch": getattr(card, "gcnArchName", f"sm_{card.major}{card.minor}")},
         "versions": {name: version(name) for name in ("torch", "triton")},
+        "commit": arguments.commit,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "rows": rows,
     }

@@ -6,7 +6,7 @@ can compile all that will ever run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 
@@ -14,7 +14,6 @@ from typing import Literal
 class Tile:
     """A block of [m, n] outputs, reduced k at a time; `group` row tiles share their weights' way through the cache.
 
-    ahead: NF4 is decoded a step before the matrix units need it.
     turned: NF4 goes from registers to the matrix units, where nf4.decoding says so (jit.turned; CUDA's).
     pairs: and, over columns, x is loaded by pairs.
     tail: over experts' rows, the last tile of an expert takes up to so many rows more, in place of one for them alone.
@@ -25,7 +24,6 @@ class Tile:
     k: int
     warps: int
     stages: int
-    ahead: bool = False
     group: int = 8
     turned: bool = False
     pairs: bool = False
@@ -37,8 +35,10 @@ Kind = Literal["gated_forward", "forward", "gated_backward", "backward"]
 
 def grouped_tile(family: str, kind: Kind, *, mean_rows: float, nf4: bool) -> Tile:
     """For products over experts' rows; mean_rows: slots over experts. family: 'cuda' or 'hip'."""
-    tile = TILES[family, nf4, kind][row_block(1.5 * mean_rows)]  # routing is uneven: most experts' rows in one tile
-    return tile if mean_rows <= TAIL_ROWS else replace(tile, tail=0)
+    tiles = TILES[family, nf4, kind]
+    if mean_rows > MANY_ROWS and MANY in tiles:
+        return tiles[MANY]
+    return tiles[row_block(1.5 * mean_rows)]  # routing is uneven: most experts' rows in one tile
 
 
 def full_precision_tile() -> Tile:
@@ -85,10 +85,8 @@ def decode_once(family: str, rows: int) -> bool:
     return rows > DECODE_ONCE_ROWS[family]
 
 
-# Up to here an expert has one tile and a little more. For 128 rows an expert an H200 took 0.18 ms with a tail and 0.22
-# without (tune_tails_h200.json, forward). With more tiles a tail spares less of them, and each that has one costs more;
-# at 256 rows no tile with a tail was quicker than the one without, but these were not timed there themselves.
-TAIL_ROWS = 192
+MANY = 256  # the row block of experts that have MANY_ROWS and more
+MANY_ROWS = 192  # between 128 rows an expert, which are one tile and a little more, and 256, which are two
 MAX_RANK = 128  # of adapters in a product's tile; at 64 rows the experts' way back spills a few registers on gfx11
 ADAPTER_STAGES = 2  # of the adapters' own small products
 LOW_RANK_WARPS = 8
@@ -150,48 +148,56 @@ TILES: dict[tuple[str, bool, Kind], dict[int, Tile]] = {
         32: Tile(32, 64, 128, 4, 3),
         64: Tile(64, 64, 64, 4, 4),
         128: Tile(128, 128, 64, 8, 3, tail=32),
+        MANY: Tile(128, 128, 64, 8, 3),
     },
     ("cuda", False, "forward"): {
         16: Tile(16, 128, 128, 4, 2),
         32: Tile(32, 128, 128, 4, 2),
         64: Tile(64, 128, 64, 4, 4),
         128: Tile(128, 256, 64, 8, 3, tail=32),
+        MANY: Tile(128, 256, 64, 8, 3),
     },
     ("cuda", False, "gated_backward"): {
         16: Tile(16, 64, 64, 4, 3),
         32: Tile(32, 128, 64, 4, 4),
         64: Tile(64, 128, 64, 4, 4),
         128: Tile(64, 128, 64, 4, 4, tail=32),
+        MANY: Tile(64, 128, 64, 4, 4),
     },
     ("cuda", False, "backward"): {
         16: Tile(16, 128, 64, 8, 3),
         32: Tile(32, 128, 64, 4, 3),
         64: Tile(64, 128, 64, 4, 4),
         128: Tile(128, 256, 64, 8, 3, tail=32),
+        MANY: Tile(128, 256, 64, 8, 3),
     },
     ("cuda", True, "gated_forward"): {
         16: Tile(16, 64, 128, 4, 3, turned=True, pairs=True),
         32: Tile(32, 64, 64, 4, 3, turned=True),
         64: Tile(64, 64, 64, 4, 3, turned=True),
         128: Tile(128, 64, 64, 4, 3, turned=True, tail=32),
+        MANY: Tile(128, 64, 64, 4, 3, turned=True),
     },
     ("cuda", True, "forward"): {
         16: Tile(16, 128, 64, 4, 3, turned=True),
         32: Tile(32, 128, 64, 4, 3, turned=True),
         64: Tile(64, 128, 64, 4, 3, turned=True),
         128: Tile(128, 128, 64, 4, 4, turned=True, tail=32),
+        MANY: Tile(128, 128, 64, 4, 4, turned=True),
     },
     ("cuda", True, "gated_backward"): {
         16: Tile(16, 256, 64, 4, 3, turned=True),
         32: Tile(32, 256, 64, 4, 3, turned=True),
         64: Tile(32, 256, 64, 4, 3, turned=True),
         128: Tile(128, 64, 64, 4, 3, tail=32),
+        MANY: Tile(128, 64, 64, 4, 3),
     },
     ("cuda", True, "backward"): {
         16: Tile(16, 256, 64, 4, 3, turned=True),
         32: Tile(32, 256, 64, 4, 3, turned=True),
         64: Tile(64, 256, 64, 4, 3, turned=True),
         128: Tile(128, 128, 64, 4, 3, tail=32),
+        MANY: Tile(128, 128, 64, 4, 3),
     },
 }
 # For AMD: chosen by what the compiler makes of them (no spills, 64 KiB of LDS), never timed.

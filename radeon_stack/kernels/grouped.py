@@ -20,7 +20,7 @@ from radeon_stack.kernels.routing import Routing
 from radeon_stack.kernels.sizes import cdiv, next_power, padded_rank
 
 Weight: TypeAlias = Tensor | NF4
-DENSE = {"AHEAD": False, "TURNED": 0, "PAIRS": False}  # in the place of nf4.decoding
+DENSE = {"TURNED": 0, "PAIRS": False}  # in the place of nf4.decoding
 
 
 @dataclass(frozen=True)

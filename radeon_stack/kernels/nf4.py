@@ -124,10 +124,10 @@ def lookup_of(matrix: NF4) -> int:
 def decoding(matrix: NF4, tile: Tile, k: int, width: int, *, over_columns: bool) -> dict[str, Any]:
     """The kernels' constants for how a product decodes: over k, into tiles of `width` columns of accumulators."""
     across = min(16 * tile.warps, width)
-    fits = k % tile.k == 0 and (tile.k >= BLOCK if over_columns else width == 4 * across)
+    # Down the rows a thread takes a word, a half or a byte of one.
+    fits = k % tile.k == 0 and (tile.k >= BLOCK if over_columns else width // (16 * tile.warps) in (1, 2, 4))
     turned = tile.turned and fits and matrix.packed.data_ptr() % 4 == 0  # it reads words
     return {
-        "AHEAD": tile.ahead and not turned,
         "TURNED": across if turned else 0,
         "PAIRS": tile.pairs and turned,
     }

@@ -276,7 +276,7 @@ def _extras(*, bias: bool = False, weighted: bool = False) -> dict[str, Any]:
 
 def _blocks(tile: Tile) -> dict[str, Any]:
     sizes = {"BLOCK_M": tile.m, "TAIL": tile.tail, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": tile.group}
-    return {**sizes, "AHEAD": tile.ahead, "TURNED": 0, "PAIRS": False}
+    return {**sizes, "TURNED": 0, "PAIRS": False}
 
 
 def _pointers(types: tuple[str, ...] | None) -> dict[str, str]:

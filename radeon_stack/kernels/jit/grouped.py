@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from radeon_stack.kernels.jit.product import multiply, multiply_both
+from radeon_stack.kernels.jit.product import multiply
 from radeon_stack.kernels.jit.tiles import find_tile, rows_of, swizzle
 
 
@@ -126,7 +126,6 @@ def grouped_matmul(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
-    AHEAD: tl.constexpr,
     TURNED: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
@@ -157,18 +156,18 @@ def grouped_matmul(
         acc_tail = initial(
             u, v, position_tail, v_row, column_ok, column, n_size, rank, lora_scale, OVER_COLUMNS, RANK
         )  # fmt: skip
-        acc, acc_tail = multiply_both(
+        acc, acc_tail = multiply(
             acc, acc_tail, x, x_row, x_row_tail, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
-            w_row, w_column, columns, OVER_COLUMNS, NF4, NESTED, TURNED, PAIRS, BLOCK_K, width,
+            w_row, w_column, columns, True, OVER_COLUMNS, NF4, NESTED, TURNED, PAIRS, BLOCK_K, width,
         )  # fmt: skip
         store_product(
             acc_tail, out, bias, slot_weight, position_tail, slot_tail, inside_tail, matrix * n_size, column, column_ok,
             n_size, SCATTER, BIAS, WEIGHTED,
         )  # fmt: skip
     else:
-        acc = multiply(
-            acc, x, x_row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
-            w_row, w_column, columns, OVER_COLUMNS, NF4, NESTED, AHEAD, TURNED, PAIRS, BLOCK_K, width,
+        acc, _ = multiply(
+            acc, acc, x, x_row, x_row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
+            w_row, w_column, columns, False, OVER_COLUMNS, NF4, NESTED, TURNED, PAIRS, BLOCK_K, width,
         )  # fmt: skip
     store_product(
         acc, out, bias, slot_weight, position, slot, inside, matrix * n_size, column, column_ok,
@@ -225,7 +224,6 @@ def gated_forward(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
-    AHEAD: tl.constexpr,
     TURNED: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
@@ -251,15 +249,15 @@ def gated_forward(
         position_tail, inside_tail = rows_of(first + BLOCK_M, last, TAIL)
         x_row_tail = slots_at(slots, position_tail, True) // top_k
         acc_tail = initial(u, v, position_tail, w_row, pair_ok, pair, n_size, rank, lora_scale, True, RANK)
-        acc, acc_tail = multiply_both(
+        acc, acc_tail = multiply(
             acc, acc_tail, x, x_row, x_row_tail, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
-            w_row, 0, k_size, True, NF4, NESTED, TURNED, PAIRS, BLOCK_K, BLOCK_K,
+            w_row, 0, k_size, True, True, NF4, NESTED, TURNED, PAIRS, BLOCK_K, BLOCK_K,
         )  # fmt: skip
         store_gated(acc_tail, gate_up, hidden, position_tail, inside_tail, column, column_ok, n_size, SAVE)
     else:
-        acc = multiply(
-            acc, x, x_row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
-            w_row, 0, k_size, True, NF4, NESTED, AHEAD, TURNED, PAIRS, BLOCK_K, BLOCK_K,
+        acc, _ = multiply(
+            acc, acc, x, x_row, x_row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
+            w_row, 0, k_size, False, True, NF4, NESTED, TURNED, PAIRS, BLOCK_K, BLOCK_K,
         )  # fmt: skip
     store_gated(acc, gate_up, hidden, position, inside, column, column_ok, n_size, SAVE)
 
@@ -337,7 +335,6 @@ def gated_backward(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
-    AHEAD: tl.constexpr,
     TURNED: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
@@ -365,19 +362,19 @@ def gated_backward(
         position_tail, inside_tail = rows_of(first + BLOCK_M, last, TAIL)
         slot_tail = slots_at(slots, position_tail, True)
         acc_tail = initial(u, v, position_tail, v_row, column_ok, column, n_size, rank, lora_scale, False, RANK)
-        acc, acc_tail = multiply_both(
+        acc, acc_tail = multiply(
             acc, acc_tail, d_out, d_row, slot_tail // top_k, k_size,
             w, absmax, code, nested_absmax, nested_code, nested_offset,
-            matrix * k_size, n_tile * BLOCK_N, n_size, False, NF4, NESTED, TURNED, PAIRS, BLOCK_K, BLOCK_N,
+            matrix * k_size, n_tile * BLOCK_N, n_size, True, False, NF4, NESTED, TURNED, PAIRS, BLOCK_K, BLOCK_N,
         )  # fmt: skip
         store_gradients(
             acc_tail, gate_up, d_gate_up, d_weight, weighted, slot_weight, position_tail, slot_tail, inside_tail,
             column, column_ok, n_size, n_tile, n_tiles, SAVE,
         )  # fmt: skip
     else:
-        acc = multiply(
-            acc, d_out, d_row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
-            matrix * k_size, n_tile * BLOCK_N, n_size, False, NF4, NESTED, AHEAD, TURNED, PAIRS, BLOCK_K, BLOCK_N,
+        acc, _ = multiply(
+            acc, acc, d_out, d_row, d_row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
+            matrix * k_size, n_tile * BLOCK_N, n_size, False, False, NF4, NESTED, TURNED, PAIRS, BLOCK_K, BLOCK_N,
         )  # fmt: skip
     store_gradients(
         acc, gate_up, d_gate_up, d_weight, weighted, slot_weight, position, slot, inside,

@@ -79,7 +79,6 @@ def linear(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
-    AHEAD: tl.constexpr,
     TURNED: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
@@ -113,16 +112,16 @@ def linear(
             second = tl.load(factor + (number * n_size)[:, None] + column[None, :], mask=ok, other=0.0)
         acc = scale * tl.dot(rounded, second.to(dtype), input_precision="ieee")
     if OVER_COLUMNS:
-        acc = multiply(
-            acc, x, row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
+        acc, _ = multiply(
+            acc, acc, x, row, row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
             tl.minimum(column, n_size - 1).to(tl.int64), 0, k_size,
-            True, NF4, NESTED, AHEAD, TURNED, PAIRS, BLOCK_K, BLOCK_K,
+            False, True, NF4, NESTED, TURNED, PAIRS, BLOCK_K, BLOCK_K,
         )  # fmt: skip
     else:
-        acc = multiply(
-            acc, x, row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
+        acc, _ = multiply(
+            acc, acc, x, row, row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
             tl.zeros((), tl.int64), n_tile * BLOCK_N, n_size,
-            False, NF4, NESTED, AHEAD, TURNED, PAIRS, BLOCK_K, BLOCK_N,
+            False, False, NF4, NESTED, TURNED, PAIRS, BLOCK_K, BLOCK_N,
         )  # fmt: skip
     if BIAS:
         acc += tl.load(bias + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]

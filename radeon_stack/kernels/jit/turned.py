@@ -19,50 +19,6 @@ from radeon_stack.kernels.jit.weights import NESTED_BLOCK, NF4_BLOCK, SHUFFLE, l
 @triton.jit
 def multiply_turned(
     acc,
-    x,
-    x_row,
-    k_size,
-    w,
-    absmax,
-    code,
-    nested_absmax,
-    nested_code,
-    nested_offset,
-    w_row,
-    column,
-    columns,
-    OVER_COLUMNS: tl.constexpr,
-    NF4: tl.constexpr,
-    NESTED: tl.constexpr,
-    ACROSS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """product.multiply for NF4, k_size in whole steps. acc: [M, N], N a multiple of ACROSS; not over columns,
-    four times that.
-
-    PAIRS: over columns, the reduction's order gives a thread words of its own, whose eight values it needs all. x comes
-    in that order too, two values a load. Else four threads read the same word, and each takes another of its bytes.
-    """
-    acc = _turn(acc, ACROSS)
-    table = _table(code, NF4)
-    w_row, step = _orders(w_row, OVER_COLUMNS, PAIRS, ACROSS, BLOCK_K)
-    rows_at = x + (x_row * k_size)[:, None] + step[None, :]
-    # With a way past the loop its accumulators are defined twice, and ptxas waits for every single product.
-    tl.assume(k_size > 0)
-    for k in range(0, k_size, BLOCK_K):
-        rows = tl.load(rows_at + k)
-        tile = _tile(
-            w, absmax, table, nested_absmax, nested_code, nested_offset,
-            w_row, k, column, columns, OVER_COLUMNS, NF4, NESTED, ACROSS, PAIRS, BLOCK_K, x.dtype.element_ty,
-        )  # fmt: skip
-        acc = tl.dot(tile, tl.trans(rows), acc, input_precision="ieee")
-    return _turn_back(acc, ACROSS)
-
-
-@triton.jit
-def multiply_turned_both(
-    acc,
     acc_tail,
     x,
     x_row,
@@ -77,6 +33,7 @@ def multiply_turned_both(
     w_row,
     column,
     columns,
+    HAS_TAIL: tl.constexpr,
     OVER_COLUMNS: tl.constexpr,
     NF4: tl.constexpr,
     NESTED: tl.constexpr,
@@ -84,24 +41,32 @@ def multiply_turned_both(
     PAIRS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """product.multiply_both for NF4, otherwise as multiply_turned."""
+    """product.multiply for NF4, k_size in whole steps. acc: [M, N], N a multiple of ACROSS; not over columns, once,
+    twice or four times that.
+
+    PAIRS: over columns, the reduction's order gives a thread words of its own, whose eight values it needs all. x comes
+    in that order too, two values a load. Else four threads read the same word, and each takes another of its bytes.
+    """
+    each: tl.constexpr = acc.shape[1] // ACROSS
     acc = _turn(acc, ACROSS)
-    acc_tail = _turn(acc_tail, ACROSS)
-    table = _table(code, NF4)
+    if HAS_TAIL:
+        acc_tail = _turn(acc_tail, ACROSS)
+    table, shifts = _table(code, NF4), _shifts(code, 4 // each)
     w_row, step = _orders(w_row, OVER_COLUMNS, PAIRS, ACROSS, BLOCK_K)
     rows_at = x + (x_row * k_size)[:, None] + step[None, :]
     tail_at = x + (x_row_tail * k_size)[:, None] + step[None, :]
+    # With a way past the loop its accumulators are defined twice, and ptxas waits for every single product.
     tl.assume(k_size > 0)
     for k in range(0, k_size, BLOCK_K):
         rows = tl.load(rows_at + k)
-        tail = tl.load(tail_at + k)
         tile = _tile(
-            w, absmax, table, nested_absmax, nested_code, nested_offset,
-            w_row, k, column, columns, OVER_COLUMNS, NF4, NESTED, ACROSS, PAIRS, BLOCK_K, x.dtype.element_ty,
+            w, absmax, table, shifts, nested_absmax, nested_code, nested_offset,
+            w_row, k, column, columns, OVER_COLUMNS, NF4, NESTED, ACROSS, each, PAIRS, BLOCK_K, x.dtype.element_ty,
         )  # fmt: skip
         acc = tl.dot(tile, tl.trans(rows), acc, input_precision="ieee")
-        acc_tail = tl.dot(tile, tl.trans(tail), acc_tail, input_precision="ieee")
-    return _turn_back(acc, ACROSS), _turn_back(acc_tail, ACROSS)
+        if HAS_TAIL:
+            acc_tail = tl.dot(tile, tl.trans(tl.load(tail_at + k)), acc_tail, input_precision="ieee")
+    return _turn_back(acc, ACROSS), _turn_back(acc_tail, ACROSS) if HAS_TAIL else acc_tail
 
 
 @triton.jit
@@ -139,6 +104,7 @@ def _tile(
     w,
     absmax,
     table,
+    shifts,
     nested_absmax,
     nested_code,
     nested_offset,
@@ -150,6 +116,7 @@ def _tile(
     NF4: tl.constexpr,
     NESTED: tl.constexpr,
     ACROSS: tl.constexpr,
+    EACH: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     dtype: tl.constexpr,
@@ -162,8 +129,8 @@ def _tile(
         )  # fmt: skip
     else:
         return _down(
-            w, absmax, table, nested_absmax, nested_code, nested_offset,
-            w_row, k, column, columns, NF4, NESTED, ACROSS // 16, BLOCK_K, dtype,
+            w, absmax, table, shifts, nested_absmax, nested_code, nested_offset,
+            w_row, k, column, columns, NF4, NESTED, ACROSS // 16, EACH, BLOCK_K, dtype,
         )  # fmt: skip
 
 
@@ -210,6 +177,7 @@ def _down(
     w,
     absmax,
     table,
+    shifts,
     nested_absmax,
     nested_code,
     nested_offset,
@@ -220,26 +188,39 @@ def _down(
     NF4: tl.constexpr,
     NESTED: tl.constexpr,
     WARPS: tl.constexpr,
+    EACH: tl.constexpr,
     BLOCK_K: tl.constexpr,
     dtype: tl.constexpr,
 ):
     """[N, BLOCK_K]: the transpose of N columns from `column` on of the rows first + k …, those past the end anything.
 
-    N is 64 a warp: what a thread needs of a row is one word. With shorter words Triton would not move the layout up.
+    N is 16 · EACH a warp. Of a row a thread needs 2 · EACH values side by side: a word, a half or a byte of one, the
+    rest of which is other threads'. They all load words: of less Triton would not move the layout up.
     """
     # Rows by warps, and in the order (8, 2, t): what the threads of a warp read at once lies side by side.
     number = tl.arange(0, WARPS * BLOCK_K)
     row = first + number % BLOCK_K // 8 * 8 + number % 4 * 2 + number // 4 % 2
-    blocks = columns // NF4_BLOCK  # of a row; a block is a warp's
-    block = tl.minimum(column // NF4_BLOCK + number // BLOCK_K, blocks - 1)  # warps past the last work on the last
+    blocks = columns // NF4_BLOCK  # of a row; a block is 4 / EACH warps'
+    warp = number // BLOCK_K
+    block = tl.minimum(column // NF4_BLOCK + warp * EACH // 4, blocks - 1)  # warps past the last work on the last
     index = row * blocks + block
-    words = w.to(tl.pointer_type(tl.int32)) + (index * 8)[:, None] + tl.arange(0, 8)[None, :]
-    word = tl.load(words + k * (blocks * 8))
+    words = w.to(tl.pointer_type(tl.int32)) + (index * 8 + warp * EACH % 4 * 2)[:, None]
+    word = tl.load(words + tl.arange(0, 2 * EACH)[None, :] + k * (blocks * 8))
     factor = _factor(absmax, nested_absmax, nested_code, nested_offset, index + k * blocks, NESTED)
-    values = (_eight(table, word, NF4) * factor[:, None, None, None, None]).to(dtype)
-    # (warp, 8, 2, t, g, the number's bits, lowest first) → (4, warp, 2, g, 8, t, 2)
-    values = tl.reshape(values, (WARPS, BLOCK_K // 8, 2, 4, 8, 2, 2, 2))
-    return tl.reshape(tl.permute(values, (7, 6, 0, 5, 4, 1, 3, 2)), (64 * WARPS, BLOCK_K))
+    rows: tl.constexpr = BLOCK_K // 8
+    # (warp, 8, 2, t, g, the number's bits, lowest first) → (EACH, warp, 2, g, 8, t, 2)
+    if EACH == 4:
+        values = (_eight(table, word, NF4) * factor[:, None, None, None, None]).to(dtype)
+        values = tl.permute(tl.reshape(values, (WARPS, rows, 2, 4, 8, 2, 2, 2)), (7, 6, 0, 5, 4, 1, 3, 2))
+    elif EACH == 2:
+        half = word[:, :, None] >> shifts[None, None, :]
+        values = (_four(table, half, 0, NF4) * factor[:, None, None, None, None]).to(dtype)
+        values = tl.permute(tl.reshape(values, (WARPS, rows, 2, 4, 8, 2, 2)), (6, 0, 5, 4, 1, 3, 2))
+    else:
+        byte = word[:, :, None] >> shifts[None, None, :]
+        values = (_two(table, byte, 0, NF4) * factor[:, None, None, None]).to(dtype)
+        values = tl.permute(tl.reshape(values, (WARPS, rows, 2, 4, 8, 2)), (0, 5, 4, 1, 3, 2))
+    return tl.reshape(values, (16 * EACH * WARPS, BLOCK_K))
 
 
 @triton.jit
@@ -292,6 +273,19 @@ def _table(code, NF4: tl.constexpr):
         )
     else:
         return code
+
+
+@triton.jit
+def _shifts(code, PARTS: tl.constexpr):
+    """Where the parts of a word begin: 0, 32 / PARTS, …, int32 [PARTS]. Told from the table, which goes from -1 to 1:
+    from a range Triton would not move the layout up.
+    """
+    if PARTS == 4:
+        at = tl.load(code + 5 * tl.arange(0, 4))
+        return 8 * ((at > -0.5).to(tl.int32) + (at > 0).to(tl.int32) + (at > 0.5).to(tl.int32))
+    else:
+        at = tl.load(code + 15 * tl.arange(0, 2))
+        return tl.where(at > 0, 16, 0)
 
 
 @triton.jit
