@@ -33,16 +33,11 @@ if __name__ == "__main__":  # in the place of this folder: its file names are no
 import torch  # noqa: E402
 
 from radeon_stack.kernels import grouped, linear, nf4, routing  # noqa: E402
-from radeon_stack.kernels.configs import LINEAR, MANY, TILES, Kind, Tile  # noqa: E402
+from radeon_stack.kernels.configs import LINEAR, TILES, Kind, Tile, row_block  # noqa: E402
 
 EXPERTS, WIDTH, INNER, TOP_K = 128, 2048, 768, 8
-TOKENS: dict[int, tuple[int, ...]] = {
-    16: (128,),
-    32: (256,),
-    64: (512,),
-    128: (2048,),
-    MANY: (4096,),
-}  # by the row block that they should fill
+# Tokens whose experts fill a row block.
+TOKENS: dict[int, tuple[int, ...]] = {16: (128,), 32: (256,), 64: (512,), 96: (1024,), 288: (2048,), 384: (4096,)}
 KINDS: tuple[Kind, ...] = ("gated_forward", "forward", "gated_backward", "backward")
 LINEARS = ((4096, 4096), (4096, 14336), (14336, 4096))  # (out, in)
 ROWS: dict[int, tuple[int, ...]] = {16: (16,), 32: (32,), 64: (64,), 128: (128, 256, 512, 1024)}
@@ -55,19 +50,17 @@ SAVED_EVERY = 50
 
 # (accumulators' columns, k, warps, stages) that are tried
 HIP = ((32, 64, 4, 2), (32, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 4, 1))
-CUDA = (
-    *((columns, 64, 4, stages) for columns in (64, 128) for stages in (3, 4)),
-    *((columns, 64, 8, 3) for columns in (128, 256)),
-    (256, 64, 4, 3),
-    (64, 128, 4, 3),
-)
+CUDA = (*((columns, 64, 4, stages) for columns in (64, 128) for stages in (3, 4)), (128, 64, 8, 3), (256, 64, 8, 3))
+CUDA_FEW = ((64, 128, 4, 3), (256, 64, 4, 3))  # for up to FEW rows too
+FEW = 64
 # (rows, tail) by row block. Whose rows are a little over a tile's, a tail spares the next one.
 HEIGHTS = {
     16: ((16, 0),),
     32: ((16, 16), (32, 0)),
-    64: ((32, 16), (32, 32), (64, 0)),
-    128: ((64, 32), (128, 0), (128, 32)),
-    MANY: ((128, 0), (128, 32), (256, 0), (256, 32)),
+    64: ((32, 16), (64, 0)),
+    96: ((64, 32), (128, 0)),
+    288: ((128, 32),),
+    384: ((128, 0), (128, 32), (256, 0), (256, 32)),
 }
 MOST = 144  # accumulators a thread: with more, registers are written to memory
 
@@ -76,16 +69,18 @@ def tiles(block: int, kind: Kind, *, nf4: bool) -> Iterator[Tile]:
     """Candidates for a row block."""
     gated, along = kind == "gated_forward", kind in ("gated_forward", "forward")
     if torch.version.hip:
-        yield TILES["hip", nf4, kind][min(block, 128)]
+        rows = row_block(block, TILES["hip", nf4, kind])
+        yield TILES["hip", nf4, kind][rows]
         for columns, k, warps, stages in HIP:
-            yield Tile(min(block, 128), columns // 2 if gated and columns > 32 else columns, k, warps, stages)
+            yield Tile(rows, columns // 2 if gated and columns > 32 else columns, k, warps, stages)
         return
     yield TILES["cuda", nf4, kind][block]
-    for (m, tail), (columns, k, warps, stages) in itertools.product(HEIGHTS[block], CUDA):
+    shapes = CUDA + CUDA_FEW if block <= FEW else CUDA
+    for (m, tail), (columns, k, warps, stages) in itertools.product(HEIGHTS[block], shapes):
         if (m + tail) * columns <= MOST * 32 * warps:
             tile = Tile(m, columns // 2 if gated else columns, k, warps, stages, tail=tail, turned=nf4)
             yield tile
-            if nf4 and along:
+            if nf4 and along and m == 16:  # with more rows they were never the quickest
                 yield replace(tile, pairs=True)
             if nf4 and not along and m >= 128:
                 yield replace(tile, turned=False)
@@ -94,7 +89,7 @@ def tiles(block: int, kind: Kind, *, nf4: bool) -> Iterator[Tile]:
 def linear_tiles(block: int, *, along: bool) -> Iterator[Tile]:
     """Candidates for a dense layer, after the one in use."""
     yield LINEAR["hip" if torch.version.hip else "cuda"][block]
-    for columns, k, warps, stages in HIP if torch.version.hip else CUDA:
+    for columns, k, warps, stages in HIP if torch.version.hip else CUDA + CUDA_FEW:
         tile = Tile(block, columns, k, warps, stages)
         yield tile
         if not torch.version.hip and block * columns <= MOST * 32 * warps:
@@ -179,7 +174,7 @@ class Layer:
 def jobs(parts: list[str], blocks: list[int]) -> Iterator[tuple[Any, ...]]:
     """(part, what, packed, row block, tile)"""
     for block in blocks:
-        if "experts" in parts:
+        if "experts" in parts and block in TOKENS:
             yield "experts", DECODE, True, block, TORCH
             for packed, kind in itertools.product((True, False), KINDS):
                 for tile in dict.fromkeys(tiles(block, kind, nf4=packed)):
@@ -270,7 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", default="experts,linear")
-    parser.add_argument("--blocks", default="16,32,64,128,256", help="row blocks")
+    parser.add_argument("--blocks", default="16,32,64,96,128,288,384", help="row blocks")
     parser.add_argument("--commit", default="", help="of the tree, where it is no repository")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 2)
     arguments = parser.parse_args()

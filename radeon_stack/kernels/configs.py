@@ -6,6 +6,7 @@ can compile all that will ever run.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,9 +37,7 @@ Kind = Literal["gated_forward", "forward", "gated_backward", "backward"]
 def grouped_tile(family: str, kind: Kind, *, mean_rows: float, nf4: bool) -> Tile:
     """For products over experts' rows; mean_rows: slots over experts. family: 'cuda' or 'hip'."""
     tiles = TILES[family, nf4, kind]
-    if mean_rows > MANY_ROWS and MANY in tiles:
-        return tiles[MANY]
-    return tiles[row_block(1.5 * mean_rows)]  # routing is uneven: most experts' rows in one tile
+    return tiles[row_block(1.5 * mean_rows, tiles)]  # routing is uneven: most experts' rows in one tile
 
 
 def full_precision_tile() -> Tile:
@@ -51,17 +50,19 @@ def fp8_tile(family: str, rows: int, *, scaled: bool) -> Tile:
 
     scaled: the scales lie along the reduction, so that the weight itself is scaled and rounded, which takes registers.
     """
-    return FP8[family, scaled][row_block(rows)]
+    tiles = FP8[family, scaled]
+    return tiles[row_block(rows, tiles)]
 
 
-def row_block(rows: float) -> int:
-    """16, 32, 64 or 128: the least that holds `rows`, if any does."""
-    return next((block for block in (16, 32, 64) if rows <= block), 128)
+def row_block(rows: float, blocks: Iterable[int]) -> int:
+    """The first of the blocks, which ascend, that holds `rows`; the largest, if none does."""
+    return next((block for block in blocks if rows <= block), max(blocks))
 
 
 def linear_tile(family: str, rows: int) -> Tile:
     """For a dense layer."""
-    return LINEAR[family][row_block(rows)]
+    tiles = LINEAR[family]
+    return tiles[row_block(rows, tiles)]
 
 
 def low_rank_split(rows: int) -> int:
@@ -85,8 +86,6 @@ def decode_once(family: str, rows: int) -> bool:
     return rows > DECODE_ONCE_ROWS[family]
 
 
-MANY = 256  # the row block of experts that have MANY_ROWS and more
-MANY_ROWS = 192  # between 128 rows an expert, which are one tile and a little more, and 256, which are two
 MAX_RANK = 128  # of adapters in a product's tile; at 64 rows the experts' way back spills a few registers on gfx11
 ADAPTER_STAGES = 2  # of the adapters' own small products
 LOW_RANK_WARPS = 8
@@ -147,57 +146,65 @@ TILES: dict[tuple[str, bool, Kind], dict[int, Tile]] = {
         16: Tile(16, 32, 128, 4, 2),
         32: Tile(32, 64, 128, 4, 3),
         64: Tile(64, 64, 64, 4, 4),
-        128: Tile(128, 128, 64, 8, 3, tail=32),
-        MANY: Tile(128, 128, 64, 8, 3),
+        96: Tile(128, 128, 64, 8, 3, tail=32),
+        288: Tile(128, 128, 64, 8, 3, tail=32),
+        384: Tile(128, 128, 64, 8, 3),
     },
     ("cuda", False, "forward"): {
         16: Tile(16, 128, 128, 4, 2),
         32: Tile(32, 128, 128, 4, 2),
         64: Tile(64, 128, 64, 4, 4),
-        128: Tile(128, 256, 64, 8, 3, tail=32),
-        MANY: Tile(128, 256, 64, 8, 3),
+        96: Tile(128, 256, 64, 8, 3, tail=32),
+        288: Tile(128, 256, 64, 8, 3, tail=32),
+        384: Tile(128, 256, 64, 8, 3),
     },
     ("cuda", False, "gated_backward"): {
         16: Tile(16, 64, 64, 4, 3),
         32: Tile(32, 128, 64, 4, 4),
         64: Tile(64, 128, 64, 4, 4),
-        128: Tile(64, 128, 64, 4, 4, tail=32),
-        MANY: Tile(64, 128, 64, 4, 4),
+        96: Tile(64, 128, 64, 4, 4, tail=32),
+        288: Tile(64, 128, 64, 4, 4, tail=32),
+        384: Tile(64, 128, 64, 4, 4),
     },
     ("cuda", False, "backward"): {
         16: Tile(16, 128, 64, 8, 3),
         32: Tile(32, 128, 64, 4, 3),
         64: Tile(64, 128, 64, 4, 4),
-        128: Tile(128, 256, 64, 8, 3, tail=32),
-        MANY: Tile(128, 256, 64, 8, 3),
+        96: Tile(128, 256, 64, 8, 3, tail=32),
+        288: Tile(128, 256, 64, 8, 3, tail=32),
+        384: Tile(128, 256, 64, 8, 3),
     },
     ("cuda", True, "gated_forward"): {
         16: Tile(16, 64, 128, 4, 3, turned=True, pairs=True),
         32: Tile(32, 64, 64, 4, 3, turned=True),
         64: Tile(64, 64, 64, 4, 3, turned=True),
-        128: Tile(128, 64, 64, 4, 3, turned=True, tail=32),
-        MANY: Tile(128, 64, 64, 4, 3, turned=True),
+        96: Tile(128, 64, 64, 4, 3, turned=True, tail=32),
+        288: Tile(128, 64, 64, 4, 3, turned=True, tail=32),
+        384: Tile(128, 64, 64, 4, 3, turned=True),
     },
     ("cuda", True, "forward"): {
         16: Tile(16, 128, 64, 4, 3, turned=True),
         32: Tile(32, 128, 64, 4, 3, turned=True),
         64: Tile(64, 128, 64, 4, 3, turned=True),
-        128: Tile(128, 128, 64, 4, 4, turned=True, tail=32),
-        MANY: Tile(128, 128, 64, 4, 4, turned=True),
+        96: Tile(128, 128, 64, 4, 4, turned=True, tail=32),
+        288: Tile(128, 128, 64, 4, 4, turned=True, tail=32),
+        384: Tile(128, 128, 64, 4, 4, turned=True),
     },
     ("cuda", True, "gated_backward"): {
         16: Tile(16, 256, 64, 4, 3, turned=True),
         32: Tile(32, 256, 64, 4, 3, turned=True),
         64: Tile(32, 256, 64, 4, 3, turned=True),
-        128: Tile(128, 64, 64, 4, 3, tail=32),
-        MANY: Tile(128, 64, 64, 4, 3),
+        96: Tile(128, 64, 64, 4, 3, tail=32),
+        288: Tile(128, 64, 64, 4, 3, tail=32),
+        384: Tile(128, 64, 64, 4, 3),
     },
     ("cuda", True, "backward"): {
         16: Tile(16, 256, 64, 4, 3, turned=True),
         32: Tile(32, 256, 64, 4, 3, turned=True),
         64: Tile(64, 256, 64, 4, 3, turned=True),
-        128: Tile(128, 128, 64, 4, 3, tail=32),
-        MANY: Tile(128, 128, 64, 4, 3),
+        96: Tile(128, 128, 64, 4, 3, tail=32),
+        288: Tile(128, 128, 64, 4, 3, tail=32),
+        384: Tile(128, 128, 64, 4, 3),
     },
 }
 # For AMD: chosen by what the compiler makes of them (no spills, 64 KiB of LDS), never timed.
