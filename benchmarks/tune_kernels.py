@@ -205,8 +205,8 @@ def measure(parts: list[str], planned: list[tuple[Any, ...]]) -> Iterator[dict[s
     """A row a candidate and size."""
     if "experts" in parts:
         experts = Experts(EXPERTS)
-        for rows, batches in TOKENS.items():
-            for tokens in batches:
+        for rows in dict.fromkeys(job[3] for job in planned if job[0] == "experts"):
+            for tokens in TOKENS[rows]:
                 experts.batch(tokens, EXPERTS)
                 for part, what, flag, block, tile in planned:
                     if (part, block) == ("experts", rows):
