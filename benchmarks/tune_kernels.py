@@ -4,9 +4,9 @@
         [--commit HASH] [--workers N]
 
 Sizes are Qwen3-30B-A3B's experts (128 of 2048 × 768, top 8) and an 8B model's linear layers. Kernels are compiled
-first, by several processes; then each candidate is timed as a captured graph (device time: a tile has nothing to do
-with the host), medians. The last lines are the choices; the JSON has every time. Choose by hand: a tile that wins by
-a hundredth here may lose elsewhere.
+first, by several processes; then each candidate is timed without the host (a tile has nothing to do with it), medians.
+The last lines are the choices; the JSON has every time. Choose by hand: a tile that wins by a hundredth here may lose
+elsewhere.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ if __name__ == "__main__":  # in the place of this folder: its file names are no
     sys.path[0] = str(ROOT)
 
 import torch  # noqa: E402
+import triton  # noqa: E402
 
 from radeon_stack.kernels import grouped, linear, nf4, routing  # noqa: E402
 from radeon_stack.kernels.configs import LINEAR, TILES, Kind, Tile, row_block  # noqa: E402
@@ -45,12 +46,13 @@ DECODE: Literal["decode"] = "decode"  # both matrices once, which a step does tw
 TORCH = Tile(0, 0, 0, 0, 0)  # in a tile's place: decoded once, and multiplied by torch
 RANK = 64
 REPEATS = 4
-SAVED_EVERY = 50
+HELD = 4_000_000  # the device's cycles, some 2 ms: longer than the host takes for REPEATS calls
+SAVED_EVERY = 20
 
 
 # (accumulators' columns, k, warps, stages) that are tried
 HIP = ((32, 64, 4, 2), (32, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 4, 1))
-CUDA = (*((columns, 64, 4, stages) for columns in (64, 128) for stages in (3, 4)), (128, 64, 8, 3), (256, 64, 8, 3))
+CUDA = ((64, 64, 4, 3), *((128, 64, warps, stages) for warps, stages in ((4, 3), (4, 4), (8, 3))), (256, 64, 8, 3))
 CUDA_FEW = ((64, 128, 4, 3), (256, 64, 4, 3))  # for up to FEW rows too
 FEW = 64
 # (rows, tail) by row block. Whose rows are a little over a tile's, a tail spares the next one.
@@ -60,9 +62,9 @@ HEIGHTS = {
     64: ((32, 16), (64, 0)),
     96: ((64, 32), (128, 0)),
     288: ((128, 32),),
-    384: ((128, 0), (128, 32), (256, 0), (256, 32)),
+    384: ((128, 32), (256, 32)),
 }
-MOST = 144  # accumulators a thread: with more, registers are written to memory
+MOST = 160  # accumulators a thread: with more, registers are written to memory
 
 
 def tiles(block: int, kind: Kind, *, nf4: bool) -> Iterator[Tile]:
@@ -99,23 +101,19 @@ def linear_tiles(block: int, *, along: bool) -> Iterator[Tile]:
 
 
 def device_seconds(call: Callable[[], Any]) -> float:
-    """Median device time of a call, from replays of a captured graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    """Median device time of a call, of REPEATS that the host has queued while the device was kept waiting."""
+    call()
+    spent = []
+    for _ in range(7):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(HELD)
+        begin.record()
         for _ in range(REPEATS):
             call()
-    graph.replay()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(7)]
-    for begin, end in events:
-        begin.record()
-        graph.replay()
         end.record()
-    torch.cuda.synchronize()
-    return float(statistics.median(begin.elapsed_time(end) for begin, end in events)) / 1e3 / REPEATS
+        torch.cuda.synchronize()
+        spent.append(begin.elapsed_time(end))
+    return float(statistics.median(spent)) / 1e3 / REPEATS
 
 
 class Experts:
@@ -286,6 +284,13 @@ def main() -> None:
     print(f"{len(todo)} kernels compiled in {time.monotonic() - begun:.0f} s", file=sys.stderr)
     card = torch.cuda.get_device_properties(0)
     rows: list[dict[str, Any]] = []
+    again: list[str] = []
+
+    def told(*, src: Any, cache_hit: bool, **_: Any) -> None:
+        if not cache_hit:
+            again.append(src.name)
+
+    triton.knobs.compilation.listener = told
     record = {
         "card": {"name": card.name, "arch": getattr(card, "gcnArchName", f"sm_{card.major}{card.minor}")},
         "versions": {name: version(name) for name in ("torch", "triton")},
@@ -297,10 +302,12 @@ def main() -> None:
         rows.append(row)
         if arguments.out and len(rows) % SAVED_EVERY == 0:  # it takes minutes, and may be ended before
             arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            spent = time.monotonic() - begun
+            print(f"{len(rows)} of {len(todo)} after {spent:.0f} s; {len(again)} compiled again", file=sys.stderr)
     if arguments.out:
         arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(*choices(rows), sep="\n")
-    print(f"{card.name}, {len(rows)} timed in {time.monotonic() - begun:.0f} s", file=sys.stderr)
+    print(f"{card.name}: {len(rows)} timed in {time.monotonic() - begun:.0f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":
