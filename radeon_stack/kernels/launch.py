@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from radeon_stack.kernels.keys import settle
+
 
 def can_run_on(device: torch.device) -> bool:
     """Whether kernels run there: on GPUs, and on a CPU where Triton's interpreter was asked for."""
@@ -56,6 +58,7 @@ class Launcher:
         key = (kernel, device, warps, stages, fp_fusion, *constants.values(), *map(_specialised, arguments, passed))
         compiled = self._compiled.get(key)
         if compiled is None:
+            settle(kernel)
             options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fp_fusion}
             self._compiled[key] = kernel[grid](*arguments, **constants, **options)
         else:

@@ -128,6 +128,24 @@ def test_what_calls_a_kernel_is_shipped_with_it(shipped: Shipped) -> None:
     assert list(shipped.folder.glob("*/hip_utils.*.so"))
 
 
+def test_a_kernel_is_the_same_whichever_was_launched_before_it(python: Path) -> None:
+    code = (
+        "import sys\n"
+        "from radeon_stack.kernels.jit import decode, grouped, linear\n"
+        "from radeon_stack.kernels.keys import settle\n"
+        "kernels = [decode.decode_blocks, grouped.gated_forward, linear.linear]\n"
+        "for number in sys.argv[1:]:\n"
+        "    settle(kernels[int(number)])\n"
+        "print(*(kernel.cache_key for kernel in kernels))"
+    )
+
+    def keys(*order: str) -> str:
+        command = [str(python), "-c", code, *order]
+        return subprocess.run(command, env=quiet(), cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+    assert keys("0", "1", "2") == keys("2", "1", "0")
+
+
 def test_another_source_is_another_kernel(shipped: Shipped, tmp_path: Path) -> None:
     for part in ("radeon_stack", "tests/__init__.py", "tests/work", "recipes"):
         copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy

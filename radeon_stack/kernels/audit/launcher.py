@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from radeon_stack.kernels.keys import settle
 from radeon_stack.kernels.variant import Variant
 
 NOT_A_POWER = 17  # an integer that is neither 1 nor divisible by 16: the launcher assumes nothing of it
@@ -42,6 +43,7 @@ def compile_kernel(variant: Variant, arch: str) -> Any:
     compiler pass through.
     """
     pretend(arch)
+    settle(variant.kernel)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": variant.fp_fusion}
     arguments = [_argument(variant, name) for name in variant.kernel.arg_names]
     made = variant.kernel.run(*arguments, grid=(1,), warmup=True, **options, **variant.options)
