@@ -55,7 +55,8 @@ class Launcher:
             return
         # Addresses in the tensors' place: the launcher would ask each for its own, and the driver for its device.
         passed = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
-        key = (kernel, device, warps, stages, fp_fusion, *constants.values(), *map(_specialised, arguments, passed))
+        # The function in the kernel's place, whose hash is its key in Triton's cache: see settle.
+        key = (kernel.fn, device, warps, stages, fp_fusion, *constants.values(), *map(_specialised, arguments, passed))
         compiled = self._compiled.get(key)
         if compiled is None:
             settle(kernel)

@@ -24,7 +24,7 @@ from radeon_stack.kernels.experts import Adapter, gated_experts
 from radeon_stack.kernels.fp8 import Fp8Weight, fp8_linear
 from radeon_stack.kernels.launch import launch
 from radeon_stack.kernels.linear import nf4_linear
-from radeon_stack.kernels.nf4 import NF4
+from radeon_stack.kernels.nf4 import NF4, decode
 from radeon_stack.kernels.router import router
 
 GFX = "gfx1201"
@@ -125,6 +125,7 @@ def run() -> dict[str, Any]:
         return lambda: layer(x, weight, None, None, 1.0, None, over_columns=True, tile=chosen)
 
     return {
+        "other kernel": outcome(lambda: decode(packed(4096, 2048, double=True))),
         "step": outcome(dense(3, 4096, 2048, double=True, rank=64)),
         "again": outcome(dense(3, 4096, 2048, double=True, rank=64)),
         "other shape": outcome(dense(16, 1024, 4096, double=True, rank=64)),
