@@ -16,6 +16,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import statistics
 import sys
 import time
@@ -183,6 +184,12 @@ def jobs(parts: list[str], blocks: list[int]) -> Iterator[tuple[Any, ...]]:
                     yield "linear", forward, True, block, tile
 
 
+def named(part: str, what: Any, packed: bool, block: int, tile: Tile) -> str:
+    """`experts backward nf4 384 (128,64,64,4,3,turned,tail 32)`"""
+    way = what if isinstance(what, str) else "forward" if what else "backward"
+    return f"{part} {way} {'nf4' if packed else '16 bit'} {block} {_tile(asdict(tile))}"
+
+
 def compile_share(share: list[tuple[Any, ...]]) -> None:
     """Fill Triton's cache: small weights and batches, the same specialisation. What does not compile is met again."""
     experts, layer = Experts(TOP_K), Layer(128, 256)
@@ -265,13 +272,14 @@ def main() -> None:
     parser.add_argument("--only", default="experts,linear")
     parser.add_argument("--blocks", default="16,32,64,96,128,288,384", help="row blocks")
     parser.add_argument("--commit", default="", help="of the tree, where it is no repository")
+    parser.add_argument("--match", default="", metavar="REGEX", help="of candidates as the choices name them")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 2)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("a GPU is needed: what is timed here is the device alone")
     parts, begun = arguments.only.split(","), time.monotonic()
     blocks = [int(block) for block in arguments.blocks.split(",")]
-    todo = list(jobs(parts, blocks))
+    todo = [job for job in jobs(parts, blocks) if re.search(arguments.match, named(*job))]
     context = multiprocessing.get_context("spawn")
     workers = [
         context.Process(target=compile_share, args=(todo[first :: arguments.workers],))
