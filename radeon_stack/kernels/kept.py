@@ -8,6 +8,10 @@ results do not depend on it.
 The adapters' own products, x·aᵀ, are as narrow as their rank, and to compute one is to read all of x: of Llama-8B at
 rank 64 those of all layers together take what a single layer's widest does. They stay where they are, if a share of the
 memory that a step leaves is enough for them.
+
+The way back begins with the last layers, whose products would hardly have left before they are wanted. They stay on the
+device, and the link does not bound how many. While the last layer goes back its own are there in any case, kept or
+computed again; those of the one before it come on top, as elsewhere those do that are being fetched.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ MEASURED_PASSES = 3  # of which the quickest counts: in the first ones kernels a
 SETTLED_PASSES = 2  # after a decision, before it is judged: the host's memory is taken
 LONGER = 1.08  # than without: so much is too much
 SHARE_OF_DEVICE = 0.25  # of the memory that a step leaves: of two layers' products it is needed at once
+STAYING = 2  # last layers whose products stay on the device: so many layers' are there at once in any case
 KEEP = "radeon_keep"  # a module's attribute in the first pass: who takes its results
 GIVEN = "radeon_given"  # and in the second: what of them was kept
 
@@ -67,8 +72,10 @@ class Decision:
 
     names: tuple[str, ...] = ()
     """Whose products, by their paths in it."""
+    last: tuple[str, ...] = ()
+    """The same of the last layers, where they stay on the device."""
     adapters: bool = False
-    """Whether all adapters' small products."""
+    """Whether all adapters' small products, of every layer."""
     row_seconds: float = 0.0
     """What a layer took a row without."""
     link: float = 0.0
@@ -81,7 +88,7 @@ class Keeper:
     def __init__(self, layers: Sequence[nn.Module], link: Link, heeds: Callable[[nn.Module], bool]) -> None:
         """layers: those that are computed again, in their order. heeds: whether a module does `keep_of` and `given`."""
         self.decision: Decision | None = None
-        self._first, self._last = layers[0], layers[-1]
+        self._first, self._last, self._staying = layers[0], layers[-1], layers[-STAYING:]
         self._link = link
         self._modules = {layer: heeding(layer, heeds) for layer in layers}
         self._clock = _Clock(len(layers) - 1)
@@ -107,9 +114,8 @@ class Keeper:
         finally:
             for module in takers:
                 del module.__dict__[KEEP]
-        if self._stack and layer is not self._last:  # what the way back wants first stays
-            for one in products(self._stack[-1]):
-                one.let_go()
+        for one in products(self._stack[-1]) if self._stack else ():
+            one.let_go()
         self._stack.append(kept)
 
     @contextmanager
@@ -132,7 +138,7 @@ class Keeper:
     def close(self) -> Mapping[str, Any]:
         """Give the host its memory back; what there is to tell."""
         decision, self.decision = self.decision or Decision(), Decision()
-        told: dict[str, Any] = {"kept": list(decision.names), "adapters": decision.adapters}
+        told = {"kept": list(decision.names), "last": list(decision.last), "adapters": decision.adapters}
         if decision.names:
             told |= {"host_bytes": self._link.taken, "link_bytes_per_second": round(decision.link)}
         self._link.close()
@@ -140,16 +146,16 @@ class Keeper:
         return told
 
     def _takers(self, layer: nn.Module, kept: Pass) -> dict[nn.Module, Keep]:
-        decision = self.decision or Decision()
-        leave = partial(Kept, self._link) if layer is self._last else self._link.leave
+        decision, stays = self.decision or Decision(), layer in self._staying
+        names, leave = (decision.last, partial(Kept, self._link)) if stays else (decision.names, self._link.leave)
 
         def take(module: nn.Module, waits: bool, product: Tensor, u: Tensor | None) -> None:
             kept[module] = Left(leave(product) if waits else None, u if decision.adapters else None)
 
         return {
-            module: partial(take, module, path in decision.names)
+            module: partial(take, module, path in names)
             for path, module in self._modules[layer].items()
-            if decision.adapters or path in decision.names
+            if decision.adapters or path in names
         }
 
     def _decide(self, rows: int) -> None:
@@ -173,7 +179,8 @@ class Keeper:
         adapters = small <= SHARE_OF_DEVICE * room
         room = SHARE_OF_DEVICE * (room - small * adapters)
         widest = max(map(candidates, layers), key=lambda one: sum(one.values()))
-        return Decision(fitting(widest, min(link * seconds, room)), adapters, seconds, link)
+        names = fitting(widest, min(link * seconds, room))
+        return Decision(names, fitting(widest, room), adapters, seconds, link)
 
 
 class _Clock:

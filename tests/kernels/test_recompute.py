@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.helpers import DEVICE, distance
+from tests.work.counting import Counting
 
 transformers = pytest.importorskip("transformers", reason="needs the packages of the extra 'work'")
 peft = pytest.importorskip("peft", reason="needs the packages of the extra 'work'")
@@ -22,7 +23,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 SHARED = {**EXPERTS, "shared_expert_intermediate_size": 64}
 GEMMA = {"query_pre_attn_scalar": 16, "sliding_window": 4}
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-LAYERS, RANK = 3, 4
+LAYERS, RANK = 4, 4
 # model_type, what its configuration needs besides sizes, and what its layers end with, if with a product
 FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
     "llama": ({}, "mlp.down_proj"),
@@ -236,13 +237,18 @@ class LowRank(TorchDispatchMode):
 
 
 def keeper_of(
-    model: Any, monkeypatch: pytest.MonkeyPatch, *names: str, low: bool = False, took: tuple[float, ...] = ()
+    model: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    *names: str,
+    last: tuple[str, ...] = (),
+    low: bool = False,
+    took: tuple[float, ...] = (),
 ) -> kept.Keeper:
-    """Whose decision is made, and for as few rows as these."""
+    """Whose decision is made, and for as few rows as these. last: of the last layers, if more are kept there."""
     monkeypatch.setattr(kept, "LEAST_ROWS", 1)
     monkeypatch.setattr(kept, "_Clock", lambda _: Clock(*took))
     keeper = kept.Keeper(recompute.checkpointed(model), link.Link(torch.device(DEVICE), 1 << 20), adapters.can_keep)
-    keeper.decision = kept.Decision(names, low)
+    keeper.decision = kept.Decision(names, last or names, low)
     recompute.use_recompute(model, adapters.can_spare, keeper)
     return keeper
 
@@ -300,7 +306,7 @@ def test_adapters_products_are_gone_when_the_way_back_is_over(monkeypatch: pytes
     assert [u.shape for u in held if u is not None] == LAYERS * 7 * [(14, RANK)]
     loss.backward()
     assert not keeper._stack
-    assert keeper.close() == {"kept": [], "adapters": True}
+    assert keeper.close() == {"kept": [], "last": [], "adapters": True}
 
 
 def test_the_estimate_knows_from_how_many_rows_on() -> None:
@@ -318,7 +324,7 @@ def test_adapters_products_stay_where_a_share_of_the_room_is_enough_for_them(
     keeper.decision = None
     for _ in range(3):
         step(model)
-    assert keeper.decision == kept.Decision((), low, 0.010, 0.0)
+    assert keeper.decision is not None and keeper.decision.adapters is low
 
 
 def test_the_host_has_room_for_one_batch_and_takes_no_more_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,8 +335,65 @@ def test_the_host_has_room_for_one_batch_and_takes_no_more_for_the_next(monkeypa
     told = keeper.close()
     rows, width, float32 = 2 * 7, 128, 4
     assert told["kept"] == ["mlp.gate_proj"]
-    assert told["host_bytes"] == (LAYERS - 1) * rows * width * float32  # the last layer's stays where it is
+    assert told["host_bytes"] == (LAYERS - kept.STAYING) * rows * width * float32
     assert step(model)  # an evaluation after it, say
+
+
+def test_the_last_layers_products_stay_where_they_are_and_may_be_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small("llama")
+    last = ("mlp.gate_proj", "mlp.up_proj", "self_attn.o_proj", "self_attn.v_proj")
+    keeper = keeper_of(model, monkeypatch, "self_attn.o_proj", last=last)
+    step(model)
+    forward = products_of(model, monkeypatch)
+    again = 6 * LAYERS - kept.STAYING * len(last) - (LAYERS - kept.STAYING)
+    assert forward.count(True) == 2 * (7 * LAYERS + again)
+    told = keeper.close()
+    assert told["last"] == list(last)
+    assert told["host_bytes"] == (LAYERS - kept.STAYING) * 14 * 64 * 4
+
+
+def test_what_stays_takes_no_more_at_the_peak_than_the_last_but_ones_products_and_all_adapters_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def peak(*last: str, staying: int = kept.STAYING, low: bool = False) -> int:
+        monkeypatch.setattr(kept, "STAYING", staying)
+        model = small("llama", hidden_size=128, intermediate_size=448, head_dim=32)
+        keeper_of(model, monkeypatch, last=last, low=low)
+        ids = torch.randint(3, 61, (2, 64), device=DEVICE)
+        for _ in range(2):
+            model.zero_grad()
+            counting = Counting([*model.parameters(), *model.buffers(), ids])
+            with counting:
+                model(input_ids=ids, use_cache=False).logits.square().mean().backward()
+        return counting.peak
+
+    without, all_of_them = peak(), ("mlp.gate_proj", "mlp.up_proj", "self_attn.o_proj", "self_attn.v_proj")
+    assert peak(*all_of_them, staying=1) == without
+    column = 2 * 64 * 4  # bytes in float32
+    assert peak(*all_of_them) - without == (448 + 448 + 128 + 64) * column
+    assert 0 < peak(low=True) - without <= LAYERS * 7 * RANK * column
+
+
+@pytest.mark.parametrize(
+    ("share", "last"),
+    [
+        (2 * (128 + 128 + 64 + 32), ("mlp.gate_proj", "mlp.up_proj", "self_attn.o_proj", "self_attn.v_proj")),
+        (2 * (128 + 64 + 31), ("mlp.gate_proj", "self_attn.o_proj")),
+        (2 * 31, ()),
+    ],
+)
+def test_as_much_of_the_last_layers_stays_as_the_device_has_room_for_whatever_the_link_carries(
+    share: int, last: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small("llama", num_hidden_layers=2)
+    monkeypatch.setattr(link.Link, "bytes_per_second", lambda _: 0.0)
+    adapters_own = 2 * 7 * RANK * 2 if last else 0  # two layers' own take of it, if there is room for them at all
+    monkeypatch.setattr(kept, "device_room", lambda _: (4 * share + adapters_own) * 14)
+    keeper = keeper_of(model, monkeypatch, took=(0.5, 0.011, 0.010))
+    keeper.decision = None
+    for _ in range(3):
+        step(model)
+    assert keeper.decision == kept.Decision((), last, bool(last), 0.010, 0.0)
 
 
 def test_what_the_host_has_no_room_for_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
