@@ -136,7 +136,7 @@ class Speed(Section):
     keep_products: bool = Field(
         True,
         description="where layers are computed again, the host's memory keeps as many of their products as it is faster"
-        " to copy than to compute; false: none",
+        " to copy than to compute, and the card's those of adapters and of two layers, if it has room; false: none",
     )
 
 

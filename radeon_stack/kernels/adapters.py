@@ -8,6 +8,7 @@ state dicts and the saved adapter are PEFT's: `PeftModel.from_pretrained` loads 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from radeon_stack.kernels.interface import (
     is_fused,
     matrix_names,
 )
-from radeon_stack.kernels.kept import given, keep
+from radeon_stack.kernels.kept import given, keep_of
 from radeon_stack.kernels.launch import can_run_on
 from radeon_stack.kernels.linear import nf4_linear
 from radeon_stack.kernels.nf4 import BLOCK, NF4, from_bitsandbytes
@@ -53,11 +54,15 @@ class NF4LoraLinear(PeftLinear4bit):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.compute_dtype or x.dtype
         weight, known = self._weight(base.weight), given(self)
         if not is_needed(self):
-            known = x.new_zeros((), dtype=dtype).expand(*x.shape[:-1], weight.shape[0])
+            known = replace(known, out=x.new_zeros((), dtype=dtype).expand(*x.shape[:-1], weight.shape[0]))
         a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        out = nf4_linear(x.to(dtype), weight, a, b, self.scaling[ADAPTER], base.bias, given=known)
-        keep(self, out)
-        return out.to(x.dtype)
+        scale, keep = self.scaling[ADAPTER], keep_of(self)
+        return nf4_linear(x.to(dtype), weight, a, b, scale, base.bias, given=known, keep=keep).to(x.dtype)
+
+    @property
+    def rank(self) -> int:
+        """The adapter's."""
+        return int(self.r[ADAPTER])
 
     def _weight(self, parameter: Any) -> NF4:
         state, packed = parameter.quant_state, self._packed
@@ -89,8 +94,8 @@ def use_nf4_linear(config: LoraConfig) -> LoraConfig:
 
 
 def can_keep(module: nn.Module) -> bool:
-    """Whether a module calls `kept.keep` and heeds `kept.given`: its adapter is part of its product."""
-    return isinstance(module, NF4LoraLinear) and module.r[ADAPTER] <= MAX_RANK
+    """Whether a module heeds `kept.keep_of` and `kept.given`: its adapter is part of its product."""
+    return isinstance(module, NF4LoraLinear) and module.rank <= MAX_RANK
 
 
 def can_spare(module: nn.Module) -> bool:

@@ -1,9 +1,17 @@
-"""Products of layers that are computed again, waiting in the host's memory until then.
+"""Products of layers that are computed again, waiting until then: in the host's memory, and the smallest on the device.
 
 A layer's widest products cost as much the second time as the first. Copied to the host while the next layers compute,
 and back before they are wanted, they cost a transfer beside the computing. How many of a layer fit is measured: what
 the link carries in the time that a layer takes, and fewer if layers then take longer. They are the same bits, so
 results do not depend on it.
+
+The adapters' own products, x·aᵀ, are as narrow as their rank, and to compute one is to read all of x: of Llama-8B at
+rank 64 those of all layers together take what a single layer's widest does. They stay where they are, if a share of the
+memory that a step leaves is enough for them.
+
+The way back begins with the last layers, whose products would hardly have left before they are wanted. They stay on the
+device, and the link does not bound how many. While the last layer goes back its own are there in any case, kept or
+computed again; those of the one before it come on top, as elsewhere those do that are being fetched.
 """
 
 from __future__ import annotations
@@ -11,11 +19,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from radeon_stack.kernels.linear import Given
 from radeon_stack.kernels.link import Kept, Link
 
 # Nothing writes over what these give, as Liger's RoPE does with queries and keys.
@@ -25,43 +35,62 @@ LEAST_ROWS = 1024  # with fewer, a step waits for the host, which would have mor
 MEASURED_PASSES = 3  # of which the quickest counts: in the first ones kernels are compiled and memory is taken
 SETTLED_PASSES = 2  # after a decision, before it is judged: the host's memory is taken
 LONGER = 1.08  # than without: so much is too much
-SHARE_OF_DEVICE = 0.25  # of the memory that a step leaves: of two layers' it is needed at once
-KEEP = "radeon_keep"  # a module's attribute in the first pass: who takes its result
-GIVEN = "radeon_given"  # and in the second: that result
+SHARE_OF_DEVICE = 0.25  # of the memory that a step leaves: of two layers' products it is needed at once
+STAYING = 2  # last layers whose products stay on the device: so many layers' are there at once in any case
+KEEP = "radeon_keep"  # a module's attribute in the first pass: who takes its results
+GIVEN = "radeon_given"  # and in the second: what of them was kept
 
-Pass = dict[nn.Module, Kept]
-
-
-def keep(module: nn.Module, result: Tensor) -> None:
-    """To be called with what a module computed: it is kept, where that was asked for."""
-    if (taker := module.__dict__.get(KEEP)) is not None:
-        taker(result)
+Keep = Callable[[Tensor, Tensor | None], None]
 
 
-def given(module: nn.Module) -> Tensor | None:
-    """What a module computed in the first pass, where it was kept."""
-    value: Tensor | None = module.__dict__.get(GIVEN)
+def keep_of(module: nn.Module) -> Keep | None:
+    """To be called with what a module computes, and its adapter's small product; None where neither was asked for."""
+    taker: Keep | None = module.__dict__.get(KEEP)
+    return taker
+
+
+def given(module: nn.Module) -> Given:
+    """What a module computed in the first pass, as far as it was kept."""
+    value: Given = module.__dict__.get(GIVEN, Given())
     return value
 
 
 @dataclass(frozen=True)
-class Decision:
-    """Whose products wait (paths in a layer), seconds that a layer takes a row, and bytes a second of the link."""
+class Left:
+    """What a module's first pass leaves for its second: its product, and its adapter's, [rows, rank]."""
 
-    names: tuple[str, ...]
-    row_seconds: float
-    link: float
+    product: Kept | None
+    u: Tensor | None
+
+
+Pass = dict[nn.Module, Left]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What waits of a layer."""
+
+    names: tuple[str, ...] = ()
+    """Whose products, by their paths in it."""
+    last: tuple[str, ...] = ()
+    """The same of the last layers, where they stay on the device."""
+    adapters: bool = False
+    """Whether all adapters' small products, of every layer."""
+    row_seconds: float = 0.0
+    """What a layer took a row without."""
+    link: float = 0.0
+    """Bytes a second."""
 
 
 class Keeper:
     """Decides which products of a layer wait in the host's memory, and has them there and back."""
 
     def __init__(self, layers: Sequence[nn.Module], link: Link, heeds: Callable[[nn.Module], bool]) -> None:
-        """layers: those that are computed again, in their order. heeds: whether a module calls `keep` and `given`."""
+        """layers: those that are computed again, in their order. heeds: whether a module does `keep_of` and `given`."""
         self.decision: Decision | None = None
-        self._first, self._last = layers[0], layers[-1]
+        self._first, self._last, self._staying = layers[0], layers[-1], layers[-STAYING:]
         self._link = link
-        self._candidates = {layer: candidates(layer, heeds) for layer in layers}
+        self._modules = {layer: heeding(layer, heeds) for layer in layers}
         self._clock = _Clock(len(layers) - 1)
         self._times: list[float] = []
         self._stack: list[Pass] = []
@@ -77,17 +106,16 @@ class Keeper:
         elif layer is self._last:
             self._clock.end()
         kept: Pass = {}
-        taken = self._taken(layer) if rows >= LEAST_ROWS else []
-        for module in taken:
-            module.__dict__[KEEP] = self._taker(kept, module, stays=layer is self._last)
+        takers = self._takers(layer, kept) if rows >= LEAST_ROWS else {}
+        for module, taker in takers.items():
+            module.__dict__[KEEP] = taker
         try:
             yield kept
         finally:
-            for module in taken:
+            for module in takers:
                 del module.__dict__[KEEP]
-        if self._stack and layer is not self._last:  # what the way back wants first stays
-            for one in self._stack[-1].values():
-                one.let_go()
+        for one in products(self._stack[-1]) if self._stack else ():
+            one.let_go()
         self._stack.append(kept)
 
     @contextmanager
@@ -97,8 +125,9 @@ class Keeper:
             pass
         modules = list(kept)
         for module in modules:  # once: a graph that is gone through again computes them
-            module.__dict__[GIVEN] = kept.pop(module).take()
-        for one in self._stack[-1].values() if self._stack else ():
+            left = kept.pop(module)
+            module.__dict__[GIVEN] = Given(left.product.take() if left.product is not None else None, left.u)
+        for one in products(self._stack[-1]) if self._stack else ():
             one.fetch()
         try:
             yield
@@ -108,25 +137,26 @@ class Keeper:
 
     def close(self) -> Mapping[str, Any]:
         """Give the host its memory back; what there is to tell."""
-        told: dict[str, Any] = {"kept": list(self.decision.names) if self.decision else []}
-        if told["kept"] and self.decision:
-            told |= {"host_bytes": self._link.taken, "link_bytes_per_second": round(self.decision.link)}
+        decision, self.decision = self.decision or Decision(), Decision()
+        told = {"kept": list(decision.names), "last": list(decision.last), "adapters": decision.adapters}
+        if decision.names:
+            told |= {"host_bytes": self._link.taken, "link_bytes_per_second": round(decision.link)}
         self._link.close()
         self._stack.clear()
-        self.decision = Decision((), 0.0, 0.0)
         return told
 
-    def _taker(self, kept: Pass, module: nn.Module, *, stays: bool) -> Callable[[Tensor], None]:
-        def take(result: Tensor) -> None:
-            one = Kept(self._link, result) if stays else self._link.leave(result)
-            if one is not None:
-                kept[module] = one
+    def _takers(self, layer: nn.Module, kept: Pass) -> dict[nn.Module, Keep]:
+        decision, stays = self.decision or Decision(), layer in self._staying
+        names, leave = (decision.last, partial(Kept, self._link)) if stays else (decision.names, self._link.leave)
 
-        return take
+        def take(module: nn.Module, waits: bool, product: Tensor, u: Tensor | None) -> None:
+            kept[module] = Left(leave(product) if waits else None, u if decision.adapters else None)
 
-    def _taken(self, layer: nn.Module) -> list[nn.Module]:
-        names = self.decision.names if self.decision else ()
-        return [module for name, (module, _) in self._candidates[layer].items() if name in names]
+        return {
+            module: partial(take, module, path in names)
+            for path, module in self._modules[layer].items()
+            if decision.adapters or path in names
+        }
 
     def _decide(self, rows: int) -> None:
         seconds = self._clock.read()
@@ -143,11 +173,14 @@ class Keeper:
             self._times.clear()
 
     def _fitting(self, rows: int, seconds: float) -> Decision:
-        link = self._link.bytes_per_second()
-        room = min(link * seconds, SHARE_OF_DEVICE * device_room(self._link.device) / rows)
-        widths = ({name: width for name, (_, width) in layer.items()} for layer in self._candidates.values() if layer)
-        widest = max(widths, key=lambda one: sum(one.values()), default={})
-        return Decision(fitting(widest, room), seconds, link)
+        link, room = self._link.bytes_per_second(), device_room(self._link.device) / rows
+        layers = self._modules.values()
+        small = sum(ITEM_BYTES * module.rank for layer in layers for module in layer.values())
+        adapters = small <= SHARE_OF_DEVICE * room
+        room = SHARE_OF_DEVICE * (room - small * adapters)
+        widest = max(map(candidates, layers), key=lambda one: sum(one.values()))
+        names = fitting(widest, min(link * seconds, room))
+        return Decision(names, fitting(widest, room), adapters, seconds, link)
 
 
 class _Clock:
@@ -184,13 +217,21 @@ def _now() -> Any:
     return event
 
 
-def candidates(layer: nn.Module, heeds: Callable[[nn.Module], bool]) -> dict[str, tuple[nn.Module, int]]:
-    """By their paths in a layer: modules whose products may wait, and the bytes of a row of them."""
+def heeding(layer: nn.Module, heeds: Callable[[nn.Module], bool]) -> dict[str, Any]:
+    """By their paths in a layer, the modules of which something may wait."""
+    return {path: module for path, module in layer.named_modules() if heeds(module)}
+
+
+def candidates(modules: Mapping[str, Any]) -> dict[str, int]:
+    """Of these, by their paths, those whose products may wait: the bytes of a row."""
     return {
-        path: (module, ITEM_BYTES * module.out_features)
-        for path, module in layer.named_modules()
-        if path.rpartition(".")[2] in NAMES and heeds(module)
+        path: ITEM_BYTES * module.out_features for path, module in modules.items() if path.rpartition(".")[2] in NAMES
     }
+
+
+def products(kept: Pass) -> list[Kept]:
+    """Those that wait."""
+    return [left.product for left in kept.values() if left.product is not None]
 
 
 def fitting(widths: Mapping[str, int], room: float) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,16 @@ from radeon_stack.kernels.grouped import family, weight_arguments
 from radeon_stack.kernels.launch import launch
 from radeon_stack.kernels.nf4 import NF4, decode, decode_reference, decoding, lookup_of
 from radeon_stack.kernels.sizes import cdiv, next_power, padded_rank
+
+
+@dataclass(frozen=True)
+class Given:
+    """Of a layer's values, those that need not be computed (`recompute.py`)."""
+
+    out: Tensor | None = None
+    """[…, N]: known, or read by nobody."""
+    u: Tensor | None = None
+    """[rows, rank]: x·aᵀ, in x's dtype."""
 
 
 def nf4_linear_reference(
@@ -49,7 +60,8 @@ def nf4_linear(
     scale: float = 1.0,
     bias: Tensor | None = None,
     *,
-    given: Tensor | None = None,
+    given: Given = Given(),
+    keep: Callable[[Tensor, Tensor | None], None] | None = None,
 ) -> Tensor:
     """The same without 16-bit weights in memory while rows are few; where they are many, decoded once a pass for torch.
 
@@ -57,8 +69,7 @@ def nf4_linear(
     are rounded to x's dtype as autocast would. Their gradients are summed in float32, and at many rows rounded to x's
     dtype, as torch's products are.
 
-    given: […, N], the values where they are known or nobody reads them, and only the way back is wanted
-    (`recompute.py`).
+    given: what of it is known. keep: takes the values and x·aᵀ, [rows, N] and [rows, rank], where autograd does not.
     """
     if x.shape[-1] != weight.shape[1]:
         raise UsageError(f"x is {tuple(x.shape)}, and the layer takes rows of {weight.shape[1]}")
@@ -67,10 +78,13 @@ def nf4_linear(
         return nf4_linear(x, weight, bias=bias) + scale * low
     rows = x.reshape(-1, x.shape[-1])
     a, b, bias = (None if tensor is None else tensor.contiguous() for tensor in (a, b, bias))
+    frozen = _Frozen(weight, bias, scale)
     if torch.is_grad_enabled():
-        out: Tensor = _NF4Linear.apply(rows, a, b, _Frozen(weight, bias, scale), (given,))
+        out: Tensor = _NF4Linear.apply(rows, a, b, frozen, given)
     else:  # the first pass of a layer that is computed again: the host has enough to do
-        out, _ = _way(rows)(rows.contiguous(), weight, a, b, scale, bias, over_columns=True)
+        out, u = _values(rows.contiguous(), a, b, frozen, given)
+        if keep is not None:
+            keep(out, u)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -83,16 +97,9 @@ class _Frozen:
 
 class _NF4Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, frozen: _Frozen, known: tuple[Tensor | None]
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, frozen: _Frozen, given: Given) -> Tensor:
         x = x.contiguous()
-        (given,) = known
-        if given is None:
-            out, u = _way(x)(x, frozen.weight, a, b, frozen.scale, frozen.bias, over_columns=True)
-        else:
-            out = given.view(x.shape[0], -1)
-            u = None if a is None else x @ a.to(x.dtype).T
+        out, u = _values(x, a, b, frozen, given)
         ctx.save_for_backward(x if a is not None else None, a, b, u)
         ctx.frozen = frozen
         return out
@@ -114,6 +121,21 @@ class _NF4Linear(torch.autograd.Function):
         return d_x, *gradients(x, d_out, u, g, a, b, frozen.scale), None, None
 
 
+def _values(
+    x: Tensor, a: Tensor | None, b: Tensor | None, frozen: _Frozen, given: Given
+) -> tuple[Tensor, Tensor | None]:
+    """(out, u), of which what is given is not computed."""
+    if given.out is None:
+        way = _way(x)
+        known = {"u": given.u} if way is by_torch else {}  # of few rows nobody keeps it
+        made: tuple[Tensor, Tensor | None] = way(
+            x, frozen.weight, a, b, frozen.scale, frozen.bias, over_columns=True, **known
+        )
+        return made
+    u = given.u if a is None or given.u is not None else x @ a.to(x.dtype).T
+    return given.out.view(x.shape[0], -1), u
+
+
 def _way(rows: Tensor) -> Any:
     """How so many rows are best multiplied."""
     return by_torch if decode_once(family(rows.device), rows.shape[0]) else product
@@ -128,14 +150,19 @@ def by_torch(
     bias: Tensor | None,
     *,
     over_columns: bool,
+    u: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `product` gives, of a matrix that is decoded first: many rows are best left to torch's products."""
+    """What `product` gives, of a matrix that is decoded first: many rows are best left to torch's products.
+
+    u: [rows, rank], where it is known.
+    """
     matrix = decode(weight, x.dtype)
     matrix = matrix.T if over_columns else matrix
     if first is None or second is None:
         return x @ matrix if bias is None else torch.addmm(bias.to(x.dtype), x, matrix), None
     down, up = (factor.to(x.dtype) for factor in (first, second))
-    u, up = x @ (down.T if over_columns else down), up.T if over_columns else up
+    down, up = (down.T, up.T) if over_columns else (down, up)
+    u = x @ down if u is None else u
     if bias is not None:
         out = torch.addmm(bias.to(x.dtype), u, up, alpha=scale)
     else:

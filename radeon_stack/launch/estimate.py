@@ -10,6 +10,10 @@ r the rank. They hold for bf16, sdpa's fused kernels, no dropout, and TRL's head
 whole: it works on tiles of 4096 tokens by 32768 words (`trl/kernels/chunked_logprob.py`,
 `_CHUNKED_LOGPROB_CHUNK_SIZE`).
 
+**Kept products** are those of the adapters, x·aᵀ, of all layers that are computed again (`kernels/kept.py`). A run does
+without them where they would be more than a share of what its steps leave. One layer's wider ones are there besides at
+the peak, if that leaves room for them; they are not counted.
+
 **Optimizers**: 8-bit AdamW keeps two bytes a parameter and two float32 a block of 256 (arXiv 2110.02861); torch's keeps
 two numbers of the parameter's own type, and TRL holds the adapter of a quantised model in bf16, else PEFT in float32.
 """
@@ -27,6 +31,7 @@ NF4_BLOCK, ABSMAX_BLOCK = 64, 256
 EIGHT_BIT_BLOCK = 256
 HALF, FLOAT = 2, 4  # bytes
 TILE_TOKENS, TILE_WORDS = 4096, 32768
+KEPT_TOKENS = 1024  # of a pass that keeps products, at least (`LEAST_ROWS` of kernels/kept.py)
 # Contexts of the runtime, its BLAS workspaces, and what the allocator cannot use for want of a fitting gap. Not
 # measured on a Radeon: taken.
 RUNTIME = 512 << 20
@@ -59,6 +64,8 @@ class Training:
     """Of checkpointing: every n-th layer's activations are computed again; the others' are kept."""
     offloaded: bool = False
     """Of checkpointing: what is kept of such a layer, its input, is in the host's memory."""
+    kept: bool = False
+    """Of checkpointing: the adapters' products of such a layer are kept."""
     attention: str = "sdpa"
     processes: int = 1
     prepared: bool = False
@@ -113,6 +120,7 @@ def training_of(config: FinetuneConfig, processes: int = 1) -> Training:
         checkpointing=bool(config.train.gradient_checkpointing),
         every=config.train.every_n_layers,
         offloaded=config.train.offload_activations,
+        kept=config.speed.nf4_linear and config.speed.keep_products,
         attention=config.model_options.attention,
         processes=processes,
         fused=config.speed.liger,
@@ -138,6 +146,7 @@ def estimate(model: ModelShape, training: Training) -> Estimate:
         "gradients": trained * wide * (2 if training.processes > 1 else 1),
         "optimizer": _optimizer(trained, training.optimizer, wide),
         "activations": activations,
+        "kept products": _products(model, training),
     }
     reasons = {
         "weights in 4 bit": f"{in_4bit:,} parameters" + (", absmax quantised too" if training.double else ""),
@@ -150,6 +159,7 @@ def estimate(model: ModelShape, training: Training) -> Estimate:
         "optimizer": training.optimizer,
         "activations": f"{training.batch} × {training.length} tokens{' in packs' if training.packed else ''}, "
         + _kept(model, training),
+        "kept products": "of the adapters, where the card has room for them (speed.keep_products)",
     }
     merged = model.parameters * HALF if training.merged else 0
     return Estimate(parts, trained, merged, reasons)
@@ -194,6 +204,14 @@ def _kept(model: ModelShape, training: Training) -> str:
     if again == model.layers:
         return "one layer at a time" + (", the others' inputs in the host's memory" if training.offloaded else "")
     return f"all {model.layers} layers kept" if not again else f"{model.layers - again} of {model.layers} layers kept"
+
+
+def _products(model: ModelShape, training: Training) -> int:
+    """Bytes of the adapters' products in all layers that are computed again."""
+    if not (training.kept and training.quantized and training.tokens >= KEPT_TOKENS):
+        return 0
+    adapted = sum(_targeted(linear.name, training.targets) for linear in model.linears)
+    return HALF * training.tokens * training.rank * adapted * _again(model, training) // model.layers
 
 
 def _saved(model: ModelShape, training: Training) -> int:

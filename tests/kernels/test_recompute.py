@@ -7,20 +7,23 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.helpers import DEVICE, distance
+from tests.work.counting import Counting
 
 transformers = pytest.importorskip("transformers", reason="needs the packages of the extra 'work'")
 peft = pytest.importorskip("peft", reason="needs the packages of the extra 'work'")
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the packages of the extra 'work'")
 
 from radeon_stack.kernels import adapters, experts, interface, kept, linear, link, nf4, recompute  # noqa: E402
+from radeon_stack.launch import estimate  # noqa: E402
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
 SHARED = {**EXPERTS, "shared_expert_intermediate_size": 64}
 GEMMA = {"query_pre_attn_scalar": 16, "sliding_window": 4}
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-LAYERS = 3
+LAYERS, RANK = 4, 4
 # model_type, what its configuration needs besides sizes, and what its layers end with, if with a product
 FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
     "llama": ({}, "mlp.down_proj"),
@@ -54,7 +57,7 @@ def small(kind: str, *, dropout: float = 0.0, **more: Any) -> Any:
         interface.register()
         interface.pack_experts(model)
         model.set_experts_implementation(interface.PACKED)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=dropout)
+    config = peft.LoraConfig(r=RANK, lora_alpha=8, target_modules="all-linear", lora_dropout=dropout)
     model = peft.get_peft_model(model, adapters.use_nf4_linear(config))
     torch.manual_seed(4)
     for name, weight in model.named_parameters():
@@ -90,9 +93,9 @@ def products_of(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of a step, whether each product was a way forward."""
     own, forward = linear.by_torch, []
 
-    def counted(*arguments: Any, over_columns: bool) -> Any:
+    def counted(*arguments: Any, over_columns: bool, **known: Any) -> Any:
         forward.append(over_columns)
-        return own(*arguments, over_columns=over_columns)
+        return own(*arguments, over_columns=over_columns, **known)
 
     monkeypatch.setattr(linear, "by_torch", counted)
     step(model)
@@ -222,26 +225,48 @@ class Clock:
         return self._seconds.pop(0) if self._seconds else None
 
 
-def keeper_of(model: Any, monkeypatch: pytest.MonkeyPatch, *names: str, took: tuple[float, ...] = ()) -> kept.Keeper:
-    """Whose decision is made, and for as few rows as these."""
+class LowRank(TorchDispatchMode):
+    """Counts products that are as narrow as an adapter."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        self.count += function is torch.ops.aten.mm.default and out.shape == (14, RANK)
+        return out
+
+
+def keeper_of(
+    model: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    *names: str,
+    last: tuple[str, ...] = (),
+    low: bool = False,
+    took: tuple[float, ...] = (),
+) -> kept.Keeper:
+    """Whose decision is made, and for as few rows as these. last: of the last layers, if more are kept there."""
     monkeypatch.setattr(kept, "LEAST_ROWS", 1)
     monkeypatch.setattr(kept, "_Clock", lambda _: Clock(*took))
     keeper = kept.Keeper(recompute.checkpointed(model), link.Link(torch.device(DEVICE), 1 << 20), adapters.can_keep)
-    keeper.decision = kept.Decision(names, 0.0, 0.0)
+    keeper.decision = kept.Decision(names, last or names, low)
     recompute.use_recompute(model, adapters.can_spare, keeper)
     return keeper
 
 
+@pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_with_products_kept_the_gradients_are_the_same_bits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_products_kept_the_gradients_are_the_same_bits(
+    kind: str, low: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(experts, "can_run_on", lambda _: False)
     model = small(kind)
     recompute.use_recompute(model, adapters.can_spare)
     step(model)
     wanted = step(model)
     model = small(kind)
-    names = [name for name, _ in kept.candidates(recompute.checkpointed(model)[0], adapters.can_keep).items()]
-    keeper_of(model, monkeypatch, *names)
+    modules = kept.heeding(recompute.checkpointed(model)[0], adapters.can_keep)
+    names = kept.candidates(modules)
+    keeper_of(model, monkeypatch, *names, low=low)
     for _ in range(3):
         found = step(model)
     assert {name for name in wanted if not torch.equal(found[name], wanted[name])} == set()
@@ -257,6 +282,51 @@ def test_a_kept_product_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -
     assert (forward.count(True), forward.count(False)) == (2 * LAYERS * (7 + 4), 2 * LAYERS * 7)
 
 
+def test_an_adapters_own_product_is_kept_where_its_layers_is_not_and_where_nobody_reads_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counts = []
+    for low in (False, True):
+        model = small("llama")
+        keeper_of(model, monkeypatch, "mlp.gate_proj", low=low)
+        step(model)
+        with LowRank() as counted:
+            step(model)
+        counts.append(counted.count)
+    # Two batches of seven adapters a layer: forward, back (of d_out), and again.
+    assert counts == [2 * LAYERS * 21, 2 * LAYERS * 14]
+
+
+def test_adapters_products_are_gone_when_the_way_back_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small("llama")
+    keeper = keeper_of(model, monkeypatch, low=True)
+    step(model)
+    loss = model(input_ids=torch.arange(3, 17, device=DEVICE).view(2, 7), use_cache=False).logits.square().mean()
+    held = [left.u for one in keeper._stack for left in one.values()]
+    assert [u.shape for u in held if u is not None] == LAYERS * 7 * [(14, RANK)]
+    loss.backward()
+    assert not keeper._stack
+    assert keeper.close() == {"kept": [], "last": [], "adapters": True}
+
+
+def test_the_estimate_knows_from_how_many_rows_on() -> None:
+    assert estimate.KEPT_TOKENS == kept.LEAST_ROWS
+
+
+@pytest.mark.parametrize(("room", "low"), [(4 * LAYERS * 7 * RANK * 2, True), (4 * LAYERS * 7 * RANK * 2 - 1, False)])
+def test_adapters_products_stay_where_a_share_of_the_room_is_enough_for_them(
+    room: int, low: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small("llama")
+    monkeypatch.setattr(link.Link, "bytes_per_second", lambda _: 0.0)
+    monkeypatch.setattr(kept, "device_room", lambda _: room * 14)
+    keeper = keeper_of(model, monkeypatch, took=(0.5, 0.011, 0.010))
+    keeper.decision = None
+    for _ in range(3):
+        step(model)
+    assert keeper.decision is not None and keeper.decision.adapters is low
+
+
 def test_the_host_has_room_for_one_batch_and_takes_no_more_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small("llama")
     keeper = keeper_of(model, monkeypatch, "mlp.gate_proj")
@@ -265,8 +335,65 @@ def test_the_host_has_room_for_one_batch_and_takes_no_more_for_the_next(monkeypa
     told = keeper.close()
     rows, width, float32 = 2 * 7, 128, 4
     assert told["kept"] == ["mlp.gate_proj"]
-    assert told["host_bytes"] == (LAYERS - 1) * rows * width * float32  # the last layer's stays where it is
+    assert told["host_bytes"] == (LAYERS - kept.STAYING) * rows * width * float32
     assert step(model)  # an evaluation after it, say
+
+
+def test_the_last_layers_products_stay_where_they_are_and_may_be_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small("llama")
+    last = ("mlp.gate_proj", "mlp.up_proj", "self_attn.o_proj", "self_attn.v_proj")
+    keeper = keeper_of(model, monkeypatch, "self_attn.o_proj", last=last)
+    step(model)
+    forward = products_of(model, monkeypatch)
+    again = 6 * LAYERS - kept.STAYING * len(last) - (LAYERS - kept.STAYING)
+    assert forward.count(True) == 2 * (7 * LAYERS + again)
+    told = keeper.close()
+    assert told["last"] == list(last)
+    assert told["host_bytes"] == (LAYERS - kept.STAYING) * 14 * 64 * 4
+
+
+def test_what_stays_takes_no_more_at_the_peak_than_the_last_but_ones_products_and_all_adapters_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def peak(*last: str, staying: int = kept.STAYING, low: bool = False) -> int:
+        monkeypatch.setattr(kept, "STAYING", staying)
+        model = small("llama", hidden_size=128, intermediate_size=448, head_dim=32)
+        keeper_of(model, monkeypatch, last=last, low=low)
+        ids = torch.randint(3, 61, (2, 64), device=DEVICE)
+        for _ in range(2):
+            model.zero_grad()
+            counting = Counting([*model.parameters(), *model.buffers(), ids])
+            with counting:
+                model(input_ids=ids, use_cache=False).logits.square().mean().backward()
+        return counting.peak
+
+    without, all_of_them = peak(), ("mlp.gate_proj", "mlp.up_proj", "self_attn.o_proj", "self_attn.v_proj")
+    assert peak(*all_of_them, staying=1) == without
+    column = 2 * 64 * 4  # bytes in float32
+    assert peak(*all_of_them) - without == (448 + 448 + 128 + 64) * column
+    assert 0 < peak(low=True) - without <= LAYERS * 7 * RANK * column
+
+
+@pytest.mark.parametrize(
+    ("share", "last"),
+    [
+        (2 * (128 + 128 + 64 + 32), ("mlp.gate_proj", "mlp.up_proj", "self_attn.o_proj", "self_attn.v_proj")),
+        (2 * (128 + 64 + 31), ("mlp.gate_proj", "self_attn.o_proj")),
+        (2 * 31, ()),
+    ],
+)
+def test_as_much_of_the_last_layers_stays_as_the_device_has_room_for_whatever_the_link_carries(
+    share: int, last: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small("llama", num_hidden_layers=2)
+    monkeypatch.setattr(link.Link, "bytes_per_second", lambda _: 0.0)
+    adapters_own = 2 * 7 * RANK * 2 if last else 0  # two layers' own take of it, if there is room for them at all
+    monkeypatch.setattr(kept, "device_room", lambda _: (4 * share + adapters_own) * 14)
+    keeper = keeper_of(model, monkeypatch, took=(0.5, 0.011, 0.010))
+    keeper.decision = None
+    for _ in range(3):
+        step(model)
+    assert keeper.decision == kept.Decision((), last, bool(last), 0.010, 0.0)
 
 
 def test_what_the_host_has_no_room_for_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +409,7 @@ def test_what_the_host_has_no_room_for_is_computed_again(monkeypatch: pytest.Mon
 
 def test_a_graph_that_is_gone_through_twice_gives_the_same_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small("llama")
-    keeper_of(model, monkeypatch, "mlp.gate_proj", "mlp.up_proj", "self_attn.o_proj")
+    keeper_of(model, monkeypatch, "mlp.gate_proj", "mlp.up_proj", "self_attn.o_proj", low=True)
     step(model)
     model.zero_grad()
     loss = model(input_ids=torch.arange(3, 17, device=DEVICE).view(2, 7), use_cache=False).logits.square().mean()

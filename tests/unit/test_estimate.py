@@ -116,6 +116,17 @@ def test_what_is_kept_and_what_is_computed_again_adds_up(llama: ModelShape) -> N
     assert every - offloaded == 31 * 4 * 2048 * 4096 * 2
 
 
+def test_the_adapters_products_of_layers_that_are_computed_again_are_kept(llama: ModelShape) -> None:
+    def products(batch: int, **settings: Any) -> int:
+        return estimate(llama, Training(batch, 2048, 64, **{"kept": True, **settings})).parts["kept products"]
+
+    assert products(4) == 32 * 7 * 4 * 2048 * 64 * 2
+    assert products(4, every=2) == products(2) == products(4) // 2
+    assert products(4, targets=ATTENTION) == products(4) * 4 // 7
+    assert not any((products(4, kept=False), products(4, checkpointing=False), products(4, quantized=False)))
+    assert not estimate(llama, Training(1, 512, 64, kept=True)).parts["kept products"]  # so few are not worth it
+
+
 def test_an_optimizer_takes_what_its_states_take(llama: ModelShape) -> None:
     training = Training(1, 8, 64)
     trained = estimate(llama, training).trained
@@ -179,8 +190,9 @@ def test_a_recipe_gives_what_decides_the_memory() -> None:
         assert isinstance(config, FinetuneConfig)
         return training_of(config)
 
-    assert of() == Training(5, 64, 64, merged=True, attention="auto", experts_quantized=True, fused=True)
+    assert of() == Training(5, 64, 64, merged=True, attention="auto", experts_quantized=True, fused=True, kept=True)
     assert not of("speed.liger=false").fused
+    assert not of("speed.keep_products=false").kept and not of("speed.nf4_linear=false").kept
     assert of("data.dataset=chats.jsonl", "data.max_length=512").length == 512
     assert of("data.packing=true") == replace(of(), length=1024, packed=True)
     assert of("lora.target_modules=['q_proj']", "export.merge=false").targets == ("q_proj",)
