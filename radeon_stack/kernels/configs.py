@@ -70,15 +70,16 @@ def low_rank_split(rows: int) -> int:
     return 16 if rows <= 128 else 8 if rows <= 512 else 4
 
 
-def decode_experts_once(family: str, mean_rows: float, *, over_columns: bool) -> bool:
+def decode_experts_once(family: str, mean_rows: float) -> bool:
     """Whether packed experts are decoded to 16 bit before a product, since many tiles would each decode them again.
 
     One matrix of the layer is then in 16 bit for the time of one product. Measured on an H200 with 128 experts of
-    2048 × 768 (benchmarks/tune_kernels_h200.json, tune_turned_h200.json): to decode both matrices takes 0.39 ms. At 256
-    rows an expert the products over columns take 1.04 ms packed and 0.79 in 16 bit, those down the rows 1.57 and 1.00;
-    at 128 rows the latter take 0.99 and 0.63. On AMD there is nothing to go by: never.
+    2048 × 768 (benchmarks/tune_rows_h200.json and tune_4096_h200.json): to decode both matrices takes 0.39 ms. At 256
+    rows an expert the products over columns take 0.94 ms packed and 0.69 in 16 bit, those down the rows 1.22 and 0.90:
+    with twice the rows decoding is won back, with half as many more it is about even. On AMD there is nothing to go
+    by: never.
     """
-    return mean_rows > DECODE_EXPERTS_ONCE_ROWS[family, over_columns]
+    return mean_rows > DECODE_EXPERTS_ONCE_ROWS[family]
 
 
 def decode_once(family: str, rows: int) -> bool:
@@ -90,12 +91,7 @@ MAX_RANK = 128  # of adapters in a product's tile; at 64 rows the experts' way b
 ADAPTER_STAGES = 2  # of the adapters' own small products
 LOW_RANK_WARPS = 8
 FP8_DECODE_BLOCK = 1024  # columns of a row that a program decodes
-DECODE_EXPERTS_ONCE_ROWS = {
-    ("cuda", True): 384.0,
-    ("cuda", False): 192.0,
-    ("hip", True): float("inf"),
-    ("hip", False): float("inf"),
-}
+DECODE_EXPERTS_ONCE_ROWS = {"cuda": 352.0, "hip": float("inf")}
 # From here torch's products. They take twice as many launches, and until here a step waits for the host, not for the
 # device: at 300 rows an H200 takes 0.17 ms for a packed product of Llama-8B (benchmarks/train_speed_llama.json: 1280 in
 # a step, of whose 816 ms under the profiler 555 are idle), where a decoded one takes 0.05 to 0.11 at 256 rows
@@ -146,23 +142,20 @@ TILES: dict[tuple[str, bool, Kind], dict[int, Tile]] = {
         16: Tile(16, 32, 128, 4, 2),
         32: Tile(32, 64, 128, 4, 3),
         64: Tile(64, 64, 64, 4, 4),
-        96: Tile(128, 128, 64, 8, 3, tail=32),
+        96: Tile(64, 64, 64, 4, 4, tail=32),
         288: Tile(128, 128, 64, 8, 3, tail=32),
-        384: Tile(128, 128, 64, 8, 3),
     },
     ("cuda", False, "forward"): {
         16: Tile(16, 128, 128, 4, 2),
         32: Tile(32, 128, 128, 4, 2),
         64: Tile(64, 128, 64, 4, 4),
-        96: Tile(128, 256, 64, 8, 3, tail=32),
+        96: Tile(64, 128, 64, 4, 4, tail=32),
         288: Tile(128, 256, 64, 8, 3, tail=32),
-        384: Tile(128, 256, 64, 8, 3),
     },
     ("cuda", False, "gated_backward"): {
         16: Tile(16, 64, 64, 4, 3),
         32: Tile(32, 128, 64, 4, 4),
-        64: Tile(64, 128, 64, 4, 4),
-        96: Tile(64, 128, 64, 4, 4, tail=32),
+        64: Tile(32, 128, 64, 4, 3, tail=16),
         288: Tile(64, 128, 64, 4, 4, tail=32),
         384: Tile(64, 128, 64, 4, 4),
     },
@@ -170,41 +163,37 @@ TILES: dict[tuple[str, bool, Kind], dict[int, Tile]] = {
         16: Tile(16, 128, 64, 8, 3),
         32: Tile(32, 128, 64, 4, 3),
         64: Tile(64, 128, 64, 4, 4),
-        96: Tile(128, 256, 64, 8, 3, tail=32),
+        96: Tile(64, 128, 64, 4, 4, tail=32),
         288: Tile(128, 256, 64, 8, 3, tail=32),
-        384: Tile(128, 256, 64, 8, 3),
     },
     ("cuda", True, "gated_forward"): {
         16: Tile(16, 64, 128, 4, 3, turned=True, pairs=True),
         32: Tile(32, 64, 64, 4, 3, turned=True),
-        64: Tile(64, 64, 64, 4, 3, turned=True),
-        96: Tile(128, 64, 64, 4, 3, turned=True, tail=32),
+        64: Tile(32, 32, 128, 4, 3, turned=True, tail=16),
+        96: Tile(64, 64, 64, 4, 3, turned=True, tail=32),
         288: Tile(128, 64, 64, 4, 3, turned=True, tail=32),
-        384: Tile(128, 64, 64, 4, 3, turned=True),
     },
     ("cuda", True, "forward"): {
         16: Tile(16, 128, 64, 4, 3, turned=True),
         32: Tile(32, 128, 64, 4, 3, turned=True),
-        64: Tile(64, 128, 64, 4, 3, turned=True),
-        96: Tile(128, 128, 64, 4, 4, turned=True, tail=32),
-        288: Tile(128, 128, 64, 4, 4, turned=True, tail=32),
-        384: Tile(128, 128, 64, 4, 4, turned=True),
+        64: Tile(32, 128, 64, 4, 3, turned=True, tail=16),
+        96: Tile(64, 128, 64, 4, 3, turned=True, tail=32),
+        288: Tile(128, 128, 64, 4, 3, turned=True, tail=32),
     },
     ("cuda", True, "gated_backward"): {
         16: Tile(16, 256, 64, 4, 3, turned=True),
         32: Tile(32, 256, 64, 4, 3, turned=True),
-        64: Tile(32, 256, 64, 4, 3, turned=True),
-        96: Tile(128, 64, 64, 4, 3, tail=32),
+        64: Tile(32, 128, 64, 4, 4, turned=True, tail=16),
+        96: Tile(64, 128, 64, 4, 3, turned=True, tail=32),
         288: Tile(128, 64, 64, 4, 3, tail=32),
-        384: Tile(128, 64, 64, 4, 3),
     },
     ("cuda", True, "backward"): {
         16: Tile(16, 256, 64, 4, 3, turned=True),
         32: Tile(32, 256, 64, 4, 3, turned=True),
-        64: Tile(64, 256, 64, 4, 3, turned=True),
-        96: Tile(128, 128, 64, 4, 3, tail=32),
-        288: Tile(128, 128, 64, 4, 3, tail=32),
-        384: Tile(128, 128, 64, 4, 3),
+        64: Tile(32, 256, 64, 4, 3, turned=True, tail=16),
+        96: Tile(64, 128, 64, 4, 3, turned=True, tail=32),
+        288: Tile(128, 256, 64, 8, 3, turned=True, tail=32),
+        384: Tile(256, 128, 64, 8, 3, turned=True, tail=32),
     },
 }
 # For AMD: chosen by what the compiler makes of them (no spills, 64 KiB of LDS), never timed.

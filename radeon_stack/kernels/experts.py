@@ -126,7 +126,7 @@ class _GatedExperts(torch.autograd.Function):
         up_u = None if up_a is None else grouped.matmul(x, up_a, routing, gather=routing.top_k)
         gate_up, hidden = grouped.gated_forward(
             x,
-            grouped.for_rows(frozen.gate_up, routing, x.dtype, over_columns=True),
+            grouped.for_rows(frozen.gate_up, routing, x.dtype),
             routing,
             save=training,
             low_rank=_low_rank(up_u, up_b, frozen.scales[0]),
@@ -143,7 +143,7 @@ class _GatedExperts(torch.autograd.Function):
             return x.new_zeros(()).expand_as(x)
         y = grouped.matmul(
             hidden,
-            grouped.for_rows(frozen.down, routing, x.dtype, over_columns=True),
+            grouped.for_rows(frozen.down, routing, x.dtype),
             routing,
             scatter=True,
             slot_weight=slot_weight,
@@ -164,7 +164,7 @@ class _GatedExperts(torch.autograd.Function):
         down_g = None
         if down_b is not None:
             down_g = grouped.matmul(d_out, down_b, routing, over_columns=False, gather=top_k)
-        decoded = grouped.for_rows(down_weight, routing, d_out.dtype, over_columns=False)
+        decoded = grouped.for_rows(down_weight, routing, d_out.dtype)
         d_gate_up, parts, weighted = grouped.gated_backward(
             d_out, decoded, routing, slot_weight, gate_up,
             save=needs[3] or down_a is not None, low_rank=_low_rank(down_g, down_a, down_scale),
@@ -175,7 +175,7 @@ class _GatedExperts(torch.autograd.Function):
         sums: Tensor | None = None
         if needs[0]:
             d_rows = grouped.matmul(
-                d_gate_up, grouped.for_rows(up_weight, routing, d_out.dtype, over_columns=False), routing,
+                d_gate_up, grouped.for_rows(up_weight, routing, d_out.dtype), routing,
                 over_columns=False, scatter=True, low_rank=_low_rank(up_g, up_a, up_scale),
             )  # fmt: skip
             d_x, sums = combine(d_rows, top_k, parts, slot_weight.dtype)
@@ -236,7 +236,7 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         return grouped.matmul(
             x,
-            grouped.for_rows(layer.weight, layer.routing, x.dtype, over_columns=not layer.transposed),
+            grouped.for_rows(layer.weight, layer.routing, x.dtype),
             layer.routing,
             over_columns=not layer.transposed,
             gather=gather,
@@ -251,7 +251,7 @@ class _GroupedLinear(torch.autograd.Function):
         gather = routing.top_k if ctx.by_token else 0
         d_x = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
-            weight = grouped.for_rows(ctx.packed or matrix, routing, d_out.dtype, over_columns=ctx.transposed)
+            weight = grouped.for_rows(ctx.packed or matrix, routing, d_out.dtype)
             d_x = grouped.matmul(d_out, weight, routing, over_columns=ctx.transposed, scatter=ctx.by_token)
             d_x = combine(d_x, routing.top_k)[0] if ctx.by_token else d_x
         if ctx.needs_input_grad[1]:

@@ -248,10 +248,10 @@ def _rows(routing: Routing, width: int, like: Tensor) -> Tensor:
     return make((routing.size, width), dtype=like.dtype, device=like.device)
 
 
-def for_rows(weight: Weight, routing: Routing, dtype: torch.dtype, *, over_columns: bool) -> Weight:
+def for_rows(weight: Weight, routing: Routing, dtype: torch.dtype) -> Weight:
     """The weight as a product over so many rows takes it best: packed ones in 16 bit where that is cheaper."""
     mean = routing.size / routing.experts
-    if isinstance(weight, NF4) and decode_experts_once(family(weight.device), mean, over_columns=over_columns):
+    if isinstance(weight, NF4) and decode_experts_once(family(weight.device), mean):
         return decode(weight, dtype)
     return weight
 

@@ -289,7 +289,7 @@ def test_turned_tiles_are_for_what_fits_them() -> None:
 def test_experts_with_many_rows_are_decoded_once_and_give_the_same_function(monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[float] = []
 
-    def always(_: str, mean: float, *, over_columns: bool) -> bool:
+    def always(_: str, mean: float) -> bool:
         decoded.append(mean)
         return True
 
