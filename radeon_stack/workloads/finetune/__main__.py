@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from radeon_stack.workloads.finetune.evaluation import require_evaluation
 from radeon_stack.workloads.finetune.memory import advice, cpu_shortage, shortage
 from radeon_stack.workloads.finetune.packing import require_batching
 from radeon_stack.workloads.finetune.resident import available, most_resident, resident
+from radeon_stack.workloads.imports import bring_bitsandbytes, kept
 from radeon_stack.workloads.job import Job, Sizes, carry_out, read_config
 from radeon_stack.workloads.ranks import leave
 
@@ -43,14 +43,11 @@ def work(job: Job) -> dict[str, Any]:
     # Bad data is told before torch's seconds of importing.
     rows = read_rows(config.data, job.arguments.data)
     job.progress("import", 0, 1, note="torch, transformers, peft, trl")
-    # What is imported stays: the collector need not look it through again and again while it comes.
-    gc.disable()
-    try:
+    with kept():
         if config.backend == "unsloth":
             unsloth_backend.bring(job.arguments.cache)
+        bring_bitsandbytes()
         from radeon_stack.workloads.finetune.story import finetune
-    finally:
-        gc.enable()
     job.progress("import", 1, 1)
     return finetune(job, config, rows, checkpoint)
 
