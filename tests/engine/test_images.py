@@ -310,7 +310,12 @@ def docker(environ: dict[str, str], *words: str, **more: Any) -> str:
 
 
 def test_pushed_promoted_pulled_on_another_machine_through_a_registry_that_dies_and_run(
-    cli: Cli, image: str, registry: RealRegistry, another_machine: dict[str, str], tiny_run: list[str], tmp_path: Path
+    cli: Cli,
+    image: str,
+    registry: RealRegistry,
+    another_machine: dict[str, str],
+    tiny_run: tuple[str, ...],
+    tmp_path: Path,
 ) -> None:
     where = f"{registry.host}/radeon/stack"
     here = {**os.environ, "DOCKER_CONFIG": str(tmp_path / "docker")}
