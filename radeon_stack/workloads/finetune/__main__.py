@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from radeon_stack.contracts.finetune import FinetuneConfig
-from radeon_stack.contracts.sections import is_made
+from radeon_stack.contracts.sections import HUB_PREFIX, is_made
 from radeon_stack.runs.events import Attempt
 from radeon_stack.workloads.finetune import unsloth_backend
 from radeon_stack.workloads.finetune.architectures import require_known, require_packable
@@ -36,12 +36,12 @@ def work(job: Job) -> dict[str, Any]:
     require_evaluation(config)
     require_batching(config)
     job.advise = lambda error: sizes_that_fit(job, config, error)
-    if not is_made(job.arguments.model):
-        require_known(Path(job.arguments.model), anyway=config.any_architecture)
-        if config.data.packing:
-            require_packable(Path(job.arguments.model), config.data.max_length)
-    # Bad data is told before torch's seconds of importing.
+    # Bad data, and a model that cannot be had or trained, are told before torch's seconds of importing.
     rows = read_rows(config.data, job.arguments.data)
+    if folder := folder_before_torch(job):
+        require_known(folder, anyway=config.any_architecture)
+        if config.data.packing:
+            require_packable(folder, config.data.max_length)
     job.progress("import", 0, 1, note="torch, transformers, peft, trl")
     with kept():
         if config.backend == "unsloth":
@@ -50,6 +50,16 @@ def work(job: Job) -> dict[str, Any]:
         from radeon_stack.workloads.finetune.story import finetune
     job.progress("import", 1, 1)
     return finetune(job, config, rows, checkpoint)
+
+
+def folder_before_torch(job: Job) -> Path | None:
+    """The base's folder: one that is given, or of the hub; None where it is made, or other processes wait for it."""
+    model = job.arguments.model
+    if model.startswith(HUB_PREFIX) and job.rank.alone:
+        from radeon_stack.workloads.finetune.hub import fetched
+
+        return fetched(job)
+    return None if is_made(model) else Path(model)
 
 
 def sizes_that_fit(job: Job, config: FinetuneConfig, error: Exception) -> Sizes | None:
