@@ -289,7 +289,8 @@ def test_no_secret_proxy_ca_or_path_of_this_machine_is_in_any_layer_label_or_his
 def _hits(stream: Any, needles: list[bytes]) -> list[bytes]:
     rest, found = b"", []
     while chunk := stream.read(1 << 22):
-        found += [needle for needle in needles if needle in rest + chunk]
+        seen = rest + chunk
+        found += [needle for needle in needles if needle in seen]
         rest = chunk[-100:]
     return found
 
