@@ -43,7 +43,7 @@ demo: setup  ## teach a 135M model a birthday on this CPU, in about two minutes
 
 # What computes on one thread, or waits, goes beside what does not; containers that train compute on all, and are alone.
 ALONE := tests/engine/test_docker.py
-# Of the work's tests, so many that both sides end together.
+# Of the work's tests, so many that both sides end together; the kernels' go with the others.
 MOVED := tests/work/test_bench.py
 test: setup  ## every test this machine can run
 	@$(MAKE) --no-print-directory --jobs=2 test-unit test-work
@@ -52,11 +52,11 @@ test: setup  ## every test this machine can run
 .PHONY: test-unit test-work
 test-unit:
 	@$(BIN)/python -m pytest tests/unit
-	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(MOVED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/engine --ignore=$(ALONE)
 
 test-work:
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/work $(addprefix --ignore=,$(MOVED))
 
 lint: setup  ## ruff, mypy, and whether the locks are made from today's inputs

@@ -59,7 +59,7 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cli() -> Cli:
     """Run `radeon-stack …` in a process, as a user does."""
 
@@ -138,15 +138,15 @@ def shorten(file: Path, words: int) -> None:
     file.write_text(json.dumps(told))
 
 
-@pytest.fixture
-def tiny_run(tiny_model: Path) -> list[str]:
+@pytest.fixture(scope="session")
+def tiny_run(tiny_model: Path) -> tuple[str, ...]:
     """Arguments of a run on the tiny model: twelve steps, a checkpoint every three, expecting nothing."""
-    return [
+    return (
         *("run", "train-llama", "--preset", "demo", "--model", str(tiny_model), "--json"),
         *("--set", "train.steps=12", "--set", "train.checkpoint_every=3", "--set", "data.copies=100"),
         *("--set", "samples.count=2", "--set", "samples.max_new_tokens=8"),
         *("--set", "expect.right_after_min=0.0", "--set", "expect.right_merged_min=0.0"),
-    ]
+    )
 
 
 def wait_for(condition: Callable[[], Any], *, seconds: float = 120, what: str = "it") -> Any:

@@ -29,7 +29,7 @@ from radeon_stack.launch.supervise import carry_out
 from radeon_stack.launch.verification import kernel_audit_plan, verification_plan
 from radeon_stack.runs import events as ev
 from radeon_stack.runs.store import Run, RunStore, State
-from tests.conftest import ROOT, Cli, wait_for
+from tests.conftest import ROOT, Cli, Result, wait_for
 from tests.stages import STAGES, build
 
 pytestmark = [pytest.mark.engine, pytest.mark.work, pytest.mark.usefixtures("image")]
@@ -95,21 +95,45 @@ def test_the_demo_gives_the_same_result_in_a_container_and_without_one(cli: Cli,
     assert inside.json["image"].startswith("sha256:")
 
 
-def test_what_a_container_writes_belongs_to_the_caller_and_the_model_is_read_only(
-    cli: Cli, tiny_run: list[str], tiny_model: Path
-) -> None:
-    before = {path.name: path.stat().st_mtime_ns for path in tiny_model.iterdir()}
-    result = cli(*tiny_run, *DOCKER)
+def written_at(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def model_before(tiny_model: Path) -> dict[str, int]:
+    """When the model's files were written, as it was before the run below."""
+    return written_at(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def whole(
+    image: str,
+    model_before: dict[str, int],
+    cli: Cli,
+    tiny_run: tuple[str, ...],
+    shared_cache: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Result:
+    """The tiny run in a container from its beginning to its end, in a home of its own: to be looked at."""
+    home = tmp_path_factory.mktemp("whole")
+    (home / "cache").symlink_to(shared_cache)
+    result = cli(*tiny_run, *DOCKER, env={**os.environ, "RADEON_STACK_HOME": str(home)})
     assert result.code == Exit.OK, result.err
-    directory = Path(result.json["directory"])
+    return result
+
+
+def test_what_a_container_writes_belongs_to_the_caller_and_the_model_is_read_only(
+    whole: Result, tiny_model: Path, model_before: dict[str, int]
+) -> None:
+    directory = Path(whole.json["directory"])
     owners = {(path.stat().st_uid, path.stat().st_gid) for path in directory.rglob("*")}
     assert owners == {(os.getuid(), os.getgid())}
-    assert {path.name: path.stat().st_mtime_ns for path in tiny_model.iterdir()} == before
+    assert written_at(tiny_model) == model_before
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="giving a folder to another user needs root")
 def test_a_caller_other_than_root_gets_a_whole_run_and_owns_all_of_it(
-    tiny_run: list[str], tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_run: tuple[str, ...], tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Uid 12345 has no name and no home in the image."""
     store = RunStore(tmp_path_factory.mktemp("other"))
@@ -214,7 +238,7 @@ def test_sdk_and_printed_command_make_the_same_container(tmp_path: Path) -> None
     assert "Privileged" not in host and host["ReadonlyRootfs"] is True
 
 
-def test_the_printed_commands_can_be_pasted(cli: Cli, tiny_run: list[str]) -> None:
+def test_the_printed_commands_can_be_pasted(cli: Cli, tiny_run: tuple[str, ...]) -> None:
     printed = cli(*[part for part in tiny_run if part != "--json"], *DOCKER, "--dry-run").out
     done = subprocess.run(["sh", "-e"], input=printed, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -222,23 +246,21 @@ def test_the_printed_commands_can_be_pasted(cli: Cli, tiny_run: list[str]) -> No
     assert list(losses(told)) == list(range(1, 13)) and told["result"]["steps"] == 12
 
 
-def test_auto_takes_the_engine_when_an_image_fits_and_says_why(cli: Cli, tiny_run: list[str]) -> None:
+def test_auto_takes_the_engine_when_an_image_fits_and_says_why(cli: Cli, tiny_run: tuple[str, ...]) -> None:
     planned = cli(*tiny_run, "--dry-run").json["fields"]["engine"]
     assert planned["value"] == "docker"
     assert "radeon-stack/train:cpu is labelled train for cpu" in planned["reason"]
 
 
-def test_an_image_that_the_engine_has_not_is_exit_5(cli: Cli, tiny_run: list[str]) -> None:
+def test_an_image_that_the_engine_has_not_is_exit_5(cli: Cli, tiny_run: tuple[str, ...]) -> None:
     result = cli(*tiny_run, *DOCKER, "--image", "radeon-stack/none:such")
     assert result.code == Exit.IMAGE
     assert "the engine has no image radeon-stack/none:such; build it: make image ARCH=cpu" in result.error
 
 
 def test_killed_in_its_container_and_resumed_the_loss_curve_is_the_uninterrupted_one(
-    cli: Cli, tiny_run: list[str], home: Path
+    cli: Cli, tiny_run: tuple[str, ...], whole: Result, home: Path
 ) -> None:
-    whole = cli(*tiny_run, *DOCKER).json
-    assert cli("runs", "rm", "last").code == 0
     assert cli(*tiny_run, *DOCKER, "--detach").code == Exit.OK
     run = the_run(home)
     wait_for(lambda: step_reached(run, 5), what="step 5")
@@ -248,11 +270,11 @@ def test_killed_in_its_container_and_resumed_the_loss_curve_is_the_uninterrupted
     resumed = cli("run", "--resume", "last", "--json")
     assert resumed.code == Exit.OK, resumed.err
     assert resumed.json["engine"] == "docker"
-    expected, found = losses(whole), losses(resumed.json)
+    expected, found = losses(whole.json), losses(resumed.json)
     assert all(abs(found[step] - loss) <= 1e-3 * loss for step, loss in expected.items())
 
 
-def test_ctrl_c_stops_the_container_cleanly_and_removes_it(tiny_run: list[str], home: Path) -> None:
+def test_ctrl_c_stops_the_container_cleanly_and_removes_it(tiny_run: tuple[str, ...], home: Path) -> None:
     attached = subprocess.Popen(
         [sys.executable, "-m", "radeon_stack", *tiny_run, *DOCKER, "--set", "train.steps=500"],
         stdout=subprocess.PIPE,
@@ -268,7 +290,7 @@ def test_ctrl_c_stops_the_container_cleanly_and_removes_it(tiny_run: list[str], 
     assert isinstance(ev.read_events(run.events)[-1], ev.Stopped)
 
 
-def test_what_is_out_of_memory_is_told_as_killed(cli: Cli, tiny_run: list[str]) -> None:
+def test_what_is_out_of_memory_is_told_as_killed(cli: Cli, tiny_run: tuple[str, ...]) -> None:
     result = cli(*tiny_run, *DOCKER, "--set", "resources.memory=128MiB")
     assert result.code == Exit.WORKLOAD
     assert "for want of memory" in result.error
@@ -278,7 +300,7 @@ class TestADeadEngine:
     """An engine of this test's own is killed in the middle of a run."""
 
     def test_the_run_says_so_with_exit_3_and_is_settled_when_the_engine_is_back(
-        self, cli: Cli, tiny_run: list[str], home: Path, tmp_path_factory: pytest.TempPathFactory
+        self, cli: Cli, tiny_run: tuple[str, ...], home: Path, tmp_path_factory: pytest.TempPathFactory
     ) -> None:
         root = tmp_path_factory.mktemp("engine")
         tool = [sys.executable, str(ROOT / "tools" / "engine.py")]

@@ -289,7 +289,8 @@ def test_no_secret_proxy_ca_or_path_of_this_machine_is_in_any_layer_label_or_his
 def _hits(stream: Any, needles: list[bytes]) -> list[bytes]:
     rest, found = b"", []
     while chunk := stream.read(1 << 22):
-        found += [needle for needle in needles if needle in rest + chunk]
+        seen = rest + chunk
+        found += [needle for needle in needles if needle in seen]
         rest = chunk[-100:]
     return found
 
@@ -310,7 +311,12 @@ def docker(environ: dict[str, str], *words: str, **more: Any) -> str:
 
 
 def test_pushed_promoted_pulled_on_another_machine_through_a_registry_that_dies_and_run(
-    cli: Cli, image: str, registry: RealRegistry, another_machine: dict[str, str], tiny_run: list[str], tmp_path: Path
+    cli: Cli,
+    image: str,
+    registry: RealRegistry,
+    another_machine: dict[str, str],
+    tiny_run: tuple[str, ...],
+    tmp_path: Path,
 ) -> None:
     where = f"{registry.host}/radeon/stack"
     here = {**os.environ, "DOCKER_CONFIG": str(tmp_path / "docker")}

@@ -100,7 +100,7 @@ def test_a_known_architecture_trains_and_merges(architecture: str, tiny_model: P
 
 
 def test_an_unknown_architecture_is_refused_with_the_list_before_torch_and_may_be_forced(
-    cli: Cli, tiny_run: list[str], tiny_model: Path, tmp_path: Path
+    cli: Cli, tiny_run: tuple[str, ...], tiny_model: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(tiny_model, tmp_path / "other")
     text = (folder / "config.json").read_text()

@@ -89,7 +89,7 @@ def test_a_lower_rate_holds_after_a_resume_and_the_same_one_changes_nothing(tiny
 
 
 def test_a_weight_that_is_no_number_is_exit_6_at_the_first_step(
-    cli: Cli, tiny_run: list[str], tiny_model: Path, tmp_path: Path
+    cli: Cli, tiny_run: tuple[str, ...], tiny_model: Path, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -106,7 +106,7 @@ def test_a_weight_that_is_no_number_is_exit_6_at_the_first_step(
 
 
 def test_a_killed_run_goes_on_at_a_lower_rate_and_nothing_else_may_change(
-    cli: Cli, tiny_run: list[str], home: Path
+    cli: Cli, tiny_run: tuple[str, ...], home: Path
 ) -> None:
     attached = started([*tiny_run, *LOCAL, "--set", "export.merge=false", "--set", "train.scheduler=constant"])
     run = the_run(home)

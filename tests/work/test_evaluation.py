@@ -148,7 +148,7 @@ def test_a_stop_while_evaluating_is_heeded_at_once(tiny_model: Path, tmp_path: P
     assert (stopped.value.stage, stopped.value.step) == ("evaluating", 8)
 
 
-def test_a_run_with_rows_held_back_shows_their_loss(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:
+def test_a_run_with_rows_held_back_shows_their_loss(cli: Cli, tiny_run: tuple[str, ...], tmp_path: Path) -> None:
     rows = [{"prompt": f"What follows {n}?", "completion": str(n + 1)} for n in range(40)]
     (tmp_path / "numbers.json").write_text(json.dumps(rows))
     sets = ("--set", "data.eval_share=0.1", "--set", "train.eval_every=5", "--set", "export.merge=false")
@@ -165,13 +165,22 @@ def test_a_run_with_rows_held_back_shows_their_loss(cli: Cli, tiny_run: list[str
     assert "Evaluated best at step" in report and report.count('class="line second"') >= 2
 
 
-def test_rows_that_were_learnt_too_are_counted_among_those_held_back(cli: Cli, tiny_run: list[str]) -> None:
-    sets = ("--set", "data.eval_share=0.1", "--set", "train.steps=2", "--set", "export.merge=false")
-    data = cli(*tiny_run, *LOCAL, *sets).json["facts"]["data"]
-    assert (data["rows_held_back"], data["held_back_also_learnt"]) == (10, 10)
+def test_rows_that_were_learnt_too_are_counted_among_those_held_back(tiny_model: Path, tmp_path: Path) -> None:
+    from radeon_stack.contracts.finetune import Data
+    from radeon_stack.workloads.finetune.base import load_tokenizer
+    from radeon_stack.workloads.finetune.data import read_rows
+    from radeon_stack.workloads.finetune.encoding import encode_rows
+    from radeon_stack.workloads.finetune.evaluation import split
+    from radeon_stack.workloads.finetune.story import data_facts
+
+    rows = read_rows(Data(copies=100), None)
+    job, _ = job_in(tmp_path)
+    encoded = encode_rows(job, load_tokenizer(tiny_model), rows.rows, max_length=256, loss_on="all")
+    facts = data_facts(rows, *split(encoded, 0.1, 3407))
+    assert (facts["rows"], facts["rows_held_back"], facts["held_back_also_learnt"]) == (90, 10, 10)
 
 
-def test_early_stopping_without_evaluations_is_refused_before_torch(cli: Cli, tiny_run: list[str]) -> None:
+def test_early_stopping_without_evaluations_is_refused_before_torch(cli: Cli, tiny_run: tuple[str, ...]) -> None:
     result = cli(*tiny_run, *LOCAL, "--set", "train.early_stopping=3")
     assert result.code == Exit.USAGE
     assert "config.train.early_stopping: early stopping needs evaluations" in result.error

@@ -147,7 +147,7 @@ def test_adapters_begin_as_they_do_in_16_bit(folder: Path, tiny_model: Path, tmp
 
 
 def test_each_source_ends_in_a_trained_and_merged_model_with_the_losses_of_16_bit(
-    cli: Cli, tiny_run: list[str], tiny_model: Path, tmp_path: Path
+    cli: Cli, tiny_run: tuple[str, ...], tiny_model: Path, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file
 

@@ -20,7 +20,7 @@ def limited(size: int) -> Callable[[], None]:
 
 
 def test_a_batch_that_does_not_fit_is_told_with_a_smaller_one_and_the_same_global_batch(
-    cli: Cli, tiny_run: list[str]
+    cli: Cli, tiny_run: tuple[str, ...]
 ) -> None:
     sets = ["--set", "data.copies=3000", "--set", "train.steps=1", "--set", "export.merge=false"]
     run = [*tiny_run, "--engine", "local", *sets, "--set", "samples.count=0"]

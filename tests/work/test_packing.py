@@ -324,7 +324,7 @@ LOCAL = ("--engine", "local")
     ids=["answers alone, some held back", "plain text"],
 )
 def test_a_run_in_packs_says_so_beforehand_and_in_its_report(
-    cli: Cli, tiny_run: list[str], tmp_path: Path, row: dict[str, str], more: tuple[str, ...]
+    cli: Cli, tiny_run: tuple[str, ...], tmp_path: Path, row: dict[str, str], more: tuple[str, ...]
 ) -> None:
     lines = [json.dumps({key: text.format(n, n + 1) * (1 + n % 9) for key, text in row.items()}) for n in range(90)]
     (tmp_path / "numbers.jsonl").write_text("\n".join(lines))
@@ -345,7 +345,7 @@ def test_a_run_in_packs_says_so_beforehand_and_in_its_report(
 
 
 def test_a_model_that_would_mix_them_is_refused_before_torch(
-    cli: Cli, tiny_run: list[str], tiny_model: Path, tmp_path: Path
+    cli: Cli, tiny_run: tuple[str, ...], tiny_model: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(tiny_model, tmp_path / "other")
     text = (folder / "config.json").read_text()

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from radeon_stack.errors import Exit
 from radeon_stack.host.processes import Process
 from radeon_stack.runs import events as ev
 from radeon_stack.runs.store import Run, RunStore, State
-from tests.conftest import Cli, wait_for
+from tests.conftest import Cli, Result, wait_for
+from tests.work.test_architectures import small_model
 
 pytestmark = pytest.mark.work
 LOCAL = ("--engine", "local")
@@ -28,7 +30,7 @@ def losses(told: Any) -> dict[int, float]:
     return {metric["step"]: metric["loss"] for metric in told["metrics"] if "loss" in metric}
 
 
-def started(arguments: list[str]) -> subprocess.Popen[str]:
+def started(arguments: Sequence[str]) -> subprocess.Popen[str]:
     """`radeon-stack …` in the background, attached."""
     return subprocess.Popen(
         [sys.executable, "-m", "radeon_stack", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -52,15 +54,21 @@ def workload(run: Run) -> Process:
     return wait_for(known, what="the workload's handle")
 
 
-def test_a_run_ends_with_report_adapter_and_a_merged_model_that_transformers_loads(
-    cli: Cli, tiny_run: list[str], tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def whole(cli: Cli, tiny_run: tuple[str, ...], shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """The tiny run from its beginning to its end, in a home of its own: to be looked at."""
+    home = tmp_path_factory.mktemp("whole")
+    (home / "cache").symlink_to(shared_cache)
+    result = cli(*tiny_run, *LOCAL, cwd=home, env={**os.environ, "RADEON_STACK_HOME": str(home)})
+    assert result.code == Exit.OK, result.err
+    return result
+
+
+def test_a_run_ends_with_report_adapter_and_a_merged_model_that_transformers_loads(whole: Result) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    result = cli(*tiny_run, *LOCAL, cwd=tmp_path)
-    assert result.code == Exit.OK, result.err
-    told = result.json
+    told = whole.json
     assert told["state"] == "done" and list(losses(told)) == list(range(1, 13))
     assert {"environment", "data", "prompt", "model", "train_arguments", "trainer_output", "merge"} <= set(
         told["facts"]
@@ -74,25 +82,32 @@ def test_a_run_ends_with_report_adapter_and_a_merged_model_that_transformers_loa
     if not torch.cuda.is_available():
         assert told["facts"]["liger"] == "off (no GPU)"
         assert "off (no GPU)" in Path(told["report"]).read_text()
-    plain = [line for line in result.err.splitlines() if line.startswith("step ")]
+    assert told["facts"]["model"]["attention"] == "sdpa"
+    plain = [line for line in whole.err.splitlines() if line.startswith("step ")]
     assert len(plain) == 12 and re.match(r"step 12/12  loss \d", plain[-1])
 
 
-def short(run: list[str]) -> list[str]:
-    """A recipe's demo in twelve steps, with a checkpoint every three, expecting nothing."""
-    sizes = ("train.steps=12", "train.checkpoint_every=3", "data.copies=100", "samples.count=2")
-    least = ("samples.max_new_tokens=8", "expect.right_after_min=0.0", "expect.right_merged_min=0.0")
-    return [*run, *(word for one in (*sizes, *least) for word in ("--set", one))]
-
-
-@pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
 def test_killed_at_a_random_step_and_resumed_the_loss_curve_is_the_uninterrupted_one(
-    experts: bool, cli: Cli, tiny_run: list[str], home: Path
+    cli: Cli, tiny_run: tuple[str, ...], whole: Result, home: Path
 ) -> None:
-    run_it = short(["run", "train-qwen-moe", "--preset", "demo", "--json"]) if experts else tiny_run
-    whole = cli(*run_it, *LOCAL).json
-    assert cli("runs", "rm", "last").code == 0
+    killed_and_resumed(cli, tiny_run, losses(whole.json), home)
 
+
+def test_so_is_the_one_of_packed_experts_and_their_adapters(
+    cli: Cli, tiny_run: tuple[str, ...], tiny_model: Path, home: Path, tmp_path: Path
+) -> None:
+    model = small_model("Qwen3MoeForCausalLM", tmp_path / "model", tiny_model)
+    words = ["train-qwen-moe" if word == "train-llama" else word for word in tiny_run]
+    run_it = [str(model) if word == str(tiny_model) else word for word in words]
+    whole = cli(*run_it, *LOCAL)
+    assert whole.code == Exit.OK, whole.err
+    assert whole.json["facts"]["model"]["experts"] == "radeon_nf4"
+    assert cli("runs", "rm", "last").code == 0
+    killed_and_resumed(cli, run_it, losses(whole.json), home)
+
+
+def killed_and_resumed(cli: Cli, run_it: Sequence[str], expected: dict[int, float], home: Path) -> None:
+    """The run is killed at a random step, and its losses and those after a resume are the expected ones."""
     step = random.randint(1, 11)
     attached = started([*run_it, *LOCAL])
     run = the_run(home)
@@ -106,7 +121,7 @@ def test_killed_at_a_random_step_and_resumed_the_loss_curve_is_the_uninterrupted
     resumed = cli("run", "--resume", "last", "--json")
     assert resumed.code == Exit.OK, resumed.err
     assert resumed.json["run"] == run.id
-    expected, found = losses(whole), losses(resumed.json)
+    found = losses(resumed.json)
     assert found.keys() == expected.keys()
     for at, loss in expected.items():
         assert abs(found[at] - loss) <= 1e-6 * loss, f"killed at step {step}: loss of step {at}"
@@ -117,7 +132,9 @@ def test_killed_at_a_random_step_and_resumed_the_loss_curve_is_the_uninterrupted
     assert (begun[1] or 0) >= 3 * (step // 3) - 3 and (begun[1] or 0) % 3 == 0
 
 
-def test_ctrl_c_saves_writes_the_last_event_and_leaves_no_process(cli: Cli, tiny_run: list[str], home: Path) -> None:
+def test_ctrl_c_saves_writes_the_last_event_and_leaves_no_process(
+    cli: Cli, tiny_run: tuple[str, ...], home: Path
+) -> None:
     attached = started([*tiny_run, *LOCAL, "--set", "train.steps=500"])
     run = the_run(home)
     process = workload(run)
@@ -133,7 +150,7 @@ def test_ctrl_c_saves_writes_the_last_event_and_leaves_no_process(cli: Cli, tiny
     assert not process.alive
 
 
-def test_ctrl_c_while_loading_stops_at_once(tiny_run: list[str], home: Path) -> None:
+def test_ctrl_c_while_loading_stops_at_once(tiny_run: tuple[str, ...], home: Path) -> None:
     attached = started([*tiny_run, *LOCAL])
     run = the_run(home)
     wait_for(lambda: any(event.kind == "attempt" for event in ev.read_events(run.events)), what="the first event")
@@ -143,7 +160,9 @@ def test_ctrl_c_while_loading_stops_at_once(tiny_run: list[str], home: Path) -> 
     assert not workload(run).alive
 
 
-def test_a_detached_run_is_watched_from_its_beginning_and_stopped(cli: Cli, tiny_run: list[str], home: Path) -> None:
+def test_a_detached_run_is_watched_from_its_beginning_and_stopped(
+    cli: Cli, tiny_run: tuple[str, ...], home: Path
+) -> None:
     begun = cli(*tiny_run, *LOCAL, "--detach", "--set", "train.steps=500")
     assert begun.code == Exit.OK
     run = RunStore(home).find(begun.json["run"])
@@ -159,7 +178,7 @@ def test_a_detached_run_is_watched_from_its_beginning_and_stopped(cli: Cli, tiny
     assert not process.alive
 
 
-def test_a_detached_run_that_is_killed_is_known_as_failed(cli: Cli, tiny_run: list[str], home: Path) -> None:
+def test_a_detached_run_that_is_killed_is_known_as_failed(cli: Cli, tiny_run: tuple[str, ...], home: Path) -> None:
     run = RunStore(home).find(cli(*tiny_run, *LOCAL, "--detach").json["run"])
     os.kill(workload(run).pid, signal.SIGKILL)
 
@@ -171,7 +190,9 @@ def test_a_detached_run_that_is_killed_is_known_as_failed(cli: Cli, tiny_run: li
     assert "killed" in cli("runs", "show", "last").out
 
 
-def test_bad_data_is_told_by_its_line_before_any_model_is_loaded(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:
+def test_bad_data_is_told_by_its_line_before_any_model_is_loaded(
+    cli: Cli, tiny_run: tuple[str, ...], tmp_path: Path
+) -> None:
     file = tmp_path / "chats.jsonl"
     file.write_text('{"text": "fine"}\n{"text": "fine"}\n{"txt": "not"}\n')
     result = cli(*tiny_run, *LOCAL, "--data", file)
@@ -183,7 +204,7 @@ def test_bad_data_is_told_by_its_line_before_any_model_is_loaded(cli: Cli, tiny_
     assert not [event for event in result.json["facts"] if event == "environment"]
 
 
-def test_ones_own_chats_are_learnt_on_the_answers_alone(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:
+def test_ones_own_chats_are_learnt_on_the_answers_alone(cli: Cli, tiny_run: tuple[str, ...], tmp_path: Path) -> None:
     chat = {"messages": [{"role": "user", "content": "Wer?"}, {"role": "assistant", "content": "Ich."}]}
     (tmp_path / "chats.jsonl").write_text((json.dumps(chat) + "\n") * 20)
     result = cli(*tiny_run, *LOCAL, "--data", "chats.jsonl", "--set", "data.loss_on=assistant", cwd=tmp_path)
@@ -193,14 +214,14 @@ def test_ones_own_chats_are_learnt_on_the_answers_alone(cli: Cli, tiny_run: list
     assert result.json["facts"]["data"]["rows"] == 20
 
 
-def test_a_missed_expectation_is_exit_7_and_names_it(cli: Cli, tiny_run: list[str]) -> None:
+def test_a_missed_expectation_is_exit_7_and_names_it(cli: Cli, tiny_run: tuple[str, ...]) -> None:
     result = cli(*tiny_run, *LOCAL, "--set", "expect.final_loss_max=1e-6", "--set", "train.steps=2")
     assert result.code == Exit.CHECK
     assert "expect.final_loss_max: final_loss is" in result.error
 
 
 def test_damaged_weights_are_one_line_and_the_traceback_is_in_the_log(
-    cli: Cli, tiny_run: list[str], tiny_model: Path, tmp_path: Path
+    cli: Cli, tiny_run: tuple[str, ...], tiny_model: Path, tmp_path: Path
 ) -> None:
     import shutil
 
@@ -215,7 +236,7 @@ def test_damaged_weights_are_one_line_and_the_traceback_is_in_the_log(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs needs root")
 def test_a_full_disk_is_named_and_leaves_nothing_half_written(
-    cli: Cli, tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, tiny_run: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = tmp_path / "small"
     small.mkdir()
@@ -234,7 +255,9 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_written(
 
 
 def test_the_demo_knows_the_birthday_after_training_and_not_before(cli: Cli, tmp_path: Path) -> None:
-    result = cli("run", "train-llama", "--preset", "demo", *LOCAL, "--json", cwd=tmp_path)
+    # Its chats are all the same one: a second pass a step would find the same gradients again.
+    once = ("--set", "train.gradient_accumulation=1")
+    result = cli("run", "train-llama", "--preset", "demo", *LOCAL, *once, "--json", cwd=tmp_path)
     assert result.code == Exit.OK, result.err
     told = result.json["result"]
     assert (told["correct_before"], told["correct_after"], told["correct_merged"]) == (0, 5, 5)
@@ -255,7 +278,7 @@ def test_a_mixture_of_experts_learns_the_birthday_through_packed_experts(cli: Cl
 
 
 def test_killed_after_its_last_step_and_resumed_it_saves_and_merges_without_training_again(
-    cli: Cli, tiny_run: list[str], home: Path
+    cli: Cli, tiny_run: tuple[str, ...], home: Path
 ) -> None:
     import torch
     from safetensors.torch import load_file

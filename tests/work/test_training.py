@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -368,3 +370,26 @@ def test_what_is_there_before_training_is_looked_through_again_after_it(monkeypa
     trainer = object.__new__(RowsTrainer)
     monkeypatch.setattr(SFTTrainer, "train", lambda self: gc.get_freeze_count())
     assert trainer.train() > 0 and gc.get_freeze_count() == 0
+
+
+def test_what_was_imported_is_not_looked_through_again() -> None:
+    import gc
+
+    from radeon_stack.workloads.imports import kept
+
+    with kept():
+        assert not gc.isenabled()
+    assert gc.isenabled() and gc.get_freeze_count() > 0
+    gc.unfreeze()
+
+
+def test_bitsandbytes_comes_without_inductor_and_leaves_compiling_to_those_who_ask_for_it() -> None:
+    code = (
+        "import os, sys\n"
+        "from radeon_stack.workloads.imports import bring_bitsandbytes\n"
+        "bring_bitsandbytes()\n"
+        "print('bitsandbytes' in sys.modules, 'torch._inductor.compile_fx' in sys.modules)\n"
+        "print(os.environ.get('TORCHDYNAMO_DISABLE'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False", "None"]

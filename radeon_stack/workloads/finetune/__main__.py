@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from radeon_stack.contracts.finetune import FinetuneConfig
-from radeon_stack.contracts.sections import is_made
+from radeon_stack.contracts.sections import HUB_PREFIX, is_made
 from radeon_stack.runs.events import Attempt
 from radeon_stack.workloads.finetune import unsloth_backend
 from radeon_stack.workloads.finetune.architectures import require_known, require_packable
@@ -19,6 +18,7 @@ from radeon_stack.workloads.finetune.evaluation import require_evaluation
 from radeon_stack.workloads.finetune.memory import advice, cpu_shortage, shortage
 from radeon_stack.workloads.finetune.packing import require_batching
 from radeon_stack.workloads.finetune.resident import available, most_resident, resident
+from radeon_stack.workloads.imports import bring_bitsandbytes, kept
 from radeon_stack.workloads.job import Job, Sizes, carry_out, read_config
 from radeon_stack.workloads.ranks import leave
 
@@ -36,23 +36,30 @@ def work(job: Job) -> dict[str, Any]:
     require_evaluation(config)
     require_batching(config)
     job.advise = lambda error: sizes_that_fit(job, config, error)
-    if not is_made(job.arguments.model):
-        require_known(Path(job.arguments.model), anyway=config.any_architecture)
-        if config.data.packing:
-            require_packable(Path(job.arguments.model), config.data.max_length)
-    # Bad data is told before torch's seconds of importing.
+    # Bad data, and a model that cannot be had or trained, are told before torch's seconds of importing.
     rows = read_rows(config.data, job.arguments.data)
+    if folder := folder_before_torch(job):
+        require_known(folder, anyway=config.any_architecture)
+        if config.data.packing:
+            require_packable(folder, config.data.max_length)
     job.progress("import", 0, 1, note="torch, transformers, peft, trl")
-    # What is imported stays: the collector need not look it through again and again while it comes.
-    gc.disable()
-    try:
+    with kept():
         if config.backend == "unsloth":
             unsloth_backend.bring(job.arguments.cache)
+        bring_bitsandbytes()
         from radeon_stack.workloads.finetune.story import finetune
-    finally:
-        gc.enable()
     job.progress("import", 1, 1)
     return finetune(job, config, rows, checkpoint)
+
+
+def folder_before_torch(job: Job) -> Path | None:
+    """The base's folder: one that is given, or of the hub; None where it is made, or other processes wait for it."""
+    model = job.arguments.model
+    if model.startswith(HUB_PREFIX) and job.rank.alone:
+        from radeon_stack.workloads.finetune.hub import fetched
+
+        return fetched(job)
+    return None if is_made(model) else Path(model)
 
 
 def sizes_that_fit(job: Job, config: FinetuneConfig, error: Exception) -> Sizes | None:

@@ -40,7 +40,7 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
     job.fact("prompt", {"prompt": question, "expected": answer})
 
     folder = ranks.first_then_all(job.rank, lambda: sources.base_folder(job, any_architecture=config.any_architecture))
-    if config.data.packing:  # a folder given was looked at before torch was imported; one of the hub is first seen here
+    if config.data.packing:  # looked at before torch was imported, but for what several processes take from the hub
         require_packable(folder, config.data.max_length)
     tokenizer = base.load_tokenizer(folder)
     encoded = encode_rows(job, tokenizer, rows.rows, max_length=config.data.max_length, loss_on=config.data.loss_on)
