@@ -114,6 +114,12 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
         """Linear layers' weights, and experts' matrices."""
         return param_name in self._experts or bool(super().param_needs_quantization(model, param_name, **more))
 
+    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+        """Bytes of a value as it stays here: transformers takes the memory for all of them before it reads."""
+        size = float(super().param_element_size(model, param_name, param))
+        share = self.quantization_config.share
+        return size / share[1] if share and self.param_needs_quantization(model, param_name) else size
+
     def get_quantize_ops(self) -> ConversionOps:
         """What is done with a tensor that needs it."""
         return _Quantize(self, super().get_quantize_ops())

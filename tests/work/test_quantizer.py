@@ -61,6 +61,9 @@ def test_a_loader_that_was_told_to_keeps_its_share_of_each_packed_matrix(tmp_pat
     for (name, all_of_it), own in zip(whole.named_parameters(), second.parameters(), strict=True):
         wanted = all_of_it.chunk(2)[1] if all_of_it.dtype == torch.uint8 else all_of_it
         assert torch.equal(wanted, own), name
+    matrix = "model.layers.0.mlp.experts.down_proj"
+    sizes = [model.hf_quantizer.param_element_size(model, matrix, torch.empty(1)) for model in (whole, second)]
+    assert sizes == [0.5, 0.25]
     assert "share" not in second.config.quantization_config.to_dict()
 
 

@@ -16,7 +16,8 @@ from radeon_stack.errors import Exit
 from radeon_stack.host.processes import Process
 from radeon_stack.runs import events as ev
 from radeon_stack.runs.store import Run
-from tests.conftest import Cli, wait_for
+from tests.conftest import ROOT, Cli, wait_for
+from tests.work.models import folder_of
 from tests.work.test_runs import losses, started, step_reached, the_run, workload
 
 pytestmark = pytest.mark.work
@@ -86,6 +87,10 @@ def held_to(told: Any, wanted: Any, *, steps: int) -> None:
         assert abs(norms[1][step] - norm) <= 2e-2 * norm, f"gradients of step {step}"  # told in bf16
 
 
+def adapter_of(told: Any) -> bytes:
+    return (Path(told["artifacts"]["adapter"]) / "adapter_model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("processes", "more_sets"),
     [
@@ -100,6 +105,16 @@ def test_the_losses_are_those_of_one_process_with_the_same_global_batch(
     assert (one.code, more.code) == (Exit.OK, Exit.OK), more.err
     held_to(more.json, one.json, steps=6)
     assert losses(one.json)[6] < losses(one.json)[1]
+    if processes > 2:
+        return
+    shared = cli(*several(processes, 1, "train.parallel=sharded", *more_sets))
+    assert shared.code == Exit.OK, shared.err
+    held_to(shared.json, one.json, steps=6)
+    assert adapter_of(shared.json) == adapter_of(more.json)
+    told = shared.json["facts"]["shares"]
+    assert 0.5 <= told["share_bytes"] / told["layers_bytes"] < 0.51
+    left = more.json["facts"]["model"]["memory_bytes"] - shared.json["facts"]["model"]["memory_bytes"]
+    assert left == told["layers_bytes"] - told["share_bytes"]
 
 
 def test_only_the_first_process_tells_samples_and_saves(cli: Cli, several: Any, home: Path) -> None:
@@ -161,16 +176,18 @@ def test_the_first_process_killed_ends_the_run(several: Any, home: Path) -> None
     assert (kill_one(several, home, 0).artifacts / "checkpoints" / "step-3").is_dir()
 
 
-@pytest.mark.parametrize("how", ["data.packing=true", "data.group_by_length=true"])
+@pytest.mark.parametrize(
+    ("how", "shared"), [("data.packing=true", ()), ("data.group_by_length=true", ("train.parallel=sharded",))]
+)
 def test_another_process_killed_ends_the_run_and_resumed_its_losses_are_those_of_one_that_went_through(
-    cli: Cli, several: Any, home: Path, chats: Path, how: str
+    cli: Cli, several: Any, home: Path, chats: Path, how: str, shared: tuple[str, ...]
 ) -> None:
     # So few that the run is in a later epoch when it is resumed, which has an order of its own.
     chats.write_text("".join(chats.read_text().splitlines(keepends=True)[: 20 if "packing" in how else 8]))
     whole = cli(*several(1, 2, how, steps=12))
     assert whole.code == Exit.OK, whole.err
     assert cli("runs", "rm", "last").code == 0
-    run = kill_one(several, home, 1, how)
+    run = kill_one(several, home, 1, how, *shared)
     resumed = cli("run", "--resume", "last", "--json")
     assert resumed.code == Exit.OK, resumed.err
     held_to(resumed.json, whole.json, steps=12)
@@ -199,6 +216,23 @@ def test_what_all_processes_refuse_is_told_once(cli: Cli, several: Any, home: Pa
     # One may have ended, and the first with it, before that had begun to tell; from there on it is told once.
     told = words[words.index("attempt") :] if "attempt" in words else words
     assert told in (["attempt", "error"], ["error"])
+
+
+def test_over_shares_of_any_base_the_gradients_are_the_same_to_the_bit(tmp_path: Path) -> None:
+    """NF4 with its experts, scales quantised or not, FP8 and 16 bit; activations kept, and computed again both ways."""
+    folder_of("qwen3_moe", tmp_path / "model", num_hidden_layers=3, num_experts=4)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", "-m", "tests.work.sharded_processes", str(tmp_path)],
+        capture_output=True, text=True, check=False, timeout=300, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for number in (0, 1):
+        for name, told in json.loads((tmp_path / f"told-{number}.json").read_text()).items():
+            assert told["same"] == {"kept": True, "computed again": True, "ours": True}, name
+            shares = told["shares"]
+            assert 0.49 < shares["share_bytes"] / shares["layers_bytes"] < 0.51, name
+            assert told["whole"] - told["held"] == shares["layers_bytes"] - shares["share_bytes"], name
 
 
 FAILS = """
@@ -275,7 +309,7 @@ def test_layers_are_spread_when_asked_over_the_cards_that_are_seen(
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
     monkeypatch.setattr(base, "ready", lambda model, quantization: model)
     job, _ = job_in(tmp_path)
-    base.load_for_training(job, tiny_model, Quantization(), torch.bfloat16, spread=True)
+    base.load_for_training(job, tiny_model, Quantization(), torch.bfloat16, parallel="layers")
     base.load_for_training(job, tiny_model, Quantization(), torch.bfloat16)
     assert asked == ["balanced", {"": torch.device("cpu")}]
 
