@@ -48,7 +48,7 @@ def _shares(config: FinetuneConfig, gpus: tuple[Gpu, ...], asked: str | None) ->
     count = config.train.processes or len(chosen)
     if count < 2:
         raise UsageError(
-            f"the base is shared out among {count or 'no'} cards: among how many?",
+            "the base is shared out among several cards: among how many?",
             where=WHERE,
             remedy="say it: --gpus 0,1 or --set train.processes=2",
         )

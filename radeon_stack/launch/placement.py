@@ -119,9 +119,10 @@ def _on_gpus(config: FinetuneConfig, gpus: tuple[Gpu, ...], effective: Effective
         return _unknown(config, count, error.what)
     said = f"about {format_size(whole.total)}, and a card has {format_size(least)} for it"
     merge = _merge(whole, least)
-    share = estimated(config, count, count).total
+    share = estimated(config, count, count)
     if asked == "sharded":
-        told = f"{_shared(count)}: about {format_size(share)}, and a card has {format_size(least)} for it"
+        told = f"{_shared(count)}: about {format_size(share.total)}, and a card has {format_size(least)} for it"
+        told += f"; it fetches 2 × {format_size(_fetched(whole, share))} a pass from the others"
         return Placement("sharded", count, f"asked for; {told}; {_batch(config, count)}")
     if count == 1:
         if asked == "auto" and _never(whole.total, least):
@@ -135,7 +136,7 @@ def _on_gpus(config: FinetuneConfig, gpus: tuple[Gpu, ...], effective: Effective
     if asked == "auto" and _never(each, least):
         raise _too_large(config, f"training takes {said}; with its layers spread {format_size(each)} a card", least)
     why = "asked for" if asked == "layers" else f"training takes {said}"
-    other = f" ({WHERE[7:]}=sharded: all do, with {format_size(share)} each)" if surely(share, least) else ""
+    other = f" ({WHERE[7:]}=sharded: all do, {format_size(share.total)} each)" if surely(share.total, least) else ""
     told = f"with its layers spread {format_size(each)} a card; one works at a time{other}"
     return Placement("layers", 1, f"{why}; {told}")
 
@@ -160,6 +161,11 @@ def _require_several(count: int, remedy: str) -> None:
 
 def _shared(count: int) -> str:
     return f"each of {count} processes holds a share of the frozen base and gathers it layer by layer"
+
+
+def _fetched(whole: Estimate, share: Estimate) -> int:
+    """Bytes that one pass over all layers brings: what of the weights is in the other processes."""
+    return sum(size - share.parts[name] for name, size in whole.parts.items() if name.startswith("weights"))
 
 
 def _too_large(config: FinetuneConfig, what: str, has: int) -> MachineError:

@@ -182,11 +182,12 @@ def test_shares_of_the_base_are_an_option_with_the_figures(cards: tuple[Gpu, ...
     assert (placement.parallel, placement.processes, parallel(effective)) == ("sharded", 3, "sharded")
     told = r"asked for; each of 3 processes holds a share .* layer by layer: about 7.9GiB, and a card has 29.9GiB"
     assert re.match(told, placement.why) and "3 × 5 × 2 = 30 rows" in placement.why
+    assert "it fetches 2 × 9.6GiB a pass from the others" in placement.why
     whole = placed(training(qwen, "train.parallel=data"), cards)[1]
     assert isinstance(effective.config, FinetuneConfig)
     assert needed(effective.config, placement, cards) < needed(effective.config, whole, cards) - 8 * GIB
     spread = placed(training(qwen, LARGE), tuple(replace(card, vram=48 * GIB) for card in cards))[1]
-    assert spread.parallel == "layers" and "(train.parallel=sharded: all do, with" in spread.why
+    assert spread.parallel == "layers" and "(train.parallel=sharded: all do, " in spread.why
     silent = placed(training(llama, "train.parallel=sharded"), tuple(replace(card, vram=0) for card in cards))[1]
     assert silent.parallel == "sharded" and "nothing is estimated" in silent.why
     on_cpu = placed(training(llama, "train.parallel=sharded", "train.processes=2", preset="demo"), ())[1]
