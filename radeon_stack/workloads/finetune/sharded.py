@@ -5,9 +5,9 @@ and are given back after: two all-gathers a layer and pass, of half a byte a val
 whole in each process; the adapters' gradients are averaged as in data parallelism, so checkpoints, clipping and the
 saved adapter are that one's.
 
-FSDP2 takes uint8 parameters as they are. What bitsandbytes keeps as attributes beside them it does not know: it puts
-parameters of its own in their place. So these attributes are copied over, and absmax, an eighth of the packed bytes in
-float32, is made a parameter, that it is shared out too.
+FSDP2 takes uint8 parameters as they are (torch 2.13; older ones do not: pytorch issue 177844). What bitsandbytes keeps
+as attributes beside them it does not know: it puts parameters of its own in their place. So these attributes are copied
+over, and absmax, an eighth of the packed bytes in float32, is made a parameter, that it is shared out too.
 
 transformers' own loading into FSDP2 (`DistributedConfig(fsdp_size=2)`, 5.23) would have each process pack its rows of
 a matrix as if they were all; the first forward pass ends with "start (0) + length (1024) exceeds dimension size (32)".
@@ -24,6 +24,7 @@ from functools import partial
 from math import prod
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from radeon_stack.errors import UsageError
+from radeon_stack.errors import MachineError, UsageError
 
 WHERE = "config.train.parallel"
 SCALES = "absmax"  # the name of the parameter that a packed weight's absmax becomes
@@ -112,13 +113,22 @@ def packed_in(module: nn.Module) -> Iterator[Packed]:
 
 
 def _share_layer(layer: nn.Module, mesh: Any) -> int:
-    """Hand a layer to FSDP2; returns the bytes that it has when it is whole."""
+    """Hand a layer to FSDP2; returns the bytes that it has when it is whole. MachineError where torch is too old."""
     packed = tuple(packed_in(layer))
     for one in packed:
         _make_whole(one)
         one.beside.register_parameter(SCALES, nn.Parameter(one.state.absmax, requires_grad=False))
     whole = sum(parameter.nbytes for parameter in layer.parameters())
-    fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    try:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    except RuntimeError as error:
+        if "can require gradients" not in str(error):
+            raise
+        raise MachineError(
+            f"torch {torch.__version__} does not share out weights in 4 bit (pytorch issue 177844)",
+            where=WHERE,
+            remedy="an image with a newer torch (it was tried with 2.13), train.parallel=data or layers",
+        ) from error
     _complete(packed)
     # FSDP2's own hook comes before it: a layer is whole by then.
     layer.register_forward_pre_hook(partial(_completed, packed))
