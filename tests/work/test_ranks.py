@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from radeon_stack.errors import Exit, MachineError
+from radeon_stack.errors import Exit
 from radeon_stack.host.processes import Process
 from radeon_stack.runs import events as ev
 from radeon_stack.runs.store import Run
@@ -233,20 +233,6 @@ def test_over_shares_of_any_base_the_gradients_are_the_same_to_the_bit(tmp_path:
             shares = told["shares"]
             assert 0.49 < shares["share_bytes"] / shares["layers_bytes"] < 0.51, name
             assert told["whole"] - told["held"] == shares["layers_bytes"] - shares["share_bytes"], name
-
-
-def test_a_torch_that_shares_no_bytes_out_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    from radeon_stack.workloads.finetune import sharded
-
-    def older(layer: Any, **_: Any) -> None:
-        torch.nn.Parameter(torch.zeros(2, dtype=torch.uint8))
-
-    monkeypatch.setattr(sharded, "fully_shard", older)
-    with pytest.raises(MachineError, match="does not share out weights in 4 bit") as caught:
-        sharded._share_layer(torch.nn.Linear(2, 2), None)
-    assert "a newer torch" in caught.value.remedy
 
 
 FAILS = """

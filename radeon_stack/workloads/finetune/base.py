@@ -164,9 +164,8 @@ def describe(model: Any, folder: Path, source: str) -> dict[str, Any]:
     small = quantized(inner)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     eight = fp8.facts(inner)
-    scales = f".{sharded.SCALES}"
-    half = sum(p.numel() for name, p in model.named_parameters() if p.is_floating_point() and not name.endswith(scales))
-    half -= trainable
+    floats = {name: p.numel() for name, p in model.named_parameters() if p.is_floating_point()}
+    half = sum(count for name, count in floats.items() if name.rpartition(".")[2] not in sharded.BYTES) - trainable
     half -= eight.get("parameters_8bit", 0) + eight.get("scales_8bit", 0)
     total = sum(small.values()) + eight.get("parameters_8bit", 0) + half + trainable
     experts = [module for module in inner.modules() if interface.is_experts(module)]
@@ -215,5 +214,4 @@ def _states(module: torch.nn.Module) -> list[Any]:
 def _bytes(state: Any) -> int:
     """Of a bitsandbytes QuantState: scales, and the scales' own."""
     nested = _bytes(state.state2) if state.nested else 0
-    own = 0 if isinstance(state.absmax, torch.nn.Parameter) else state.absmax.nbytes  # a parameter is counted as one
-    return int(own + state.code.nbytes) + nested
+    return int(sharded.held(state.absmax) + state.code.nbytes) + nested

@@ -51,12 +51,12 @@ def any_of(flag: bool) -> bool:
 def leave_to_each_process(model: torch.nn.Module) -> None:
     """Keep out of data parallelism what it would have all take from the first process, and they need not or must not.
 
-    Weights in 8 bit: each has read the same, and gloo cannot send them. Shares: each has its own.
+    Weights in 8 or 4 bit: each has read the same, and gloo cannot send 8-bit floats. Shares: each has its own.
     """
     frozen = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.dtype == torch.float8_e4m3fn or isinstance(parameter, DTensor)
+        if parameter.dtype in (torch.float8_e4m3fn, torch.uint8) or isinstance(parameter, DTensor)
     ]
     if frozen:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)

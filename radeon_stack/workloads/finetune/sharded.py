@@ -5,9 +5,10 @@ and are given back after: two all-gathers a layer and pass, of half a byte a val
 whole in each process; the adapters' gradients are averaged as in data parallelism, so checkpoints, clipping and the
 saved adapter are that one's.
 
-FSDP2 takes uint8 parameters as they are (torch 2.13; older ones do not: pytorch issue 177844). What bitsandbytes keeps
-as attributes beside them it does not know: it puts parameters of its own in their place. So these attributes are copied
-over, and absmax, an eighth of the packed bytes in float32, is made a parameter, that it is shared out too.
+FSDP2 puts a parameter of its own in a packed weight's place, without what bitsandbytes keeps beside it; and torch until
+lately took no uint8 into it (pytorch issue 177844; 2.13 does). So what it is handed are the same bytes, absmax's too,
+as frozen float32 parameters beside the weights (`BYTES`), and the weights' own tensors are views of what it gathers:
+bitsandbytes, PEFT and our kernels find everything where it was.
 
 transformers' own loading into FSDP2 (`DistributedConfig(fsdp_size=2)`, 5.23) would have each process pack its rows of
 a matrix as if they were all; the first forward pass ends with "start (0) + length (1024) exceeds dimension size (32)".
@@ -33,28 +34,20 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from radeon_stack.errors import MachineError, UsageError
+from radeon_stack.errors import UsageError
 
 WHERE = "config.train.parallel"
-SCALES = "absmax"  # the name of the parameter that a packed weight's absmax becomes
+BYTES = ("packed_bytes", "absmax_bytes")  # the parameters that FSDP2 has of a packed weight
+WORD = 4  # bytes of the float32 that they are handed over as
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix in 4 bit: the parameter `holder.name`, bitsandbytes' `state` of it, and whose parameter absmax becomes.
+    """A matrix in 4 bit: its parameter, bitsandbytes' `state` of it, and the module that gets its bytes' parameters."""
 
-    `attributes`: what bitsandbytes keeps on the parameter itself.
-    """
-
-    holder: nn.Module
-    name: str
+    weight: Any
     state: Any
     beside: nn.Module
-    attributes: dict[str, Any]
-
-    @property
-    def weight(self) -> Any:
-        return getattr(self.holder, self.name)
 
     @property
     def nbytes(self) -> int:
@@ -84,7 +77,7 @@ def share_out(model: Any) -> dict[str, int]:
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
     whole = sum(_share_layer(layer, mesh) for layer in layers)
     for one in packed_in(model):  # outside the layers
-        if not isinstance(one.weight, DTensor):
+        if not _is_shared(one):
             _make_whole(one)
     # Of the root itself nothing is shared out; by it, the layers know of each other and gather ahead.
     fully_shard(inner, mesh=mesh, ignored_params={one for one in inner.parameters() if not isinstance(one, DTensor)})
@@ -97,46 +90,55 @@ def share_out(model: Any) -> dict[str, int]:
     }
 
 
-def held(parameter: Tensor) -> int:
-    """Bytes of a parameter that are in this process."""
-    return parameter.to_local().nbytes if isinstance(parameter, DTensor) else parameter.nbytes
+def held(tensor: Tensor) -> int:
+    """Bytes of a tensor that are in this process: its share, or nothing where what it is a view of is given back."""
+    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return int(min(own.nbytes, own.untyped_storage().nbytes()))
 
 
 def packed_in(module: nn.Module) -> Iterator[Packed]:
     """The linear layers' weights and the experts' matrices that bitsandbytes has packed."""
     for one in module.modules():
         if isinstance(one, Linear4bit) and one.quant_state is not None:
-            yield Packed(one, "weight", one.quant_state, one, dict(vars(one.weight)))
+            yield Packed(one.weight, one.quant_state, one)
         for matrix in getattr(one, "parametrizations", {}).values():
             if len(matrix) == 1 and hasattr(matrix[0], "quant_state"):
-                yield Packed(matrix, "original", matrix[0].quant_state, matrix[0], {})
+                yield Packed(matrix.original, matrix[0].quant_state, matrix[0])
 
 
 def _share_layer(layer: nn.Module, mesh: Any) -> int:
-    """Hand a layer to FSDP2; returns the bytes that it has when it is whole. MachineError where torch is too old."""
+    """Hand a layer to FSDP2; returns the bytes that it has when it is whole."""
     packed = tuple(packed_in(layer))
     for one in packed:
         _make_whole(one)
-        one.beside.register_parameter(SCALES, nn.Parameter(one.state.absmax, requires_grad=False))
-    whole = sum(parameter.nbytes for parameter in layer.parameters())
-    try:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    except RuntimeError as error:
-        if "can require gradients" not in str(error):
-            raise
-        raise MachineError(
-            f"torch {torch.__version__} does not share out weights in 4 bit (pytorch issue 177844)",
-            where=WHERE,
-            remedy="an image with a newer torch (it was tried with 2.13), train.parallel=data or layers",
-        ) from error
-    _complete(packed)
-    # FSDP2's own hook comes before it: a layer is whole by then.
-    layer.register_forward_pre_hook(partial(_completed, packed))
+        for name, tensor in zip(BYTES, (one.weight.data, one.state.absmax), strict=True):
+            one.beside.register_parameter(name, nn.Parameter(_as_words(tensor), requires_grad=False))
+        _forget(one)
+    whole = sum(map(held, layer.parameters()))
+    fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params={one.weight for one in packed})
+    # FSDP2's own hook comes before it: what it gathers is there by then.
+    layer.register_forward_pre_hook(partial(_see, packed))
     return whole
 
 
+def put_away(model: nn.Module) -> None:
+    """Before a model is moved (a trainer does, even to where it is): its views would be read, of what is given back."""
+    for one in packed_in(model):
+        if _is_shared(one):
+            _forget(one)
+
+
+def _forget(one: Packed) -> None:
+    """Until the next forward pass looks at it."""
+    one.weight.data, one.state.absmax = one.weight.data.new_empty(0), one.state.absmax.new_empty(0)
+
+
+def _is_shared(one: Packed) -> bool:
+    return hasattr(one.beside, BYTES[0])
+
+
 def _make_whole(one: Packed) -> None:
-    """A matrix of which each process has kept a part, in the first place of all of them."""
+    """A matrix of which each process has kept a part, from the parts of all of them."""
     part = one.weight.data.view(-1)
     if part.numel() == one.nbytes:
         return
@@ -145,15 +147,17 @@ def _make_whole(one: Packed) -> None:
     one.weight.data = parts[: one.nbytes].view(-1, 1)
 
 
-def _completed(packed: Sequence[Packed], *_: Any) -> None:
-    """As a hook: nothing about a layer's arguments changes."""
-    _complete(packed)
+def _as_words(tensor: Tensor) -> Tensor:
+    """Its bytes as float32, [bytes / 4]: never computed with, zeros at the end where they do not come out even."""
+    found = tensor.contiguous().view(-1).view(torch.uint8)
+    return nn.functional.pad(found, (0, -found.numel() % WORD)).view(torch.float32)
 
 
-def _complete(packed: Sequence[Packed]) -> None:
-    """Give the parameters that are now in the place of bitsandbytes' what those have, and its states their absmax."""
+def _see(packed: Sequence[Packed], *_: Any) -> None:
+    """Have weights and absmax be views of what was gathered. Once: FSDP2 gathers into the same storage each time."""
     for one in packed:
-        one.state.absmax = getattr(one.beside, SCALES)
-        weight = one.weight
-        if one.attributes and "quant_state" not in vars(weight):
-            vars(weight).update(one.attributes)
+        codes, scales = (getattr(one.beside, name).data for name in BYTES)
+        if one.weight.data_ptr() == codes.data_ptr():
+            continue
+        one.weight.data = codes.view(torch.uint8)[: one.nbytes].view(-1, 1)
+        one.state.absmax = scales.view(one.state.absmax.dtype)[: prod(one.state.shape) // one.state.blocksize]

@@ -17,7 +17,17 @@ from radeon_stack.contracts.options import AUTO
 from radeon_stack.kernels import shipped
 from radeon_stack.kernels.liger import use_liger
 from radeon_stack.runs.events import Phase, Sample, read_events
-from radeon_stack.workloads.finetune import adapter, base, fp8, merging, ranks, sources, training, unsloth_backend
+from radeon_stack.workloads.finetune import (
+    adapter,
+    base,
+    fp8,
+    merging,
+    ranks,
+    sharded,
+    sources,
+    training,
+    unsloth_backend,
+)
 from radeon_stack.workloads.finetune.architectures import require_packable
 from radeon_stack.workloads.finetune.checkpoints import Checkpoint
 from radeon_stack.workloads.finetune.data import Rows
@@ -64,6 +74,8 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
 
     # What was asked before training was told by the attempt that this one continues.
     ask("before", None if checkpoint else model)
+    if together:
+        sharded.put_away(model)
     trainer = training.trainer_for(job, config, model, tokenizer, learnt, held_back)
     job.fact("train_arguments", train_arguments(trainer.args))
     job.fact("model", base.describe(trainer.model, folder, job.arguments.model))
