@@ -1,6 +1,8 @@
-"""One fine-tune on one GPU and on several: the same losses for the same rows a step, and how long a step takes.
+"""One fine-tune on one GPU and on several: the same losses for the same rows a step, its time and its memory.
 
     PYTHONPATH=. python benchmarks/several_gpus.py --tokenizer FOLDER [--layers 8] [--gpus 1,2,3] [--out FILE]
+
+On several, the base is once whole on each and once shared out (`train.parallel`).
 
 Llama-3.1-8B's shape with random weights, so many layers of it; 12 rows of 512 tokens a step, by torchrun and NCCL as
 `run --gpus 0,1,2` starts it. Losses are held to those of one GPU: exit 7 where one is further than 1 % of it.
@@ -31,8 +33,9 @@ from benchmarks.estimate import made  # noqa: E402
 from radeon_stack.catalog.load import read, resolve  # noqa: E402
 from radeon_stack.errors import Exit  # noqa: E402
 from radeon_stack.launch.torchrun import started, variables  # noqa: E402
-from radeon_stack.runs.events import Error, Fact, Metric, read_events  # noqa: E402
+from radeon_stack.runs.events import Error, Fact, Metric, Result, read_events  # noqa: E402
 
+PARALLEL = ("data", "sharded")
 ROWS, BATCH, LENGTH, STEPS, WARM_UP = 12, 2, 512, 8, 3
 STOP_SECONDS = 60
 TOLERANCE = 0.01
@@ -57,7 +60,8 @@ def main() -> int:
         words = ("one", "two", "three", "four")
         rows = (" ".join(words[(number >> place % 6) % 4] for place in range(2048)) for number in range(96))
         data.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-        measured = [case(root / str(number), model, data, number) for number in wanted]
+        cases = [(number, parallel) for number in wanted for parallel in (PARALLEL if number > 1 else ("auto",))]
+        measured = [case(root / f"{number}-{parallel}", model, data, number, parallel) for number, parallel in cases]
     record = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "commit": arguments.commit,
@@ -73,7 +77,7 @@ def main() -> int:
     far = [off(one, measured[0]) for one in measured]
     for one, distance in zip(measured, far, strict=True):
         told = f"{one['step_seconds']:.3f} s/step" if "step_seconds" in one else one.get("error", "no step")
-        print(f"{one['gpus']} GPUs: {told} · losses {one['losses']} · {distance:.2%} from one GPU's")
+        print(f"{one['gpus']} GPUs, {one['parallel']}: {told} · losses {one['losses']} · {distance:.2%} from one GPU's")
     return Exit.OK if max(far) <= TOLERANCE else Exit.CHECK
 
 
@@ -83,10 +87,10 @@ def off(one: dict[str, Any], alone: dict[str, Any]) -> float:
     return max(abs(a / b - 1) for a, b in pairs) if len(pairs) == len(one["losses"]) == STEPS else float("inf")
 
 
-def case(root: Path, model: Path, data: Path, gpus: int) -> dict[str, Any]:
+def case(root: Path, model: Path, data: Path, gpus: int, parallel: str) -> dict[str, Any]:
     """A run on so many GPUs, through the workload as a plan starts it."""
     values = (
-        *(f"train.processes={gpus}", f"train.batch_size={BATCH}", f"train.steps={STEPS}"),
+        *(f"train.parallel={parallel}", f"train.processes={gpus}", f"train.batch_size={BATCH}", f"train.steps={STEPS}"),
         *(f"train.gradient_accumulation={ROWS // BATCH // gpus}", f"data.max_length={LENGTH}"),
         *("train.gradient_checkpointing=true", "samples.count=0", "export.merge=false", f"data.dataset={data}"),
     )
@@ -104,10 +108,13 @@ def case(root: Path, model: Path, data: Path, gpus: int) -> dict[str, Any]:
     metrics = [event for event in events if isinstance(event, Metric) and "loss" in event.values]
     steps = [(event.time, event.values["loss"]) for event in metrics]
     between = [later - earlier for (earlier, _), (later, _) in pairwise(steps)]
-    told: dict[str, Any] = {"gpus": gpus, "losses": [round(loss, 5) for _, loss in steps]}
+    told: dict[str, Any] = {"gpus": gpus, "parallel": parallel, "losses": [round(loss, 5) for _, loss in steps]}
     if len(between) >= WARM_UP:
         told["step_seconds"] = statistics.median(between[WARM_UP - 1 :])
-    told |= {event.name: event.value for event in events if isinstance(event, Fact) and event.name == "parallel"}
+    told |= {event.name: event.value for event in events if isinstance(event, Fact) and event.name == "shares"}
+    for event in events:
+        if isinstance(event, Result):
+            told["peak_memory_bytes"] = event.values["peak_memory_bytes"]
     if errors := [event.what for event in events if isinstance(event, Error)]:
         told["error"] = errors[-1]
     if not steps:

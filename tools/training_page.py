@@ -87,11 +87,18 @@ def _several_gpus() -> Iterator[str]:
     rows = f"{record['rows']} rows of {record['tokens']} tokens a step in all"
     yield f"`benchmarks/several_gpus.py`: {record['model']}, {rows}, by torchrun and NCCL.\n"
     steps = range(1, 1 + len(record["measured"][0]["losses"]))
+    measured = all("peak_memory_bytes" in one for one in record["measured"])
     table = [
-        (str(one["gpus"]), f"{one['step_seconds']:.3f}", *(f"{loss:.4f}" for loss in one["losses"]))
+        (
+            f"{one['gpus']}, shares" if one.get("parallel") == "sharded" else str(one["gpus"]),
+            f"{one['step_seconds']:.3f}",
+            *([f"{one['peak_memory_bytes'] / 2**30:.2f}"] if measured else []),
+            *(f"{loss:.4f}" for loss in one["losses"]),
+        )
         for one in record["measured"]
     ]
-    yield markdown_table(("GPUs", "s/step", *(f"loss {step}" for step in steps)), table)
+    memory = ["GiB a GPU"] if measured else []
+    yield markdown_table(("GPUs", "s/step", *memory, *(f"loss {step}" for step in steps)), table)
     yield ""
 
 

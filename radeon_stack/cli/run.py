@@ -96,7 +96,7 @@ def run(dry_run: bool, only_estimate: bool, detached: bool, earlier: str | None,
     if only_estimate:
         values = {name: options[name] for name in ("recipe", "preset", "sets", "model", "data")}
         with opened(options["sysroot"]) as place:
-            return tell(asked_recipe(**values), place, as_json=as_json)
+            return tell(asked_recipe(**values), place, options["gpus"], as_json=as_json)
     if not dry_run and not is_here(options["sysroot"]):
         raise UsageError("a run for another machine can only be looked at", where="--sysroot", remedy="add --dry-run")
     store = RunStore(home())

@@ -99,10 +99,11 @@ class Train(Section):
     )
     seed: int = Field(42, ge=0, lt=1 << 32, description="LoRA initialisation, dropout, sampling")
     data_seed: int = Field(3407, ge=0, lt=1 << 32, description="order of the data")
-    parallel: Literal["auto", "data", "layers"] = Field(
+    parallel: Literal["auto", "data", "layers", "sharded"] = Field(
         "auto",
         description="over several GPUs: 'data', the whole model on each and a part of every batch; 'layers', a part of "
-        "the layers on each; 'auto': 'data' where the memory estimate says that the model fits one, else 'layers'",
+        "the layers on each; 'sharded', as 'data' with a share of the base on each, gathered layer by layer (FSDP2); "
+        "'auto': 'data' where the memory estimate says that the model fits one, else 'layers'",
     )
     processes: int | None = Field(None, ge=1, le=64, description="on the CPU; on GPUs it is one a GPU")
     checkpoint_every: int = Field(25, ge=1, description="steps between checkpoints; what --resume goes back to")

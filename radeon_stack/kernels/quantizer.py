@@ -43,7 +43,8 @@ class Nf4Config(BitsAndBytesConfig):
 
     double: scales are quantised too (0.516 bytes a value instead of 0.5625; the experts' kernels are quicker without).
     compute: what linear layers compute in; experts compute in what they were saved in. experts: whether they are
-    packed. skip: modules left in 16 bit.
+    packed. skip: modules left in 16 bit. share: (number, count): of each matrix that is packed while it is read, only
+    that part of its bytes stays (`part`), and whoever asked for it puts the parts together again; None: all of it.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Nf4Config(BitsAndBytesConfig):
         compute: torch.dtype | str = torch.bfloat16,
         experts: bool = True,
         skip: Sequence[str] | None = None,
+        share: tuple[int, int] | None = None,
         **_: Any,
     ) -> None:
         super().__init__(
@@ -62,6 +64,7 @@ class Nf4Config(BitsAndBytesConfig):
             llm_int8_skip_modules=None if skip is None else list(skip),
         )
         self.experts = experts
+        self.share = share
         self.quant_method = METHOD
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,6 +113,12 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
     def param_needs_quantization(self, model: nn.Module, param_name: str, **more: Any) -> bool:
         """Linear layers' weights, and experts' matrices."""
         return param_name in self._experts or bool(super().param_needs_quantization(model, param_name, **more))
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+        """Bytes of a value as it stays here: transformers takes the memory for all of them before it reads."""
+        size = float(super().param_element_size(model, param_name, param))
+        share = self.quantization_config.share
+        return size / share[1] if share and self.param_needs_quantization(model, param_name) else size
 
     def get_quantize_ops(self) -> ConversionOps:
         """What is done with a tensor that needs it."""
@@ -183,6 +192,16 @@ def pack(parts: Sequence[Sequence[Tensor]], *, double: bool) -> tuple[Tensor, Qu
     return packed, QuantState(absmax=small, offset=offset, state2=nested, **whole)
 
 
+def part(packed: Tensor, number: int, count: int) -> Tensor:
+    """One of `count` parts of a tensor's values in their order, as a copy: all as long, the last ones end in zeros."""
+    flat = packed.reshape(-1)
+    each = -(-flat.numel() // count)
+    mine = flat.new_zeros(each)
+    own = flat[number * each : (number + 1) * each]
+    mine[: own.numel()] = own
+    return mine
+
+
 def _in_order(parts: Sequence[Any]) -> Iterator[Tensor]:
     """Expert by expert, each with its parts; a list's tensor is let go of when the next one is asked for."""
     for expert in range(len(parts[0])):
@@ -227,6 +246,9 @@ class _Quantize(ConversionOps):
                 done[name] = tensor
             else:
                 done[name] = _Pack(self.hf_quantizer).packed(name, [tensor])
+        if share := self.hf_quantizer.quantization_config.share:
+            for parameter in done.values():
+                parameter.data = part(parameter.data, *share).view(-1, 1)
         return done
 
 

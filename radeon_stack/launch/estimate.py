@@ -36,6 +36,8 @@ KEPT_TOKENS = 1024  # of a pass that keeps products, at least (`LEAST_ROWS` of k
 # measured on a Radeon: taken.
 RUNTIME = 512 << 20
 TOLERANCE = 0.1  # of what was measured; benchmarks and tests hold it
+# Layers that FSDP2 has whole at once: one that computes, and of the next what arrives and what it is copied to.
+GATHERED = 3
 BIRTHDAY_TOKENS = 64  # the chat of that data set with any of the common templates
 
 
@@ -68,6 +70,8 @@ class Training:
     """Of checkpointing: the adapters' products of such a layer are kept."""
     attention: str = "sdpa"
     processes: int = 1
+    shares: int = 1
+    """Each process holds one of so many shares of the layers' frozen weights, and gathers a layer when it computes."""
     prepared: bool = False
     fused: bool = False
     """Liger's kernels are in the model: norms keep no float32 copy, the gate no product of its own."""
@@ -102,7 +106,7 @@ class Estimate:
         return self.tensors + RUNTIME
 
 
-def training_of(config: FinetuneConfig, processes: int = 1) -> Training:
+def training_of(config: FinetuneConfig, processes: int = 1, shares: int = 1) -> Training:
     """What a recipe asks for. Rows are as long as they may be, as packs are: what data holds is not looked at here."""
     targets = config.lora.target_modules
     short = config.data.dataset == BIRTHDAY and not config.data.packing
@@ -123,6 +127,7 @@ def training_of(config: FinetuneConfig, processes: int = 1) -> Training:
         kept=config.speed.nf4_linear and config.speed.keep_products,
         attention=config.model_options.attention,
         processes=processes,
+        shares=shares,
         fused=config.speed.liger,
         packed=config.data.packing,
         merged=config.export.merge and config.export.reload != "quantized",
@@ -130,7 +135,7 @@ def training_of(config: FinetuneConfig, processes: int = 1) -> Training:
 
 
 def estimate(model: ModelShape, training: Training) -> Estimate:
-    """What one device of the run holds at its peak, the whole model on it."""
+    """What one device of the run holds at its peak: the whole model, or its share of it."""
     trained = _trained(model, training)
     wide = HALF if training.quantized else FLOAT
     in_4bit = (model.quantizable + model.experts * training.experts_quantized) * training.quantized
@@ -138,10 +143,15 @@ def estimate(model: ModelShape, training: Training) -> Estimate:
     in_16bit = model.parameters - in_4bit - in_8bit
     kept = FLOAT if training.prepared else HALF
     activations = layers(model, training)
-    parts = {
+    whole = {
         "weights in 4 bit": _nf4(in_4bit, training.double),
         "weights in 8 bit": in_8bit + FLOAT * sum(linear.outputs for linear in model.linears) * training.eight,
         "weights in 16 bit": in_16bit * kept,
+    }
+    shared = whole | {"weights in 16 bit": (in_16bit - model.kept) * kept}  # not embeddings and head
+    parts = {
+        **{name: size - shared[name] + -(-shared[name] // training.shares) for name, size in whole.items()},
+        "gathered": GATHERED * -(-sum(shared.values()) // model.layers) if training.shares > 1 else 0,
         "adapter": trained * wide,
         "gradients": trained * wide * (2 if training.processes > 1 else 1),
         "optimizer": _optimizer(trained, training.optimizer, wide),
@@ -154,6 +164,7 @@ def estimate(model: ModelShape, training: Training) -> Estimate:
         "weights in 16 bit": f"{in_16bit:,} parameters: "
         + ("embeddings, head, norms" if training.quantized or training.eight else "nothing is quantised")
         + (", experts" if model.experts and not training.experts_quantized and training.quantized else ""),
+        "gathered": f"{GATHERED} of {model.layers} layers: one computes, the next is on its way or copied out",
         "adapter": f"{trained:,} parameters of {wide} bytes",
         "gradients": "of the adapter" + (", and their copy for the all-reduce" if training.processes > 1 else ""),
         "optimizer": training.optimizer,
@@ -161,6 +172,8 @@ def estimate(model: ModelShape, training: Training) -> Estimate:
         + _kept(model, training),
         "kept products": "of the adapters, where the card has room for them (speed.keep_products)",
     }
+    if training.shares > 1:
+        reasons |= {name: f"{reasons[name]}; a share of {training.shares}" for name in whole if shared[name]}
     merged = model.parameters * HALF if training.merged else 0
     return Estimate(parts, trained, merged, reasons)
 

@@ -15,7 +15,7 @@ from radeon_stack.launch.estimate import TOLERANCE, Estimate, estimate, training
 from radeon_stack.launch.inputs import model_folder
 from radeon_stack.launch.model_shape import ModelShape, read_shape
 
-Parallel = Literal["none", "data", "layers"]
+Parallel = Literal["none", "data", "layers", "sharded"]
 # Of a card's memory, what torch does not get: an R9700 of 31.86 GiB has 29.86 GiB for it.
 RESERVED = 2 << 30
 WHERE = "config.train.parallel"
@@ -25,7 +25,8 @@ WHERE = "config.train.parallel"
 class Placement:
     """How many processes train, and how they share the work.
 
-    "data": each has the whole model and a part of every batch; "layers": one process, a part of the layers a card.
+    "data": each has the whole model and a part of every batch; "layers": one process, a part of the layers a card;
+    "sharded": as "data", but of the frozen base each has a share, and gathers a layer when it computes.
     """
 
     parallel: Parallel
@@ -64,12 +65,13 @@ def needed(config: FinetuneConfig, placement: Placement, gpus: tuple[Gpu, ...]) 
     """Bytes that the fullest of these cards will hold. UsageError where nothing can be estimated."""
     if placement.parallel == "layers":
         return spread(estimated(config), len(gpus))
-    return estimated(config, placement.processes).total
+    shares = placement.processes if placement.parallel == "sharded" else 1
+    return estimated(config, placement.processes, shares).total
 
 
-def estimated(config: FinetuneConfig, processes: int = 1, *, where: str = "config.model") -> Estimate:
+def estimated(config: FinetuneConfig, processes: int = 1, shares: int = 1, *, where: str = "config.model") -> Estimate:
     """The estimate of a recipe. UsageError where the model's sizes cannot be read on this side."""
-    return estimate(_shape(config, where), training_of(config, processes))
+    return estimate(_shape(config, where), training_of(config, processes, shares))
 
 
 def spread(whole: Estimate, cards: int) -> int:
@@ -92,6 +94,9 @@ def _on_cpu(config: FinetuneConfig) -> Placement:
     if config.train.parallel == "layers":
         raise UsageError("layers are spread over GPUs, and this run takes none", where=WHERE, remedy="leave it out")
     count = config.train.processes or 1
+    if config.train.parallel == "sharded":
+        _require_several(count, "--set train.processes=2")
+        return Placement("sharded", count, f"asked for, on the CPU; {_shared(count)}; {_batch(config, count)}")
     if count == 1:
         return Placement("none", 1, "one process, on the CPU")
     return Placement("data", count, f"asked for: train.processes, on the CPU; {_batch(config, count)}")
@@ -104,6 +109,8 @@ def _on_gpus(config: FinetuneConfig, gpus: tuple[Gpu, ...], effective: Effective
         raise UsageError(
             f"it is one process a GPU, and there are {count}", where="config.train.processes", remedy="leave it out"
         )
+    if asked == "sharded":
+        _require_several(count, "--gpus 0,1")
     if not least:
         return _unknown(config, count, "this GPU does not tell its memory")
     try:
@@ -112,6 +119,11 @@ def _on_gpus(config: FinetuneConfig, gpus: tuple[Gpu, ...], effective: Effective
         return _unknown(config, count, error.what)
     said = f"about {format_size(whole.total)}, and a card has {format_size(least)} for it"
     merge = _merge(whole, least)
+    share = estimated(config, count, count)
+    if asked == "sharded":
+        told = f"{_shared(count)}: about {format_size(share.total)}, and a card has {format_size(least)} for it"
+        told += f"; it fetches 2 × {format_size(_fetched(whole, share))} a pass from the others"
+        return Placement("sharded", count, f"asked for; {told}; {_batch(config, count)}")
     if count == 1:
         if asked == "auto" and _never(whole.total, least):
             raise _too_large(config, f"training takes {said}", least)
@@ -124,7 +136,9 @@ def _on_gpus(config: FinetuneConfig, gpus: tuple[Gpu, ...], effective: Effective
     if asked == "auto" and _never(each, least):
         raise _too_large(config, f"training takes {said}; with its layers spread {format_size(each)} a card", least)
     why = "asked for" if asked == "layers" else f"training takes {said}"
-    return Placement("layers", 1, f"{why}; with its layers spread {format_size(each)} a card; one works at a time")
+    other = f" ({WHERE[7:]}=sharded: all do, {format_size(share.total)} each)" if surely(share.total, least) else ""
+    told = f"with its layers spread {format_size(each)} a card; one works at a time{other}"
+    return Placement("layers", 1, f"{why}; {told}")
 
 
 def _unknown(config: FinetuneConfig, count: int, why: str) -> Placement:
@@ -132,7 +146,26 @@ def _unknown(config: FinetuneConfig, count: int, why: str) -> Placement:
         return Placement("none", 1, f"one card; nothing is estimated: {why}")
     if config.train.parallel == "layers":
         return Placement("layers", 1, f"asked for; nothing is estimated: {why}")
+    if config.train.parallel == "sharded":
+        told = f"asked for; {_shared(count)}; nothing is estimated: {why}"
+        return Placement("sharded", count, f"{told}; {_batch(config, count)}")
     return Placement("data", count, f"one process a card; nothing is estimated: {why}; {_batch(config, count)}")
+
+
+def _require_several(count: int, remedy: str) -> None:
+    if count == 1:
+        raise UsageError(
+            "the base is shared out among processes, and there is one", where=WHERE, remedy=f"{remedy}, or leave it out"
+        )
+
+
+def _shared(count: int) -> str:
+    return f"each of {count} processes holds a share of the frozen base and gathers it layer by layer"
+
+
+def _fetched(whole: Estimate, share: Estimate) -> int:
+    """Bytes that one pass over all layers brings: what of the weights is in the other processes."""
+    return sum(size - share.parts[name] for name, size in whole.parts.items() if name.startswith("weights"))
 
 
 def _too_large(config: FinetuneConfig, what: str, has: int) -> MachineError:

@@ -143,6 +143,21 @@ def test_several_processes_hold_their_gradients_twice(llama: ModelShape) -> None
     assert two.tensors - one.tensors == one.parts["gradients"]
 
 
+def test_a_share_is_a_part_of_the_layers_and_three_of_them_gathered(llama: ModelShape, qwen: ModelShape) -> None:
+    for model, of in (
+        (llama, Training(1, 8, 64)),
+        (qwen, Training(1, 8, 64, targets=ATTENTION, experts_quantized=True)),
+    ):
+        whole, third = (estimate(model, replace(of, processes=3, shares=shares)) for shares in (1, 3))
+        packed = whole.parts["weights in 4 bit"]
+        assert third.parts["weights in 4 bit"] == -(-packed // 3)
+        assert third.parts["weights in 16 bit"] == whole.parts["weights in 16 bit"]  # embeddings, head, norms
+        assert third.parts["gathered"] == 3 * -(-packed // model.layers) and not whole.parts["gathered"]
+        assert "a share of 3" in third.reasons["weights in 4 bit"]
+    unpacked = estimate(qwen, Training(1, 8, 64, targets=ATTENTION, processes=2, shares=2))
+    assert unpacked.parts["weights in 16 bit"] == 2 * qwen.kept + qwen.experts
+
+
 def test_without_checkpointing_every_layer_keeps_its_own(llama: ModelShape) -> None:
     kept, freed = (estimate(llama, Training(4, 2048, 64, checkpointing=c)).parts["activations"] for c in (False, True))
     assert kept > 8 * freed
@@ -248,6 +263,10 @@ def test_the_estimate_is_a_table_or_json_and_starts_nothing(cli: Cli, tmp_path: 
     told = cli(*words, "--json").json
     assert told["tensors"] == sum(told["parts"].values()) < told["total"] < 8 * GIB
     assert told["merged"] == 2 * 8_030_261_248
+    shared = cli(*words, "--set", "train.parallel=sharded", "--set", "train.processes=2").out
+    assert "on each of 2 cards" in shared and "3 of 32 layers: one computes" in shared and "a share of 2" in shared
+    unsaid = cli(*words, "--set", "train.parallel=sharded")
+    assert unsaid.code == 2 and "among how many?" in unsaid.error and "--gpus 0,1" in unsaid.error
     assert not (home / "runs").exists()
 
 

@@ -20,7 +20,7 @@ from radeon_stack.host.selection import Selection, select
 from radeon_stack.host.sysroot import Sysroot
 from radeon_stack.launch.circumstances import Circumstances
 from radeon_stack.launch.launcher import draft, write_records
-from radeon_stack.launch.placement import Placement, fit, placed
+from radeon_stack.launch.placement import Placement, fit, needed, placed
 from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.launch.planner import plan
 from radeon_stack.launch.recomputation import recomputed
@@ -175,6 +175,30 @@ def test_a_wish_outvotes_the_estimate(cards: tuple[Gpu, ...], qwen: Path, llama:
     spread, placement = placed(training(llama, "train.parallel=layers"), cards)
     assert (placement.parallel, placement.processes, parallel(spread)) == ("layers", 1, "layers")
     assert placement.why.startswith("asked for")
+
+
+def test_shares_of_the_base_are_an_option_with_the_figures(cards: tuple[Gpu, ...], qwen: Path, llama: Path) -> None:
+    effective, placement = placed(training(qwen, "train.parallel=sharded"), cards)
+    assert (placement.parallel, placement.processes, parallel(effective)) == ("sharded", 3, "sharded")
+    told = r"asked for; each of 3 processes holds a share .* layer by layer: about 7.9GiB, and a card has 29.9GiB"
+    assert re.match(told, placement.why) and "3 × 5 × 2 = 30 rows" in placement.why
+    assert "it fetches 2 × 9.6GiB a pass from the others" in placement.why
+    whole = placed(training(qwen, "train.parallel=data"), cards)[1]
+    assert isinstance(effective.config, FinetuneConfig)
+    assert needed(effective.config, placement, cards) < needed(effective.config, whole, cards) - 8 * GIB
+    spread = placed(training(qwen, LARGE), tuple(replace(card, vram=48 * GIB) for card in cards))[1]
+    assert spread.parallel == "layers" and "(train.parallel=sharded: all do, " in spread.why
+    silent = placed(training(llama, "train.parallel=sharded"), tuple(replace(card, vram=0) for card in cards))[1]
+    assert silent.parallel == "sharded" and "nothing is estimated" in silent.why
+    on_cpu = placed(training(llama, "train.parallel=sharded", "train.processes=2", preset="demo"), ())[1]
+    assert (on_cpu.parallel, on_cpu.processes) == ("sharded", 2)
+
+
+def test_shares_among_one_are_refused_with_what_to_do(cards: tuple[Gpu, ...], llama: Path) -> None:
+    for preset, chosen, remedy in ((None, cards[:1], "--gpus 0,1"), ("demo", (), "train.processes=2")):
+        with pytest.raises(UsageError, match="among processes, and there is one") as caught:
+            placed(training(llama, "train.parallel=sharded", preset=preset), chosen)
+        assert remedy in caught.value.remedy
 
 
 def test_what_is_near_the_edge_is_tried_and_called_tight(cards: tuple[Gpu, ...], llama: Path) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from radeon_stack.contracts.finetune import Quantization
-from radeon_stack.workloads.finetune import base, fp8
+from radeon_stack.workloads.finetune import base, ranks
 from tests.work.test_training import adapted, job_in
 
 
@@ -22,7 +22,7 @@ def main(folder: Path) -> None:
     rank = dist.get_rank()
     job = job_in(folder / f"process-{rank}")[0]
     model = adapted(base.load_for_training(job, folder / "model", Quantization(kind="fp8"), torch.float32))
-    fp8.leave_to_each_process(model)
+    ranks.leave_to_each_process(model)
     rows = torch.arange(24).view(2, 12) * 7 % 1000
 
     def gradients(of: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:

@@ -46,6 +46,27 @@ def logits(model: Any) -> Any:
         return model(input_ids=torch.arange(14).view(2, 7) * 5 % 97).logits
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_the_parts_of_a_tensor_are_as_long_and_together_all_of_it(count: int) -> None:
+    whole = torch.arange(1, 21, dtype=torch.uint8).view(-1, 1)
+    parts = [quantizer.part(whole, number, count) for number in range(count)]
+    assert {part.numel() for part in parts} == {-(-20 // count)}
+    together = torch.cat(parts)
+    assert torch.equal(together[:20], whole.flatten()) and not together[20:].any()
+
+
+def test_a_loader_that_was_told_to_keeps_its_share_of_each_packed_matrix(tmp_path: Path) -> None:
+    kept = folder_of("qwen3_moe", tmp_path / "model")
+    whole, second = (load(kept, quantization_config=quantizer.Nf4Config(share=share)) for share in (None, (1, 2)))
+    for (name, all_of_it), own in zip(whole.named_parameters(), second.parameters(), strict=True):
+        wanted = all_of_it.chunk(2)[1] if all_of_it.dtype == torch.uint8 else all_of_it
+        assert torch.equal(wanted, own), name
+    matrix = "model.layers.0.mlp.experts.down_proj"
+    sizes = [model.hf_quantizer.param_element_size(model, matrix, torch.empty(1)) for model in (whole, second)]
+    assert sizes == [0.5, 0.25]
+    assert "share" not in second.config.quantization_config.to_dict()
+
+
 @pytest.mark.parametrize("double", [False, True])
 def test_experts_are_packed_as_bitsandbytes_packs_a_whole_layer(folder: Path, double: bool) -> None:
     model = load(folder, quantization_config=quantizer.Nf4Config(double=double))

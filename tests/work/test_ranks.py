@@ -16,7 +16,8 @@ from radeon_stack.errors import Exit
 from radeon_stack.host.processes import Process
 from radeon_stack.runs import events as ev
 from radeon_stack.runs.store import Run
-from tests.conftest import Cli, wait_for
+from tests.conftest import ROOT, Cli, wait_for
+from tests.work.models import folder_of
 from tests.work.test_runs import losses, started, step_reached, the_run, workload
 
 pytestmark = pytest.mark.work
@@ -86,6 +87,10 @@ def held_to(told: Any, wanted: Any, *, steps: int) -> None:
         assert abs(norms[1][step] - norm) <= 2e-2 * norm, f"gradients of step {step}"  # told in bf16
 
 
+def adapter_of(told: Any) -> bytes:
+    return (Path(told["artifacts"]["adapter"]) / "adapter_model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("processes", "more_sets"),
     [
@@ -104,6 +109,16 @@ def test_the_losses_are_those_of_one_process_with_the_same_global_batch_and_only
     held_to(more.json, one.json, steps=6)
     assert losses(one.json)[6] < losses(one.json)[1]
     told_and_saved_once(the_run(home), more.json)
+    if processes > 2:
+        return
+    shared = cli(*several(processes, 1, "train.parallel=sharded", *more_sets))
+    assert shared.code == Exit.OK, shared.err
+    held_to(shared.json, one.json, steps=6)
+    assert adapter_of(shared.json) == adapter_of(more.json)
+    told = shared.json["facts"]["shares"]
+    assert 0.5 <= told["share_bytes"] / told["layers_bytes"] < 0.51
+    left = more.json["facts"]["model"]["memory_bytes"] - shared.json["facts"]["model"]["memory_bytes"]
+    assert left == told["layers_bytes"] - told["share_bytes"]
 
 
 def told_and_saved_once(run: Run, result: Any) -> None:
@@ -161,19 +176,19 @@ def kill_one(several: Any, home: Path, victim: int, *sets: str) -> Run:
 
 
 @pytest.mark.parametrize(
-    ("victim", "how"),
-    [(0, "data.packing=true"), (1, "data.group_by_length=true")],
-    ids=["the first, in packs", "another, by length"],
+    ("victim", "how", "shared"),
+    [(0, "data.packing=true", ()), (1, "data.group_by_length=true", ("train.parallel=sharded",))],
+    ids=["the first, in packs", "another, by length, over shares of the base"],
 )
 def test_a_process_killed_ends_the_run_and_resumed_its_losses_are_those_of_one_that_went_through(
-    cli: Cli, several: Any, home: Path, chats: Path, victim: int, how: str
+    cli: Cli, several: Any, home: Path, chats: Path, victim: int, how: str, shared: tuple[str, ...]
 ) -> None:
     # So few that the run is in a later epoch when it is resumed, which has an order of its own.
     chats.write_text("".join(chats.read_text().splitlines(keepends=True)[: 20 if "packing" in how else 8]))
     whole = cli(*several(1, 2, how, steps=12))
     assert whole.code == Exit.OK, whole.err
     assert cli("runs", "rm", "last").code == 0
-    run = kill_one(several, home, victim, how)
+    run = kill_one(several, home, victim, how, *shared)
     assert (run.artifacts / "checkpoints" / "step-3").is_dir()
     resumed = cli("run", "--resume", "last", "--json")
     assert resumed.code == Exit.OK, resumed.err
@@ -203,6 +218,23 @@ def test_what_all_processes_refuse_is_told_once(cli: Cli, several: Any, home: Pa
     # One may have ended, and the first with it, before that had begun to tell; from there on it is told once.
     told = words[words.index("attempt") :] if "attempt" in words else words
     assert told in (["attempt", "error"], ["error"])
+
+
+def test_over_shares_of_any_base_the_gradients_are_the_same_to_the_bit(tmp_path: Path) -> None:
+    """NF4 with its experts, scales quantised or not, FP8 and 16 bit; activations kept, and computed again both ways."""
+    folder_of("qwen3_moe", tmp_path / "model", num_hidden_layers=3, num_experts=4)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", "-m", "tests.work.sharded_processes", str(tmp_path)],
+        capture_output=True, text=True, check=False, timeout=300, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for number in (0, 1):
+        for name, told in json.loads((tmp_path / f"told-{number}.json").read_text()).items():
+            assert told["same"] == {"kept": True, "computed again": True, "ours": True}, name
+            shares = told["shares"]
+            assert 0.49 < shares["share_bytes"] / shares["layers_bytes"] < 0.51, name
+            assert told["whole"] - told["held"] == shares["layers_bytes"] - shares["share_bytes"], name
 
 
 FAILS = """
@@ -279,7 +311,7 @@ def test_layers_are_spread_when_asked_over_the_cards_that_are_seen(
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
     monkeypatch.setattr(base, "ready", lambda model, quantization: model)
     job, _ = job_in(tmp_path)
-    base.load_for_training(job, tiny_model, Quantization(), torch.bfloat16, spread=True)
+    base.load_for_training(job, tiny_model, Quantization(), torch.bfloat16, parallel="layers")
     base.load_for_training(job, tiny_model, Quantization(), torch.bfloat16)
     assert asked == ["balanced", {"": torch.device("cpu")}]
 

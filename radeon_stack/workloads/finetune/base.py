@@ -18,7 +18,7 @@ from radeon_stack.errors import CheckError
 from radeon_stack.kernels import interface, quantizer
 from radeon_stack.kernels.gating import use_gate
 from radeon_stack.kernels.nf4 import NF4
-from radeon_stack.workloads.finetune import fp8, kept
+from radeon_stack.workloads.finetune import fp8, kept, sharded
 from radeon_stack.workloads.finetune.architectures import attention_for
 from radeon_stack.workloads.finetune.bars import bars
 from radeon_stack.workloads.job import Job
@@ -54,13 +54,16 @@ def load_for_training(
     dtype: torch.dtype,
     attention: str = AUTO,
     *,
-    spread: bool = False,
+    parallel: str = "none",
 ) -> Any:
     """The frozen base on the device, linear layers and experts in NF4, or in FP8. Attention nobody chose is sdpa.
 
-    `spread`: its layers over all GPUs that this process sees, which are the chosen ones.
+    parallel: `train.parallel`. "layers": its layers over all GPUs that this process sees, which are the chosen ones;
+    "sharded": this process's share of each layer, with all processes at once.
     """
-    config = quantization_config(quantization, dtype)
+    # What is kept is written whole, and what was kept is read whole.
+    share = (job.rank.number, job.rank.count) if parallel == "sharded" and not quantization.keep else None
+    config = quantization_config(quantization, dtype, share)
     packed = kept.folder_of(job, folder, quantization, str(dtype)) if config and quantization.keep else None
     again = packed is not None and packed.is_dir()
     # A packed one has its own configuration; None would be taken for there being none.
@@ -71,20 +74,26 @@ def load_for_training(
             packed if again else folder,
             dtype=dtype,
             **asked,
-            device_map="balanced" if spread else {"": device()},
+            device_map="balanced" if parallel == "layers" else {"": device()},
             attn_implementation=attention_for(folder, attention),
         )
     if packed is not None and not again and job.rank.first:
         kept.keep(job, model, packed)
-    return ready(model, quantization)
+    model = ready(model, quantization)
+    if parallel == "sharded":
+        job.fact("shares", sharded.share_out(model))
+    return model
 
 
-def quantization_config(quantization: Quantization, dtype: torch.dtype) -> quantizer.Nf4Config | None:
-    """What `from_pretrained` is to do with the weights; None: nothing."""
+def quantization_config(
+    quantization: Quantization, dtype: torch.dtype, share: tuple[int, int] | None = None
+) -> quantizer.Nf4Config | None:
+    """What `from_pretrained` is to do with the weights; None: nothing. `share`: the part of them that stays."""
     if quantization.kind != "nf4":
         return None
     quantizer.register()
-    return quantizer.Nf4Config(double=quantization.double, compute=dtype, experts=quantization.experts == "nf4")
+    experts = quantization.experts == "nf4"
+    return quantizer.Nf4Config(double=quantization.double, compute=dtype, experts=experts, share=share)
 
 
 def ready(model: Any, quantization: Quantization) -> Any:
@@ -155,7 +164,8 @@ def describe(model: Any, folder: Path, source: str) -> dict[str, Any]:
     small = quantized(inner)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     eight = fp8.facts(inner)
-    half = sum(p.numel() for p in model.parameters() if p.is_floating_point()) - trainable
+    floats = {name: p.numel() for name, p in model.named_parameters() if p.is_floating_point()}
+    half = sum(count for name, count in floats.items() if name.rpartition(".")[2] not in sharded.BYTES) - trainable
     half -= eight.get("parameters_8bit", 0) + eight.get("scales_8bit", 0)
     total = sum(small.values()) + eight.get("parameters_8bit", 0) + half + trainable
     experts = [module for module in inner.modules() if interface.is_experts(module)]
@@ -185,18 +195,23 @@ def _source(asked: str, folder: Path) -> str:
 
 
 def memory(model: torch.nn.Module) -> int:
-    """Bytes of all parameters, the scales of 4-bit ones included."""
-    total = sum(p.numel() * p.element_size() for p in model.parameters())
-    for module in model.modules():
-        for weight in module.parameters(recurse=False):
-            if isinstance(weight, Params4bit) and weight.quant_state is not None:
-                total += _bytes(weight.quant_state)
-        for steps in getattr(module, "parametrizations", {}).values():
-            total += sum(_bytes(step.quant_state) for step in steps if hasattr(step, "quant_state"))
-    return total
+    """Bytes of all parameters in this process, the scales of 4-bit ones included."""
+    total = sum(map(sharded.held, model.parameters()))
+    return total + sum(_bytes(state) for module in model.modules() for state in _states(module))
+
+
+def _states(module: torch.nn.Module) -> list[Any]:
+    """bitsandbytes' QuantStates of a module's own parameters, wherever it keeps them."""
+    if isinstance(module, Linear4bit):
+        found = [module.quant_state]
+    else:  # unsloth's experts
+        found = [getattr(weight, "quant_state", None) for weight in module.parameters(recurse=False)]
+    for steps in getattr(module, "parametrizations", {}).values():
+        found += [getattr(step, "quant_state", None) for step in steps]
+    return [state for state in found if state is not None]
 
 
 def _bytes(state: Any) -> int:
     """Of a bitsandbytes QuantState: scales, and the scales' own."""
     nested = _bytes(state.state2) if state.nested else 0
-    return int(state.absmax.nbytes + state.code.nbytes) + nested
+    return int(sharded.held(state.absmax) + state.code.nbytes) + nested

@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig
 
 from radeon_stack import atomic
 from radeon_stack.contracts.finetune import Quantization
 from radeon_stack.errors import MachineError, UsageError
 from radeon_stack.kernels import fp8_quantizer
-from radeon_stack.kernels.fp8 import BLOCK, E4M3, Fp8Linear, Fp8Weight, dequantize
+from radeon_stack.kernels.fp8 import BLOCK, Fp8Linear, Fp8Weight, dequantize
 from radeon_stack.kernels.sizes import cdiv
 from radeon_stack.text import printable
 from radeon_stack.workloads.capabilities.asking import answers
@@ -195,13 +194,6 @@ def facts(model: torch.nn.Module) -> dict[str, Any]:
         "scaled_by": "block" if by_block == len(layers) else "block and channel" if by_block else "channel",
         "weights_8bit_bytes": sum(layer.quantized.nbytes for layer in layers),
     }
-
-
-def leave_to_each_process(model: torch.nn.Module) -> None:
-    """Keep weights in 8 bit out of data parallelism: each process has read the same, and gloo cannot send them."""
-    frozen = [name for name, parameter in model.named_parameters() if parameter.dtype == E4M3]
-    if frozen:
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
 
 
 def _decoded(found: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor:

@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from radeon_stack.workloads.ranks import Rank
 
@@ -44,6 +46,20 @@ def any_of(flag: bool) -> bool:
     votes = torch.tensor([int(flag)], device=where)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     return bool(votes.item())
+
+
+def leave_to_each_process(model: torch.nn.Module) -> None:
+    """Keep out of data parallelism what it would have all take from the first process, and they need not or must not.
+
+    Weights in 8 or 4 bit: each has read the same, and gloo cannot send 8-bit floats. Shares: each has its own.
+    """
+    frozen = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dtype in (torch.float8_e4m3fn, torch.uint8) or isinstance(parameter, DTensor)
+    ]
+    if frozen:
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
 
 
 def part() -> None:

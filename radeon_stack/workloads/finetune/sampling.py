@@ -13,18 +13,32 @@ from radeon_stack.workloads.job import Job
 
 
 def sample(
-    job: Job, model: Any, tokenizer: Any, settings: Samples, phase: Phase, prompt: str, expected: str | None, seed: int
+    job: Job,
+    model: Any,
+    tokenizer: Any,
+    settings: Samples,
+    phase: Phase,
+    prompt: str,
+    expected: str | None,
+    seed: int,
+    *,
+    together: bool = False,
 ) -> None:
-    """Draw `settings.count` responses in one batch and tell each; it is correct when it contains `expected`."""
+    """Draw `settings.count` responses in one batch and tell each; it is correct when it contains `expected`.
+
+    together: all processes do, for each has but a share of the model.
+    """
     job.progress(f"ask {phase}", 0, settings.count, unit="answers")
-    responses = generate(model, tokenizer, settings, prompt, seed)
+    responses = generate(model, tokenizer, settings, prompt, seed, together=together)
     for index, response in enumerate(responses):
         correct = None if expected is None else expected.casefold() in response.casefold()
         job.emit(Sample(phase=phase, index=index, prompt=prompt, response=response, expected=expected, correct=correct))
         job.progress(f"ask {phase}", index + 1, settings.count, unit="answers")
 
 
-def generate(model: Any, tokenizer: Any, settings: Samples, prompt: str, seed: int) -> list[str]:
+def generate(
+    model: Any, tokenizer: Any, settings: Samples, prompt: str, seed: int, *, together: bool = False
+) -> list[str]:
     """`settings.count` responses; the same ones for the same weights and seed. The RNG is left as it was found."""
     inputs = _inputs(model, tokenizer, prompt)
     greedy = settings.temperature == 0
@@ -41,6 +55,7 @@ def generate(model: Any, tokenizer: Any, settings: Samples, prompt: str, seed: i
             top_k=None,
             num_return_sequences=1 if greedy else settings.count,
             pad_token_id=tokenizer.pad_token_id,
+            synced_gpus=together,  # one that has come to its end goes on for the others
         )
     model.train(training)
     rows = [tokenizer.decode(row[inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() for row in output]

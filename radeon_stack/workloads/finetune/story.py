@@ -17,7 +17,17 @@ from radeon_stack.contracts.options import AUTO
 from radeon_stack.kernels import shipped
 from radeon_stack.kernels.liger import use_liger
 from radeon_stack.runs.events import Phase, Sample, read_events
-from radeon_stack.workloads.finetune import adapter, base, fp8, merging, ranks, sources, training, unsloth_backend
+from radeon_stack.workloads.finetune import (
+    adapter,
+    base,
+    fp8,
+    merging,
+    ranks,
+    sharded,
+    sources,
+    training,
+    unsloth_backend,
+)
 from radeon_stack.workloads.finetune.architectures import require_packable
 from radeon_stack.workloads.finetune.checkpoints import Checkpoint
 from radeon_stack.workloads.finetune.data import Rows
@@ -46,21 +56,26 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
     encoded = encode_rows(job, tokenizer, rows.rows, max_length=config.data.max_length, loss_on=config.data.loss_on)
     learnt, held_back = split(encoded, config.data.eval_share, config.train.seed)
     job.fact("data", data_facts(rows, learnt, held_back))
-    spread = config.train.parallel == "layers"
+    parallel = config.train.parallel
+    together = parallel == "sharded"
     model = loading.load_for_training(
-        job, folder, config.quantization, dtype, config.model_options.attention, spread=spread
+        job, folder, config.quantization, dtype, config.model_options.attention, parallel=parallel
     )
     job.fact("liger", liger(model, config))
     result: dict[str, Any] = {"samples": config.samples.count}
 
     def ask(phase: Phase, of: Any) -> None:
-        if question and config.samples.count and job.rank.first:
+        shared = together and phase != "merged"
+        if question and config.samples.count and (job.rank.first or shared):
             if of is not None:
-                sample(job, of, tokenizer, config.samples, phase, question, answer, config.train.seed)
+                settings, seed = config.samples, config.train.seed
+                sample(job, of, tokenizer, settings, phase, question, answer, seed, together=shared)
             result.update(score(job, phase))
 
     # What was asked before training was told by the attempt that this one continues.
     ask("before", None if checkpoint else model)
+    if together:
+        sharded.put_away(model)
     trainer = training.trainer_for(job, config, model, tokenizer, learnt, held_back)
     job.fact("train_arguments", train_arguments(trainer.args))
     job.fact("model", base.describe(trainer.model, folder, job.arguments.model))
@@ -70,8 +85,9 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
     if output := training.train(job, trainer, checkpoint, config.train.early_stopping):
         job.fact("trainer_output", output)
         result["train_seconds"] = output["train_runtime"]
-    ranks.part()
-    if not job.rank.first:
+    if not together:
+        ranks.part()
+    if not (job.rank.first or together):
         return result
     result["steps"] = trainer.state.global_step
     result["final_loss"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1]
@@ -79,14 +95,20 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
     job.fact("lora_after", adapter.statistics(trainer.model))
     result["peak_memory_bytes"] = base.peak_memory()
     ask("after", trainer.model)
+    if together:
+        ranks.part()
+    if not job.rank.first:
+        return result
     saved = merging.save_adapter(job, trainer.model, tokenizer)
     if config.export.merge:
         del trainer, model
         free_memory()
+        spread = parallel in ("layers", "sharded")
         with fp8.in_16_bit(job, folder, dtype) as whole:
             merged = merging.merge(job, whole, saved, tokenizer)
         if config.export.reload == "quantized":
-            ask("merged", loading.load_for_training(job, merged, config.quantization, dtype, AUTO, spread=spread))
+            over = "layers" if spread and torch.cuda.is_available() else "none"
+            ask("merged", loading.load_for_training(job, merged, config.quantization, dtype, AUTO, parallel=over))
         else:
             # What one card could not train does not fit it in 16 bit either.
             device = torch.device("cpu") if spread else base.device()

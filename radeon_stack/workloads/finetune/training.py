@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from radeon_stack.contracts.finetune import FinetuneConfig, Train
 from radeon_stack.kernels.adapters import add_experts_lora
-from radeon_stack.workloads.finetune import fp8, ranks, unsloth_backend
+from radeon_stack.workloads.finetune import ranks, unsloth_backend
 from radeon_stack.workloads.finetune.adapter import experts_alpha, load_into, lora_config
 from radeon_stack.workloads.finetune.batches import RowsTrainer, dataset
 from radeon_stack.workloads.finetune.callbacks import Evaluator, Ledger, Rate, Recompute, Teller, Watcher
@@ -56,7 +56,7 @@ def trainer_for(
     job.fact("batches", told)
     if config.lora.experts_rank:
         add_experts_lora(trainer.model, config.lora.experts_rank, experts_alpha(config.lora))
-    fp8.leave_to_each_process(trainer.model)
+    ranks.leave_to_each_process(trainer.model)
     if not unsloth and not config.train.offload_activations:
         trainer.add_callback(Recompute(job, config.speed))
     # In this order: a loss is told before it is judged.

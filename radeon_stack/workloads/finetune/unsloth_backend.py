@@ -48,7 +48,7 @@ class Loading:
         return cls(config.data.max_length + config.samples.max_new_tokens, bool(config.train.gradient_checkpointing))
 
     def load_for_training(
-        self, job: Job, folder: Path, quantization: Quantization, dtype: Any, attention: str, *, spread: bool = False
+        self, job: Job, folder: Path, quantization: Quantization, dtype: Any, attention: str, *, parallel: str = "none"
     ) -> Any:
         """The frozen base on the device. CheckError when it is not quantised as asked."""
         from radeon_stack.workloads.finetune import base, fp8
