@@ -84,7 +84,7 @@ def make_rootfs(suite: str, mirror: str | None) -> str:
 
 
 def quick_dpkg(root: Path) -> None:
-    """Before a Debian is written to `root`: its dpkg is not to wait for the disk at each file, as in Debian's images."""
+    """Before a Debian is written to `root`: its dpkg is not to wait for the disk at each file, as in Debian's own."""
     settings = root / "etc/dpkg/dpkg.cfg.d"
     settings.mkdir(parents=True)
     (settings / "unsafe-io").write_text("force-unsafe-io\n", encoding="utf-8")

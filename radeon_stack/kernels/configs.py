@@ -137,6 +137,8 @@ FP8 = {  # compiled and audited, not timed yet
         128: Tile(128, 64, 32, 8, 2),
     },
 }
+# CUDA's: as an H200 timed them with 128 experts of 2048 × 768 (benchmarks/tune_*_h200.json; from 64 rows on tune_rows,
+# tune_512 and tune_4096).
 TILES: dict[tuple[str, bool, Kind], dict[int, Tile]] = {
     ("cuda", False, "gated_forward"): {
         16: Tile(16, 32, 128, 4, 2),
