@@ -1,7 +1,7 @@
 """Times every tile that might serve, on the GPU that is here: what `kernels/configs.py` should have for it.
 
     PYTHONPATH=. python benchmarks/tune_kernels.py [--out FILE] [--only experts,linear] [--blocks 64,128]
-        [--commit HASH] [--workers N]
+        [--match REGEX] [--commit HASH] [--workers N]
 
 Sizes are Qwen3-30B-A3B's experts (128 of 2048 × 768, top 8) and an 8B model's linear layers. Kernels are compiled
 first, by several processes; then each candidate is timed without the host (a tile has nothing to do with it), medians.

@@ -50,7 +50,7 @@ def _shares(config: FinetuneConfig, gpus: tuple[Gpu, ...], asked: str | None) ->
         raise UsageError(
             "the base is shared out among several cards: among how many?",
             where=WHERE,
-            remedy="say it: --gpus 0,1 or --set train.processes=2",
+            remedy="say it: --gpus 0,1 or --set train.processes=2" if len(gpus) > 1 else "--set train.processes=2",
         )
     return count
 
@@ -60,6 +60,8 @@ def lines(found: Estimate, gpus: tuple[Gpu, ...], shares: int = 1) -> list[str]:
     rows = [(name, size, found.reasons[name]) for name, size in found.parts.items() if size]
     rows += [("tensors", found.tensors, "the peak that torch's allocator reports")]
     rows += [("runtime", RUNTIME, "contexts, workspaces, gaps: taken, not measured")]
+    if found.spare:
+        rows += [("can be spared", found.spare, "kept products: where they do not fit, a run does without")]
     rows += [("in all", found.total, "on one card" if shares == 1 else f"on each of {shares} cards")]
     if found.merged:
         rows += [("merged model", found.merged, "in 16 bit, read back when training is over and its memory is free")]

@@ -7,7 +7,7 @@ can compile all that will ever run.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -34,10 +34,16 @@ class Tile:
 Kind = Literal["gated_forward", "forward", "gated_backward", "backward"]
 
 
-def grouped_tile(family: str, kind: Kind, *, mean_rows: float, nf4: bool) -> Tile:
-    """For products over experts' rows; mean_rows: slots over experts. family: 'cuda' or 'hip'."""
+def grouped_tile(family: str, kind: Kind, *, mean_rows: float, nf4: bool, shared: int | None = None) -> Tile:
+    """For products over experts' rows; mean_rows: slots over experts. family: 'cuda' or 'hip'.
+
+    shared: bytes of shared memory that a program may have, where less than what the tiles were chosen for.
+    """
     tiles = TILES[family, nf4, kind]
-    return tiles[row_block(1.5 * mean_rows, tiles)]  # routing is uneven: most experts' rows in one tile
+    block = row_block(1.5 * mean_rows, tiles)  # routing is uneven: most experts' rows in one tile
+    if family == "cuda" and shared is not None and shared < HOPPERS_SHARED:
+        return replace(tiles[min(block, SMALL_BLOCK)], stages=2)
+    return tiles[block]
 
 
 def full_precision_tile() -> Tile:
@@ -87,6 +93,8 @@ def decode_once(family: str, rows: int) -> bool:
     return rows > DECODE_ONCE_ROWS[family]
 
 
+HOPPERS_SHARED = 227 << 10  # bytes; older and smaller CUDA cards have 99 KiB and more, on which nothing was timed
+SMALL_BLOCK = 64  # the largest row block there
 MAX_RANK = 128  # of adapters in a product's tile; at 64 rows the experts' way back spills a few registers on gfx11
 ADAPTER_STAGES = 2  # of the adapters' own small products
 LOW_RANK_WARPS = 8

@@ -7,6 +7,7 @@ torch.nn.Linear stores it), else over its rows (x · w: the way back, or a trans
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -46,12 +47,21 @@ def family(device: torch.device) -> str:
     return "hip" if torch.version.hip is not None and device.type == "cuda" else "cuda"
 
 
+@cache
+def shared_memory(device: torch.device) -> int | None:
+    """Bytes that a program may have on a CUDA card; None where that is not told."""
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    found: int | None = getattr(properties, "shared_memory_per_block_optin", None)
+    return found
+
+
 def tile_for(kind: Kind, weight: Weight, routing: Routing, dtype: torch.dtype) -> Tile:
     """The tile of a product of rows of `dtype` with this weight."""
     if dtype == torch.float32:
         return full_precision_tile()
-    mean = routing.size / routing.experts
-    return grouped_tile(family(weight.device), kind, mean_rows=mean, nf4=isinstance(weight, NF4))
+    mean, whose = routing.size / routing.experts, family(weight.device)
+    shared = shared_memory(weight.device) if whose == "cuda" else None
+    return grouped_tile(whose, kind, mean_rows=mean, nf4=isinstance(weight, NF4), shared=shared)
 
 
 def matmul(

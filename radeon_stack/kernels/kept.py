@@ -10,8 +10,9 @@ rank 64 those of all layers together take what a single layer's widest does. The
 memory that a step leaves is enough for them.
 
 The way back begins with the last layers, whose products would hardly have left before they are wanted. They stay on the
-device, and the link does not bound how many. While the last layer goes back its own are there in any case, kept or
-computed again; those of the one before it come on top, as elsewhere those do that are being fetched.
+device, and the link does not bound how many. While the last layer of the model goes back its own are there in any case,
+kept or computed again; those of the one before it come on top, as elsewhere those do that are being fetched. Where only
+some layers are computed again, which go back later, both may.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ MEASURED_PASSES = 3  # of which the quickest counts: in the first ones kernels a
 SETTLED_PASSES = 2  # after a decision, before it is judged: the host's memory is taken
 LONGER = 1.08  # than without: so much is too much
 SHARE_OF_DEVICE = 0.25  # of the memory that a step leaves: of two layers' products it is needed at once
-STAYING = 2  # last layers whose products stay on the device: so many layers' are there at once in any case
+STAYING = 2  # last layers whose products stay on the device
 KEEP = "radeon_keep"  # a module's attribute in the first pass: who takes its results
 GIVEN = "radeon_given"  # and in the second: what of them was kept
 
@@ -80,6 +81,8 @@ class Decision:
     """What a layer took a row without."""
     link: float = 0.0
     """Bytes a second."""
+    rows: float = float("inf")
+    """Of a pass at most. Of more nothing is kept: what room they leave is not known yet."""
 
 
 class Keeper:
@@ -94,6 +97,7 @@ class Keeper:
         self._clock = _Clock(len(layers) - 1)
         self._times: list[float] = []
         self._stack: list[Pass] = []
+        self._most = 0  # rows of a pass until now
 
     @contextmanager
     def first_pass(self, layer: nn.Module, hidden: Tensor) -> Iterator[Pass]:
@@ -106,7 +110,8 @@ class Keeper:
         elif layer is self._last:
             self._clock.end()
         kept: Pass = {}
-        takers = self._takers(layer, kept) if rows >= LEAST_ROWS else {}
+        fits = self.decision is not None and LEAST_ROWS <= rows <= self.decision.rows
+        takers = self._takers(layer, kept) if fits else {}
         for module, taker in takers.items():
             module.__dict__[KEEP] = taker
         try:
@@ -160,19 +165,23 @@ class Keeper:
 
     def _decide(self, rows: int) -> None:
         seconds = self._clock.read()
-        if rows >= LEAST_ROWS:
+        if self.decision and self._most > self.decision.rows:  # now it is known
+            self.decision = self._fitting(self._most, self.decision.row_seconds)
+        if rows >= max(LEAST_ROWS, self._most / 2):  # of fewer a row takes longer
             self._clock.begin(rows)
+        most, self._most = self._most, max(self._most, rows)
         if seconds is None:
             return
         self._times.append(seconds)
         if self.decision is None and len(self._times) == MEASURED_PASSES:
-            self.decision = self._fitting(rows, min(self._times))
+            self.decision = self._fitting(most, min(self._times))
             self._times.clear()
         elif self.decision and len(self._times) > SETTLED_PASSES and seconds > LONGER * self.decision.row_seconds:
             self.decision = replace(self.decision, names=self.decision.names[:-1])
             self._times.clear()
 
     def _fitting(self, rows: int, seconds: float) -> Decision:
+        """For passes of up to `rows`, the most until now: of what the largest left, a share."""
         link, room = self._link.bytes_per_second(), device_room(self._link.device) / rows
         layers = self._modules.values()
         small = sum(ITEM_BYTES * module.rank for layer in layers for module in layer.values())
@@ -180,7 +189,7 @@ class Keeper:
         room = SHARE_OF_DEVICE * (room - small * adapters)
         widest = max(map(candidates, layers), key=lambda one: sum(one.values()))
         names = fitting(widest, min(link * seconds, room))
-        return Decision(names, fitting(widest, room), adapters, seconds, link)
+        return Decision(names, fitting(widest, room), adapters, seconds, link, rows)
 
 
 class _Clock:

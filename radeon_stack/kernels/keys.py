@@ -13,7 +13,7 @@ def settle(kernel: Any) -> None:
     constants before it has found them: they count where the called function's key was already made for another kernel
     and else they do not. A kernel compiled first in one process is then not found by a process that launches it second.
     """
-    if kernel.hash is not None:
+    if getattr(kernel, "hash", "none under the interpreter") is not None:
         return
     for node in ast.walk(kernel.parse()):
         called = kernel.fn.__globals__.get(node.id) if isinstance(node, ast.Name) else None

@@ -31,7 +31,9 @@ NF4_BLOCK, ABSMAX_BLOCK = 64, 256
 EIGHT_BIT_BLOCK = 256
 HALF, FLOAT = 2, 4  # bytes
 TILE_TOKENS, TILE_WORDS = 4096, 32768
+SPARE = "kept products"
 KEPT_TOKENS = 1024  # of a pass that keeps products, at least (`LEAST_ROWS` of kernels/kept.py)
+KEPT_RANK = 128  # at most (`MAX_RANK` of kernels/configs.py)
 # Contexts of the runtime, its BLAS workspaces, and what the allocator cannot use for want of a fitting gap. Not
 # measured on a Radeon: taken.
 RUNTIME = 512 << 20
@@ -101,9 +103,14 @@ class Estimate:
         return sum(self.parts.values())
 
     @property
+    def spare(self) -> int:
+        """Of these, what a run does without where there is no room."""
+        return self.parts.get(SPARE, 0)
+
+    @property
     def total(self) -> int:
-        """With what the runtime takes besides."""
-        return self.tensors + RUNTIME
+        """What a card must have: with what the runtime takes besides, and without what can be spared."""
+        return self.tensors - self.spare + RUNTIME
 
 
 def training_of(config: FinetuneConfig, processes: int = 1, shares: int = 1) -> Training:
@@ -156,7 +163,7 @@ def estimate(model: ModelShape, training: Training) -> Estimate:
         "gradients": trained * wide * (2 if training.processes > 1 else 1),
         "optimizer": _optimizer(trained, training.optimizer, wide),
         "activations": activations,
-        "kept products": _products(model, training),
+        SPARE: _products(model, training),
     }
     reasons = {
         "weights in 4 bit": f"{in_4bit:,} parameters" + (", absmax quantised too" if training.double else ""),
@@ -170,7 +177,7 @@ def estimate(model: ModelShape, training: Training) -> Estimate:
         "optimizer": training.optimizer,
         "activations": f"{training.batch} × {training.length} tokens{' in packs' if training.packed else ''}, "
         + _kept(model, training),
-        "kept products": "of the adapters, where the card has room for them (speed.keep_products)",
+        SPARE: "of the adapters, where the card has room for them (speed.keep_products)",
     }
     if training.shares > 1:
         reasons |= {name: f"{reasons[name]}; a share of {training.shares}" for name in whole if shared[name]}
@@ -221,7 +228,8 @@ def _kept(model: ModelShape, training: Training) -> str:
 
 def _products(model: ModelShape, training: Training) -> int:
     """Bytes of the adapters' products in all layers that are computed again."""
-    if not (training.kept and training.quantized and training.tokens >= KEPT_TOKENS):
+    kept = training.kept and not training.offloaded and training.rank <= KEPT_RANK
+    if not (kept and training.quantized and training.tokens >= KEPT_TOKENS):
         return 0
     adapted = sum(_targeted(linear.name, training.targets) for linear in model.linears)
     return HALF * training.tokens * training.rank * adapted * _again(model, training) // model.layers

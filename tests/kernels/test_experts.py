@@ -273,6 +273,20 @@ def test_no_more_tiles_than_are_launched(m: int, tail: int) -> None:
         assert grouped.m_tiles(routing, Tile(m, 64, 64, 4, 1, tail=tail)) == most[size]
 
 
+@pytest.mark.parametrize("mean_rows", [1, 30, 64, 128, 256, 2000])
+def test_cards_with_less_shared_memory_have_tiles_that_fit(mean_rows: float) -> None:
+    from radeon_stack.kernels.configs import TILES, grouped_tile
+
+    for family, nf4, kind in TILES:
+        if family != "cuda":
+            continue
+        tile = grouped_tile("cuda", kind, mean_rows=mean_rows, nf4=nf4, shared=99 << 10)
+        columns = tile.n * (2 if kind == "gated_forward" else 1)
+        assert (tile.m + tile.tail + columns) * tile.k * 2 * tile.stages <= 99 << 10
+        assert tile.m * columns * 4 <= 99 << 10, "accumulators on their way to another order"
+        assert grouped_tile("cuda", kind, mean_rows=mean_rows, nf4=nf4, shared=227 << 10).m >= tile.m
+
+
 def test_turned_tiles_are_for_what_fits_them() -> None:
     from radeon_stack.kernels.configs import Tile
 

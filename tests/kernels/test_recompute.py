@@ -393,7 +393,27 @@ def test_as_much_of_the_last_layers_stays_as_the_device_has_room_for_whatever_th
     keeper.decision = None
     for _ in range(3):
         step(model)
-    assert keeper.decision == kept.Decision((), last, bool(last), 0.010, 0.0)
+    assert keeper.decision == kept.Decision((), last, bool(last), 0.010, 0.0, rows=14)
+
+
+def test_of_more_rows_than_it_was_decided_for_nothing_is_kept_until_it_is_known_what_they_leave(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = small("llama")
+    monkeypatch.setattr(link.Link, "bytes_per_second", lambda _: 1e9)
+    monkeypatch.setattr(kept, "device_room", lambda _: 1 << 30)
+    keeper = keeper_of(model, monkeypatch, took=(0.5, 0.011, 0.010))
+    keeper.decision = None
+
+    def keeps(rows: int) -> bool:
+        with keeper.first_pass(keeper._first, torch.zeros(1, rows, 64)):
+            return any(kept.KEEP in vars(module) for module in model.modules())
+
+    for rows in (9, 12, 5, 7):
+        model(input_ids=torch.full((1, rows), 5, device=DEVICE), use_cache=False).logits.sum().backward()
+    assert keeper.decision is not None and keeper.decision.rows == 12
+    assert keeps(12) and keeps(3) and not keeps(13)
+    assert keeps(13) and keeper.decision.rows == 13
 
 
 def test_what_the_host_has_no_room_for_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:

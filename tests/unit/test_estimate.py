@@ -123,7 +123,11 @@ def test_the_adapters_products_of_layers_that_are_computed_again_are_kept(llama:
     assert products(4) == 32 * 7 * 4 * 2048 * 64 * 2
     assert products(4, every=2) == products(2) == products(4) // 2
     assert products(4, targets=ATTENTION) == products(4) * 4 // 7
-    assert not any((products(4, kept=False), products(4, checkpointing=False), products(4, quantized=False)))
+    without = ({"kept": False}, {"checkpointing": False}, {"quantized": False}, {"offloaded": True})
+    assert not any(products(4, **settings) for settings in without)
+    assert not estimate(llama, Training(4, 2048, 256, kept=True)).spare
+    told = estimate(llama, Training(4, 2048, 64, kept=True))
+    assert told.total == estimate(llama, Training(4, 2048, 64)).total, "a card that is too small does without"
     assert not estimate(llama, Training(1, 512, 64, kept=True)).parts["kept products"]  # so few are not worth it
 
 
@@ -266,7 +270,7 @@ def test_the_estimate_is_a_table_or_json_and_starts_nothing(cli: Cli, tmp_path: 
     shared = cli(*words, "--set", "train.parallel=sharded", "--set", "train.processes=2").out
     assert "on each of 2 cards" in shared and "3 of 32 layers: one computes" in shared and "a share of 2" in shared
     unsaid = cli(*words, "--set", "train.parallel=sharded")
-    assert unsaid.code == 2 and "among how many?" in unsaid.error and "--gpus 0,1" in unsaid.error
+    assert unsaid.code == 2 and "among how many?" in unsaid.error and "train.processes=2" in unsaid.error
     assert not (home / "runs").exists()
 
 

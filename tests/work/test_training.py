@@ -390,6 +390,13 @@ def test_bitsandbytes_comes_without_inductor_and_leaves_compiling_to_those_who_a
         "bring_bitsandbytes()\n"
         "print('bitsandbytes' in sys.modules, 'torch._inductor.compile_fx' in sys.modules)\n"
         "print(os.environ.get('TORCHDYNAMO_DISABLE'))\n"
+        "import torch\n"
+        "compiled = []\n"
+        "def backend(graph, _):\n"
+        "    compiled.append(graph)\n"
+        "    return graph.forward\n"
+        "torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))\n"
+        "print(len(compiled))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "False", "None"]
+    assert done.stdout.split() == ["True", "False", "None", "1"]
