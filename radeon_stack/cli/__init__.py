@@ -91,6 +91,9 @@ def main() -> None:
         if debug:
             raise
         code = fail(str(error), error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:  # its message is the help
+        error.show()
+        code = Exit.USAGE
     except click.UsageError as error:
         usage = error.ctx.command_path if error.ctx else "radeon-stack"
         code = fail(error.format_message(), Exit.USAGE, f"see: {usage} --help")

@@ -40,6 +40,14 @@ def test_the_help_listed_for_a_command_is_its_own(name: str) -> None:
     assert (command.help or "").splitlines()[0].strip() == COMMANDS[name][1]
 
 
+@pytest.mark.parametrize("words", [(), ("runs",), ("image",)])
+def test_a_group_without_a_command_shows_its_help(cli: Cli, words: tuple[str, ...]) -> None:
+    told = cli(*words)
+    assert told.code == Exit.USAGE and not told.out
+    assert told.err.splitlines() == cli(*words, "--help").out.splitlines()
+    assert len(told.err.splitlines()) > 10
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
