@@ -81,9 +81,9 @@ def decode_experts_once(family: str, mean_rows: float) -> bool:
 
     One matrix of the layer is then in 16 bit for the time of one product. Measured on an H200 with 128 experts of
     2048 × 768 (benchmarks/tune_rows_h200.json and tune_4096_h200.json): to decode both matrices takes 0.39 ms. At 256
-    rows an expert the products over columns take 0.94 ms packed and 0.69 in 16 bit, those down the rows 1.22 and 0.90:
-    with twice the rows decoding is won back, with half as many more it is about even. On AMD there is nothing to go
-    by: never.
+    rows an expert the products over columns take 0.94 ms packed and 0.69 in 16 bit, those down the rows 1.22 and 0.90.
+    Growing with the rows, these win decoding back from 300 to 400 rows on: counted, not timed. On AMD there is nothing
+    to go by: never.
     """
     return mean_rows > DECODE_EXPERTS_ONCE_ROWS[family]
 

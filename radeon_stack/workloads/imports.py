@@ -12,7 +12,7 @@ NOT_COMPILED = "TORCHDYNAMO_DISABLE"
 
 
 @contextmanager
-def kept() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """What is imported in here stays: the collector looks it through neither while it comes nor again and again."""
     gc.disable()
     try:

@@ -17,6 +17,7 @@ peft = pytest.importorskip("peft", reason="needs the packages of the extra 'work
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the packages of the extra 'work'")
 
 from radeon_stack.kernels import adapters, experts, interface, kept, linear, link, nf4, recompute  # noqa: E402
+from radeon_stack.kernels.configs import MAX_RANK  # noqa: E402
 from radeon_stack.launch import estimate  # noqa: E402
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
@@ -309,8 +310,8 @@ def test_adapters_products_are_gone_when_the_way_back_is_over(monkeypatch: pytes
     assert keeper.close() == {"kept": [], "last": [], "adapters": True}
 
 
-def test_the_estimate_knows_from_how_many_rows_on() -> None:
-    assert estimate.KEPT_TOKENS == kept.LEAST_ROWS
+def test_the_estimate_knows_from_how_many_rows_on_and_up_to_which_rank() -> None:
+    assert estimate.KEPT_TOKENS == kept.LEAST_ROWS and estimate.KEPT_RANK == MAX_RANK
 
 
 @pytest.mark.parametrize(("room", "low"), [(4 * LAYERS * 7 * RANK * 2, True), (4 * LAYERS * 7 * RANK * 2 - 1, False)])

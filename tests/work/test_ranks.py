@@ -114,7 +114,7 @@ def test_the_losses_are_those_of_one_process_with_the_same_global_batch_and_only
     shared = cli(*several(processes, 1, "train.parallel=sharded", *more_sets))
     assert shared.code == Exit.OK, shared.err
     held_to(shared.json, one.json, steps=6)
-    assert adapter_of(shared.json) == adapter_of(more.json)
+    assert losses(shared.json) == losses(more.json) and adapter_of(shared.json) == adapter_of(more.json)
     told = shared.json["facts"]["shares"]
     assert 0.5 <= told["share_bytes"] / told["layers_bytes"] < 0.51
     left = more.json["facts"]["model"]["memory_bytes"] - shared.json["facts"]["model"]["memory_bytes"]

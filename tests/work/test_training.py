@@ -375,9 +375,9 @@ def test_what_is_there_before_training_is_looked_through_again_after_it(monkeypa
 def test_what_was_imported_is_not_looked_through_again() -> None:
     import gc
 
-    from radeon_stack.workloads.imports import kept
+    from radeon_stack.workloads.imports import uncollected
 
-    with kept():
+    with uncollected():
         assert not gc.isenabled()
     assert gc.isenabled() and gc.get_freeze_count() > 0
     gc.unfreeze()

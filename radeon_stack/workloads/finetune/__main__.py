@@ -18,7 +18,7 @@ from radeon_stack.workloads.finetune.evaluation import require_evaluation
 from radeon_stack.workloads.finetune.memory import advice, cpu_shortage, shortage
 from radeon_stack.workloads.finetune.packing import require_batching
 from radeon_stack.workloads.finetune.resident import available, most_resident, resident
-from radeon_stack.workloads.imports import bring_bitsandbytes, kept
+from radeon_stack.workloads.imports import bring_bitsandbytes, uncollected
 from radeon_stack.workloads.job import Job, Sizes, carry_out, read_config
 from radeon_stack.workloads.ranks import leave
 
@@ -43,7 +43,7 @@ def work(job: Job) -> dict[str, Any]:
         if config.data.packing:
             require_packable(folder, config.data.max_length)
     job.progress("import", 0, 1, note="torch, transformers, peft, trl")
-    with kept():
+    with uncollected():
         if config.backend == "unsloth":
             unsloth_backend.bring(job.arguments.cache)
         bring_bitsandbytes()
