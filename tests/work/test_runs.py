@@ -96,7 +96,7 @@ def test_killed_at_a_random_step_and_resumed_the_loss_curve_is_the_uninterrupted
 def test_so_is_the_one_of_packed_experts_and_their_adapters(
     cli: Cli, tiny_run: tuple[str, ...], tiny_model: Path, home: Path, tmp_path: Path
 ) -> None:
-    model = small_model("Qwen3MoeForCausalLM", tmp_path / "model", tiny_model)
+    model = small_model("Qwen3MoeForCausalLM", tmp_path / "model", tiny_model, num_experts=64)
     words = ["train-qwen-moe" if word == "train-llama" else word for word in tiny_run]
     run_it = [str(model) if word == str(tiny_model) else word for word in words]
     whole = cli(*run_it, *LOCAL)
