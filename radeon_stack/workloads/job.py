@@ -26,6 +26,8 @@ from radeon_stack.workloads.ranks import ALONE, Rank, end_with_the_launcher, los
 # Seconds that a process outlives the one it lost: torchrun, which looks every tenth of one, tells of the first that it
 # finds ended, and would take this one for the cause.
 AFTER_ANOTHER = 1.0
+# oneDNN, which multiplies on a CPU: it has found how, and has no memory for it. It does not say of how much.
+ONEDNN = "could not create a primitive"
 
 
 class StopRequested(BaseException):
@@ -216,7 +218,8 @@ def _wants_memory(error: Exception) -> bool:
     if type(error).__name__ in ("OutOfMemoryError", "MemoryError", "_ArrayMemoryError"):
         return True
     told = str(error)[:1000]
-    return isinstance(error, RuntimeError) and ("out of memory" in told or "can't allocate memory: you tried" in told)
+    known = "out of memory" in told or "can't allocate memory: you tried" in told or told.strip() == ONEDNN
+    return isinstance(error, RuntimeError) and known
 
 
 def _first_line(error: BaseException) -> str:

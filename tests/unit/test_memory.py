@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from radeon_stack.contracts.finetune import Data, Export, FinetuneConfig, Lora, Quantization, Train
 from radeon_stack.runs import events as ev
 from radeon_stack.workloads.finetune.memory import Shortage, advice, cpu_shortage, fitting_batch, shortage
-from radeon_stack.workloads.job import Arguments, Job, Sizes, _failure
+from radeon_stack.workloads.job import ONEDNN, Arguments, Job, Sizes, _failure
 
 GIB = 1 << 30
 # Real ones: ComfyUI#9529, ROCm/TheRock#2118, VSmTrans#3, NeuroLens#2 (shortened at their ends).
@@ -169,10 +169,19 @@ def test_a_cpus_message_has_its_figures_too() -> None:
     assert found == Shortage(9 * GIB, 2 * GIB, 6 * GIB, 6 * GIB) and found.short == 5 * GIB
 
 
+def test_one_that_does_not_say_how_much_it_wanted_is_told_with_what_is_in_use() -> None:
+    found = cpu_shortage(ONEDNN, most=3 * GIB, reachable=4 * GIB)
+    assert found is not None
+    told = advice(found, config(), stage="train", held=GIB)
+    assert told.short == "3 GiB of 4 GiB in use, and more asked for"
+    assert told.where == "config.train.batch_size" and "--set train.batch_size=" in told.remedy
+    assert cpu_shortage(f"{ONEDNN} descriptor for the matmul primitive", most=3 * GIB, reachable=4 * GIB) is None
+
+
 @pytest.mark.parametrize(
     "error",
-    [MemoryError("no"), RuntimeError("HIP error: out of memory"), RuntimeError(HIP)],
-    ids=["python", "hip", "torch"],
+    [MemoryError("no"), RuntimeError("HIP error: out of memory"), RuntimeError(HIP), RuntimeError(ONEDNN)],
+    ids=["python", "hip", "torch", "onednn"],
 )
 def test_every_way_to_want_memory_is_one_error_with_the_workloads_own_remedy(tmp_path: Path, error: Exception) -> None:
     job = Job(Arguments(tmp_path, tmp_path, "", None, False), lambda event: None, Sizes("config.x", "make x smaller"))

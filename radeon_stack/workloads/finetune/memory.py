@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 
 from radeon_stack.contracts.finetune import FinetuneConfig
-from radeon_stack.workloads.job import Sizes
+from radeon_stack.workloads.job import ONEDNN, Sizes
 
 HEADROOM = 0.9
 LENGTH_STEP = 64  # proposed lengths are multiples of it: whole tiles, and RS-KI-001 spares them
@@ -34,7 +34,7 @@ MAX_MESSAGE = 10_000
 class Shortage:
     """Bytes: `asked` for in vain while `allocated` were in use; `reachable` is all that this process could have had.
 
-    `total` is the device's memory, or what it is allowed of it.
+    `asked` is 0 where the message does not say; `total` is the device's memory, or what it is allowed of it.
     """
 
     asked: int
@@ -69,20 +69,28 @@ def cpu_shortage(message: str, *, most: int, reachable: int) -> Shortage | None:
     The most, for what it had at the error has been given back in part by the time that anybody can look.
     """
     asked = _CPU.search(message[:MAX_MESSAGE])
-    return Shortage(int(asked[1]), min(most, reachable), reachable, reachable) if asked else None
+    if not asked and message.strip() != ONEDNN:
+        return None
+    return Shortage(int(asked[1]) if asked else 0, min(most, reachable), reachable, reachable)
 
 
 def advice(found: Shortage, config: FinetuneConfig, *, stage: str, held: int) -> Sizes:
     """What is short, and what to change by how much. `held`: bytes between two steps, 0 where no step had begun."""
-    what = f"{_gib(found.short)} short of {_gib(found.total)}" if found.short > 0 else _SPLIT.format(_gib(found.asked))
-    told = f"{what} ({_gib(found.allocated)} in use, {_gib(found.asked)} more asked for)"
+    told = _told(found)
     if stage not in ("train", "evaluate") or not held:
         return Sizes(*_other_stage(stage, config), told)
     where, remedy = _smaller(found, config, held)
     return Sizes(where, remedy, told)
 
 
-_SPLIT = "{} asked for in one piece, which is free only in several"
+def _told(found: Shortage) -> str:
+    """What was missing, in words."""
+    if not found.asked:
+        return f"{_gib(found.allocated)} of {_gib(found.total)} in use, and more asked for"
+    what = f"{_gib(found.asked)} asked for in one piece, which is free only in several"
+    if found.short > 0:
+        what = f"{_gib(found.short)} short of {_gib(found.total)}"
+    return f"{what} ({_gib(found.allocated)} in use, {_gib(found.asked)} more asked for)"
 
 
 def _smaller(found: Shortage, config: FinetuneConfig, held: int) -> tuple[str, str]:
