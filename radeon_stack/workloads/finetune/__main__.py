@@ -64,7 +64,10 @@ def folder_before_torch(job: Job) -> Path | None:
 
 def sizes_that_fit(job: Job, config: FinetuneConfig, error: Exception) -> Sizes | None:
     """What to change after an error for want of memory; None where it has no figures."""
-    found = shortage(str(error)) or cpu_shortage(str(error), most=most_resident(), reachable=resident() + available())
+    found = shortage(str(error))
+    torch = sys.modules.get("torch")
+    if found is None and (torch is None or not torch.cuda.is_available()):
+        found = cpu_shortage(str(error), most=most_resident(), reachable=resident() + available())
     return advice(found, config, stage=job.stage, held=job.held) if found else None
 
 

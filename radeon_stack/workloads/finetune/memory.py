@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 
 from radeon_stack.contracts.finetune import FinetuneConfig
-from radeon_stack.workloads.job import ONEDNN, Sizes
+from radeon_stack.workloads.job import Sizes
 
 HEADROOM = 0.9
 LENGTH_STEP = 64  # proposed lengths are multiples of it: whole tiles, and RS-KI-001 spares them
@@ -63,14 +63,13 @@ def shortage(message: str) -> Shortage | None:
     return Shortage(_bytes(asked.groups()), used, min(reachable, capacity), capacity)
 
 
-def cpu_shortage(message: str, *, most: int, reachable: int) -> Shortage | None:
-    """The same of torch's message on a CPU, with the most that the process had, and could have, of main memory (bytes).
+def cpu_shortage(message: str, *, most: int, reachable: int) -> Shortage:
+    """The same on a CPU, with the most that the process had, and could have, of main memory (bytes).
 
-    The most, for what it had at the error has been given back in part by the time that anybody can look.
+    The most, for what it had at the error has been given back in part by the time that anybody can look. Of those who
+    want memory there torch's allocator alone says how much.
     """
     asked = _CPU.search(message[:MAX_MESSAGE])
-    if not asked and message.strip() != ONEDNN:
-        return None
     return Shortage(int(asked[1]) if asked else 0, min(most, reachable), reachable, reachable)
 
 
