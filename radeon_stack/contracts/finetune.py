@@ -134,6 +134,11 @@ class Speed(Section):
         True, description="4-bit linear layers and their adapters as one operation of ours, on a GPU; false: PEFT's"
     )
     liger: bool = Field(True, description="Liger's fused RMSNorm, RoPE, SwiGLU and GeGLU, on a GPU; false: torch's")
+    head: bool = Field(
+        True,
+        description="the loss from logits made once, on a GPU, where the head is a frozen matrix; false: TRL's, which"
+        " makes them again on the way back",
+    )
     keep_products: bool = Field(
         True,
         description="where layers are computed again, the host's memory keeps as many of their products as it is faster"

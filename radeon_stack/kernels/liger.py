@@ -4,7 +4,7 @@ liger-kernel (https://github.com/linkedin/Liger-Kernel) knows each family's rule
 fused gate_up, Qwen3's norms of q and k); transformers' `apply_liger_kernel` puts it into an instance, projections and
 adapters staying the modules they are. Three things are left out:
 
-- its loss: TRL's head (1.16) makes no whole logits either, and refuses Liger's, which would take the place of its
+- its loss: ours (`head.py`) is of the same form, and TRL (1.16) refuses Liger's, which would take the place of its
   forward. TRL's own flag, `use_liger_kernel`, is deprecated for kernels fetched from a hub while a run starts.
 - experts, which are ours, and with them everything inside a mixture-of-experts block.
 - what it does to transformers' classes, which would change models that are loaded later, on a CPU too.

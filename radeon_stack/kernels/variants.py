@@ -15,6 +15,7 @@ from typing import Any
 from radeon_stack.kernels import configs
 from radeon_stack.kernels.configs import FP8_DECODE_BLOCK, Kind, Tile
 from radeon_stack.kernels.jit import decode, fp8, grouped, linear, routing
+from radeon_stack.kernels.jit.head import score_rows
 from radeon_stack.kernels.variant import Variant
 
 EXPERTS = {"EXPERTS": 128, "PADDED": 128}  # Qwen3-30B-A3B's
@@ -38,7 +39,7 @@ WEIGHT = ("w", "absmax", "code", "nested_absmax", "nested_code", "nested_offset"
 def variants(arch: str) -> tuple[Variant, ...]:
     """All of them for an AMD target ("gfx1201", …). Every target has the same: the tables know a family only."""
     del arch
-    return (*_experts(), *_gradients(), *_dense(), *_fp8(), *_routing())
+    return (*_experts(), *_gradients(), *_dense(), *_fp8(), *_routing(), *_head())
 
 
 def _experts() -> Iterator[Variant]:
@@ -175,6 +176,14 @@ def _routing() -> Iterator[Variant]:
         yield _variant(f"router {tokens}", routing.router_forward, constants, {"index": "*i64"}, dot=False)
         constants = {**router, **after}
         yield _variant(f"router back {tokens}", routing.router_backward, constants, {"index": "*i64"}, dot=False)
+
+
+def _head() -> Iterator[Variant]:
+    types = {"targets": "*i64", "log_probs": "*fp32", "entropy": "*fp32", "is_top1": "*i8", "scale": "fp32"}
+    for gradient, dtype in ((True, "*bf16"), (False, "*bf16"), (True, "*fp16")):
+        name = f"head scores{'' if gradient else ', not trained'}{' fp16' if dtype == '*fp16' else ''}"
+        constants = {"GRADIENT": gradient, "BLOCK": configs.HEAD_BLOCK}
+        yield _variant(name, score_rows, constants, types, dtype=dtype, warps=configs.HEAD_WARPS, dot=False)
 
 
 def _grouped(

@@ -6,9 +6,9 @@
 **Activations** are counted, not guessed. `tests/work/test_estimate.py` runs transformers' own Llama and Qwen3-MoE with
 TRL's loss, with Liger's kernels and without, and counts every live tensor; the coefficients below are the slopes of
 these counts: bytes a token, h the hidden size, f the intermediate, k the width of keys or values, e of experts a token,
-r the rank. They hold for bf16, sdpa's fused kernels, no dropout, and TRL's head (1.16), which never makes the logits
-whole: it works on tiles of 4096 tokens by 32768 words (`trl/kernels/chunked_logprob.py`,
-`_CHUNKED_LOGPROB_CHUNK_SIZE`).
+r the rank. They hold for bf16, sdpa's fused kernels, no dropout, and heads that never make the logits whole: ours
+takes 256 MiB of them at once (`TILE_BYTES` of `kernels/head.py`), TRL's (1.16) tiles of 4096 tokens by 32768 words
+(`trl/kernels/chunked_logprob.py`, `_CHUNKED_LOGPROB_CHUNK_SIZE`).
 
 **Kept products** are those of the adapters, x·aᵀ, of all layers that are computed again (`kernels/kept.py`). A run does
 without them where they would be more than a share of what its steps leave. One layer's wider ones are there besides at
@@ -30,7 +30,8 @@ from radeon_stack.launch.model_shape import ModelShape
 NF4_BLOCK, ABSMAX_BLOCK = 64, 256
 EIGHT_BIT_BLOCK = 256
 HALF, FLOAT = 2, 4  # bytes
-TILE_TOKENS, TILE_WORDS = 4096, 32768
+TILE_TOKENS, TILE_WORDS = 4096, 32768  # of TRL's head
+TILE_BYTES = 256 << 20  # of ours
 SPARE = "kept products"
 KEPT_TOKENS = 1024  # of a pass that keeps products, at least (`LEAST_ROWS` of kernels/kept.py)
 KEPT_RANK = 128  # at most (`MAX_RANK` of kernels/configs.py)
@@ -77,6 +78,8 @@ class Training:
     prepared: bool = False
     fused: bool = False
     """Liger's kernels are in the model: norms keep no float32 copy, the gate no product of its own."""
+    head: bool = False
+    """Ours in the place of TRL's."""
     packed: bool = False
     """Rows share sequences, all of `length`, and attention is told by a mask which of them are one row."""
     merged: bool = False
@@ -136,6 +139,7 @@ def training_of(config: FinetuneConfig, processes: int = 1, shares: int = 1) -> 
         processes=processes,
         shares=shares,
         fused=config.speed.liger,
+        head=config.speed.head,
         packed=config.data.packing,
         merged=config.export.merge and config.export.reload != "quantized",
     )
@@ -202,7 +206,7 @@ def layers(model: ModelShape, training: Training) -> int:
         tokens * _working(model, training) + _scores(model, training, 6),
         tokens * (16 * h + _narrow(model, training)) + _scores(model, training, 12),
     ) + _apart(model, training, mask=3)
-    head = tokens * 10 * h + min(tokens, TILE_TOKENS) * TILE_WORDS * HALF
+    head = _head(model, training)
     largest = max(linear.parameters for linear in model.linears)
     decoded = largest * HALF if training.quantized or training.eight else 0
     again = _again(model, training)
@@ -212,6 +216,16 @@ def layers(model: ModelShape, training: Training) -> int:
         inputs = (1 if training.offloaded else again) * tokens * h * stream
         return kept + inputs + max(working + decoded, head)
     return kept + max(max(working - saved, 0) + decoded, head)
+
+
+def _head(model: ModelShape, training: Training) -> int:
+    """Bytes at the head's peak, from the last layer's result on: ours has a gradient a token, TRL's sums in float32."""
+    tokens, h = training.tokens, model.hidden
+    if training.head:
+        logits = tokens * (model.words or TILE_WORDS) * HALF
+        pieces = -(-logits // TILE_BYTES)
+        return tokens * (8 if training.fused else 10) * h + logits // pieces
+    return tokens * 10 * h + min(tokens, TILE_TOKENS) * TILE_WORDS * HALF
 
 
 def _again(model: ModelShape, training: Training) -> int:

@@ -49,6 +49,7 @@ class ModelConfig(BaseModel):
     tie_word_embeddings: bool = False
     moe_intermediate_size: Width | None = None
     num_experts_per_tok: Few | None = None
+    vocab_size: Width | None = None
     quantization_config: dict[str, Any] | None = None
 
 
@@ -73,7 +74,8 @@ class ModelShape:
 
     `linears` are what a 4-bit loader quantises and LoRA adapts, the output head left out; `experts` the elements of
     fused or separate experts, `kept` those that stay in 16 bit (embeddings, head, norms, routers, biases). A head that
-    is tied to the embeddings is counted once. `expert_width` and `experts_per_token` are 0 without experts.
+    is tied to the embeddings is counted once. `expert_width` and `experts_per_token` are 0 without experts, and
+    `words` where nothing says how many the head knows.
     """
 
     hidden: int
@@ -87,6 +89,7 @@ class ModelShape:
     kept: int
     expert_width: int = 0
     experts_per_token: int = 0
+    words: int = 0
 
     @property
     def quantizable(self) -> int:
@@ -143,6 +146,7 @@ def shape_of(config: ModelConfig, tensors: Mapping[str, tuple[int, ...]], where:
         kept=kept,
         expert_width=(config.moe_intermediate_size or config.intermediate_size or 0) if experts else 0,
         experts_per_token=(config.num_experts_per_tok or 1) if experts else 0,
+        words=config.vocab_size or 0,
     )
 
 

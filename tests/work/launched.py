@@ -22,6 +22,7 @@ from torch import Tensor
 
 from radeon_stack.kernels.experts import Adapter, gated_experts
 from radeon_stack.kernels.fp8 import Fp8Weight, fp8_linear
+from radeon_stack.kernels.head import score
 from radeon_stack.kernels.launch import launch
 from radeon_stack.kernels.linear import nf4_linear
 from radeon_stack.kernels.nf4 import NF4, decode
@@ -36,6 +37,7 @@ QWEN = ((4096, 2048), (512, 2048), (2048, 4096))
 EXPERTS, TOP_K, WIDTH, INNER = 128, 8, 2048, 768  # Qwen3-30B-A3B's
 ROWS = (1, 16, 17, 33, 65, 129, 300, 512, 513, 5120)
 TOKENS = (1, 5, 40, 170, 200, 400, 1024, 4096)
+WORDS = {"train-qwen-moe": (151936, WIDTH)}  # [words, columns] of the heads; Llama-3.1-8B's is that of the others
 FEW_TOKENS = (1, 40, 170, 400)  # of the row blocks for which adapters of experts are shipped
 Step = Callable[[], object]
 
@@ -150,6 +152,8 @@ def steps() -> Iterator[tuple[str, Step]]:
                 continue
             for trained in (True, False):
                 yield told, dense(rows, n, k, double=quantization["double"], rank=rank, trained=trained)
+        for trained in (True, False):
+            yield f"{name}, the head, trained {trained}", head(*WORDS.get(name, (128256, 4096)), trained=trained)
         if "experts" in quantization:
             few = recipe["presets"]["experts"]["config"]["lora"]["experts_rank"]
             for rank, tokens in (*product((config["lora"]["experts_rank"],), TOKENS), *product((few,), FEW_TOKENS)):
@@ -164,6 +168,14 @@ def dense(rows: int, n: int, k: int, *, double: bool, rank: int, trained: bool =
         a, b = tensor(rank, k, dtype=torch.float32), tensor(n, rank, dtype=torch.float32)
         x = tensor(1, rows * k + offset)[:, offset:].view(1, rows, k)
         _there_and_back(lambda: nf4_linear(x, packed(n, k, double=double), a, b, 1.0), trained)
+
+    return step
+
+
+def head(words: int, width: int, *, trained: bool) -> Step:
+    def step() -> None:
+        targets, index = (plain(300, dtype=torch.int64) for _ in range(2))
+        _there_and_back(lambda: score(tensor(300, width), plain(words, width), targets, index).log_probs, trained)
 
     return step
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from tests.work.models import folder_of
 pytestmark = pytest.mark.work
 WORDS = 64  # the head's tiles are as small: its own test has them large
 
+NARROW = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
+NARROW |= {"num_hidden_layers": 1}
 LLAMA = {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8, "num_key_value_heads": 2}
 MOE = {"hidden_size": 512, "moe_intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2}
 MOE |= {"head_dim": 64, "num_experts": 8, "num_experts_per_tok": 4}
@@ -53,6 +56,10 @@ def difference(kind: str, sizes: dict[str, Any], folder: Path, training: Trainin
     from tests.work.counting import peak_of_a_step
 
     model, shape = made(kind, sizes, folder, training)
+    if training.head:
+        from radeon_stack.workloads.finetune.loss import use_head
+
+        assert use_head(model.get_base_model()) == "on"
     if training.fused:
         from radeon_stack.kernels.liger import use_liger
 
@@ -68,10 +75,12 @@ def idle_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     backends = pytest.importorskip("liger_kernel.backends", reason="needs liger-kernel (the extra 'dev')")
     backends.available_impls("rope")  # looked for once: errors of those that are not there would hold a step's tensors
     from radeon_stack.kernels import liger
+    from radeon_stack.workloads.finetune import loss
 
     jit = pytest.importorskip("triton.runtime.jit", reason="needs triton (the extra 'dev')")
     monkeypatch.setattr(jit.JITFunction, "run", lambda *arguments, **named: None)
-    monkeypatch.setattr(liger, "can_run_on", lambda device: True)
+    for module in (liger, loss):
+        monkeypatch.setattr(module, "can_run_on", lambda device: True)
     for kind in ("llama", "qwen3_moe"):
         module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
         monkeypatch.setattr(module, liger.ROPE, getattr(module, liger.ROPE))
@@ -143,10 +152,20 @@ def test_eager_attention_takes_what_was_estimated(tmp_path: Path) -> None:
     assert abs(difference("Llama", LLAMA | {"num_hidden_layers": 2}, tmp_path, training)) < TOLERANCE
 
 
-def test_the_head_takes_a_tile_and_never_the_whole_logits(tmp_path: Path) -> None:
+def test_trls_head_takes_a_tile_and_never_the_whole_logits(tmp_path: Path) -> None:
     training = Training(2, 512, 16, quantized=False)
-    narrow = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
-    assert abs(difference("Llama", narrow | {"num_hidden_layers": 1}, tmp_path, training)) < TOLERANCE
+    assert abs(difference("Llama", NARROW, tmp_path, training)) < TOLERANCE
+
+
+@pytest.mark.usefixtures("idle_kernels")
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("words", "tokens"), [(40_000, 512), (200_000, 2048)], ids=["all at once", "piece by piece"])
+def test_ours_takes_as_many_logits_as_it_makes_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fused: bool, words: int, tokens: int
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "WORDS", words)
+    training = Training(1, tokens, 16, quantized=False, head=True, fused=fused)
+    assert abs(difference("Llama", NARROW | {"hidden_size": 512}, tmp_path, training)) < TOLERANCE
 
 
 @pytest.mark.parametrize("rank", [0, 3])

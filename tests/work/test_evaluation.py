@@ -100,6 +100,25 @@ def test_training_ends_when_nothing_is_better_and_the_best_adapter_is_taken(
         assert torch.equal(weight, taken[name]), name
 
 
+def test_figures_that_wait_until_a_step_is_told_are_those_that_trl_tells(tiny_model: Path, tmp_path: Path) -> None:
+    from radeon_stack.workloads.finetune import training
+
+    settings = config(steps=4, gradient_accumulation=2, eval_every=2, learning_rate=1e-2)
+    told: dict[str, list[dict[str, float]]] = {}
+    for name in ("waiting", "trl"):
+        job, events = job_in(tmp_path / name)
+        trained = trainer(job, tiny_model, settings)
+        trained.tally = trained.tally if name == "waiting" else None
+        training.train(job, trained, None)
+        told[name] = [event.values for event in events if isinstance(event, ev.Metric)]
+    assert len(told["trl"]) == 4 + 2
+    for waiting, trl in zip(told["waiting"], told["trl"], strict=True):
+        assert waiting == pytest.approx(trl, rel=1e-6)
+        assert any(name.endswith("mean_token_accuracy") for name in waiting)
+    steps = [one for one in told["waiting"] if "loss" in one]
+    assert all({"entropy", "num_tokens", "grad_norm"} <= one.keys() for one in steps)
+
+
 def test_an_adapter_is_resumed_to_the_bit_and_in_its_dtype(tiny_model: Path, tmp_path: Path) -> None:
     import torch
 

@@ -16,18 +16,21 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from radeon_stack.workloads.finetune.adapter import load_into
 from radeon_stack.workloads.finetune.encoding import IGNORED, Encoded
+from radeon_stack.workloads.finetune.loss import Tally, loss_of
 from radeon_stack.workloads.finetune.optimizer import without_waiting
 from radeon_stack.workloads.finetune.packing import Pack
 
 
 class RowsTrainer(SFTTrainer):
-    """TRL's trainer; `grouped` by length once `group` was called, on packs once `take_packs` was.
+    """TRL's trainer; `grouped` by length once `group` was called, on packs once `take_packs` was. With a `tally` its
+    figures wait on the device until a step is told.
 
     A checkpoint's adapter is taken up in the dtype that it was trained in. Twice a batch transformers walks through all
     modules, to put them in the mode that they are in and to count the parameters it counted before; here once.
     """
 
     grouped: ByLength | None = None
+    tally: Tally | None = None
     miscounts = False
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -47,6 +50,19 @@ class RowsTrainer(SFTTrainer):
     def create_optimizer(self, *arguments: Any, **named: Any) -> torch.optim.Optimizer:
         """transformers', without bitsandbytes' waiting."""
         return without_waiting(super().create_optimizer(*arguments, **named))
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's."""
+        if self.tally is None or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        output = model(**inputs, fused_lm_head=True)
+        self.tally.add(output, inputs)
+        loss = loss_of(output, num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # they count all processes' tokens, and gradients are averaged
+        return loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """transformers' own: 6 · tokens · parameters without embeddings."""
@@ -75,6 +91,9 @@ class RowsTrainer(SFTTrainer):
         return self.grouped if self.grouped is not None else super()._get_train_sampler(train_dataset)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        if self.tally is not None:
+            self._metrics[mode].update(self.tally.take(self.accelerator.gather, train=mode == "train"))
         if self.miscounts:
             # Where there is no attention mask TRL takes a batch for one sequence (1.16).
             self._metrics["train"].pop("num_tokens", None)

@@ -21,6 +21,7 @@ from radeon_stack.workloads.finetune.callbacks import Evaluator, Ledger, Rate, R
 from radeon_stack.workloads.finetune.checkpoints import Checkpoint, best_folder, scratch
 from radeon_stack.workloads.finetune.encoding import Encoded
 from radeon_stack.workloads.finetune.evaluation import evaluations_in, out_of_patience, read_record
+from radeon_stack.workloads.finetune.loss import Tally, use_head
 from radeon_stack.workloads.finetune.packing import FLASH, batches_told, packed, padding_in_order
 from radeon_stack.workloads.job import Job, StopRequested
 
@@ -46,6 +47,9 @@ def trainer_for(
         processing_class=tokenizer,
         peft_config=None if unsloth else lora_config(config.lora, model, config.speed),
     )
+    if not unsloth:
+        trainer.tally = Tally()
+        job.fact("head", use_head(trainer.model.get_base_model()) if config.speed.head else "off (speed.head)")
     told = batches_told(rows, packs, config.train.batch_size, flat=flat)
     if packs:
         trainer.take_packs(flat=flat)
