@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.kernels.helpers import DEVICE, distance
+from tests.kernels.helpers import DEVICE, Adds, distance
 from tests.work.counting import Counting
 
 transformers = pytest.importorskip("transformers", reason="needs the packages of the extra 'work'")
@@ -138,6 +138,21 @@ def test_the_last_product_of_each_layer_is_not_computed_again(monkeypatch: pytes
     forward = products_of(model, monkeypatch)
     # Two batches of seven products a layer: forward, back, and again but for one.
     assert (forward.count(True), forward.count(False)) == (2 * LAYERS * (7 + 6), 2 * LAYERS * 7)
+
+
+def test_the_gradients_of_what_several_products_read_are_added_up_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    for alone in (False, True):
+        model = small("llama")
+        recompute.use_recompute(model, adapters.can_spare)
+        step(model)
+        if alone:
+            monkeypatch.setattr(linear, "rows_of", lambda x: x.reshape(-1, x.shape[-1]))
+        with Adds((2, 7, 64)) as adds:
+            step(model)
+        counts.append(adds.count)
+    # Of two batches: keys' and values', and the upper half's of the gate.
+    assert counts[1] - counts[0] == 2 * LAYERS * 3
 
 
 def test_experts_leave_their_second_product_out_too(monkeypatch: pytest.MonkeyPatch) -> None:
