@@ -13,6 +13,11 @@ The way back begins with the last layers, whose products would hardly have left 
 device, and the link does not bound how many. While the last layer of the model goes back its own are there in any case,
 kept or computed again; those of the one before it come on top, as elsewhere those do that are being fetched. Where only
 some layers are computed again, which go back later, both may.
+
+Of the very last all that autograd saves may stay, and it is not computed again at all. While it goes back that is there
+in any case as well; kept, it is there while the head computes too. The peak is higher for it only where the head takes
+more than a layer's way back does beyond what was saved, as tiles of logits do beside few rows, or where layers follow
+that are not computed again. So it is bounded as products are: by a share of the room.
 """
 
 from __future__ import annotations
@@ -77,6 +82,8 @@ class Decision:
     """The same of the last layers, where they stay on the device."""
     adapters: bool = False
     """Whether all adapters' small products, of every layer."""
+    graph: bool = False
+    """Whether all that autograd saves of the last layer."""
     row_seconds: float = 0.0
     """What a layer took a row without."""
     link: float = 0.0
@@ -98,11 +105,12 @@ class Keeper:
         self._times: list[float] = []
         self._stack: list[Pass] = []
         self._most = 0  # rows of a pass until now
+        self._saved = float("inf")  # bytes a row of the last layer, by autograd
 
     @contextmanager
     def first_pass(self, layer: nn.Module, hidden: Tensor) -> Iterator[Pass]:
         """While a layer computes for the first time: what it keeps, complete at the end."""
-        rows = hidden.numel() // hidden.shape[-1]
+        rows = rows_of(hidden)
         if layer is self._first:
             self._stack.clear()
             self._link.settle()
@@ -110,8 +118,7 @@ class Keeper:
         elif layer is self._last:
             self._clock.end()
         kept: Pass = {}
-        fits = self.decision is not None and LEAST_ROWS <= rows <= self.decision.rows
-        takers = self._takers(layer, kept) if fits else {}
+        takers = self._takers(layer, kept, self._decided(rows))
         for module, taker in takers.items():
             module.__dict__[KEEP] = taker
         try:
@@ -140,18 +147,37 @@ class Keeper:
             for module in modules:
                 module.__dict__.pop(GIVEN, None)
 
+    def notice(self, layer: nn.Module, saved: float) -> None:
+        """What autograd saves of a layer, in bytes a row."""
+        if layer is self._last:
+            self._saved = saved
+
+    def keeps_all(self, layer: nn.Module, hidden: Tensor) -> bool:
+        """Whether all that autograd saves of a layer stays, so that it need not be computed again."""
+        return layer is self._last and self._decided(rows_of(hidden)).graph
+
     def close(self) -> Mapping[str, Any]:
         """Give the host its memory back; what there is to tell."""
         decision, self.decision = self.decision or Decision(), Decision()
-        told = {"kept": list(decision.names), "last": list(decision.last), "adapters": decision.adapters}
+        told = {
+            "kept": list(decision.names),
+            "last": list(decision.last),
+            "adapters": decision.adapters,
+            "graph": decision.graph,
+        }
         if decision.names:
             told |= {"host_bytes": self._link.taken, "link_bytes_per_second": round(decision.link)}
         self._link.close()
         self._stack.clear()
         return told
 
-    def _takers(self, layer: nn.Module, kept: Pass) -> dict[nn.Module, Keep]:
-        decision, stays = self.decision or Decision(), layer in self._staying
+    def _decided(self, rows: int) -> Decision:
+        """For a pass of so many."""
+        decision = self.decision
+        return decision if decision is not None and LEAST_ROWS <= rows <= decision.rows else Decision()
+
+    def _takers(self, layer: nn.Module, kept: Pass, decision: Decision) -> dict[nn.Module, Keep]:
+        stays = layer in self._staying
         names, leave = (decision.last, partial(Kept, self._link)) if stays else (decision.names, self._link.leave)
 
         def take(module: nn.Module, waits: bool, product: Tensor, u: Tensor | None) -> None:
@@ -189,7 +215,7 @@ class Keeper:
         room = SHARE_OF_DEVICE * (room - small * adapters)
         widest = max(map(candidates, layers), key=lambda one: sum(one.values()))
         names = fitting(widest, min(link * seconds, room))
-        return Decision(names, fitting(widest, room), adapters, seconds, link, rows)
+        return Decision(names, fitting(widest, room), adapters, self._saved <= room, seconds, link, rows)
 
 
 class _Clock:
@@ -224,6 +250,11 @@ def _now() -> Any:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+def rows_of(hidden: Tensor) -> int:
+    """Of […, columns]."""
+    return hidden.numel() // hidden.shape[-1]
 
 
 def heeding(layer: nn.Module, heeds: Callable[[nn.Module], bool]) -> dict[str, Any]:

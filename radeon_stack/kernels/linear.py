@@ -24,6 +24,7 @@ from radeon_stack.kernels.configs import (
 from radeon_stack.kernels.grouped import family, weight_arguments
 from radeon_stack.kernels.launch import launch
 from radeon_stack.kernels.nf4 import NF4, decode, decode_reference, decoding, lookup_of
+from radeon_stack.kernels.siblings import hand_on, rows_of
 from radeon_stack.kernels.sizes import cdiv, next_power, padded_rank
 
 
@@ -67,7 +68,8 @@ def nf4_linear(
 
     Gradients go to x, a and b; weight and bias are frozen. a and b may be float32 (a trainer's master weights): they
     are rounded to x's dtype as autocast would. Their gradients are summed in float32, and at many rows rounded to x's
-    dtype, as torch's products are.
+    dtype, as torch's products are. Layers of many rows that are given the same tensor add up its gradient in their
+    products (`siblings.py`).
 
     given: what of it is known. keep: takes the values and x·aᵀ, [rows, N] and [rows, rank], where autograd does not.
     """
@@ -76,13 +78,15 @@ def nf4_linear(
     if a is not None and b is not None and a.shape[0] > MAX_RANK:  # more than a tile's registers hold
         low = (x @ a.to(x.dtype).T) @ b.to(x.dtype).T
         return nf4_linear(x, weight, bias=bias) + scale * low
-    rows = x.reshape(-1, x.shape[-1])
     a, b, bias = (None if tensor is None else tensor.contiguous() for tensor in (a, b, bias))
     frozen = _Frozen(weight, bias, scale)
     if torch.is_grad_enabled():
-        out: Tensor = _NF4Linear.apply(rows, a, b, frozen, given)
+        out, handed = _NF4Linear.apply(rows_of(x), a, b, frozen, given)
+        if handed is not None:
+            hand_on(x, handed)
     else:  # the first pass of a layer that is computed again: the host has enough to do
-        out, u = _values(rows.contiguous(), a, b, frozen, given)
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        out, u = _values(_way(rows), rows, a, b, frozen, given)
         if keep is not None:
             keep(out, u)
     return out.view(*x.shape[:-1], out.shape[-1])
@@ -96,23 +100,35 @@ class _Frozen:
 
 
 class _NF4Linear(torch.autograd.Function):
+    """(out, where rows are many those of x, for the next layer that reads them)."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, frozen: _Frozen, given: Given) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, frozen: _Frozen, given: Given
+    ) -> tuple[Tensor, Tensor | None]:
         x = x.contiguous()
-        out, u = _values(x, a, b, frozen, given)
+        way = _way(x)
+        out, u = _values(way, x, a, b, frozen, given)
+        handed = None
+        if way is by_torch:
+            x = handed = x.detach()  # itself may be a view of the tensor that these hang on: saved, it were a circle
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if a is not None else None, a, b, u)
-        ctx.frozen = frozen
-        return out
+        ctx.frozen, ctx.way = frozen, way
+        return out, handed
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_out: Tensor | None, d_handed: Tensor | None) -> tuple[Tensor | None, ...]:
+        if d_out is None:  # only later layers were reached
+            return d_handed, None, None, None, None
         x, a, b, u = ctx.saved_tensors
         frozen: _Frozen = ctx.frozen
         d_out = d_out.contiguous()
-        way = _way(d_out)
+        way = ctx.way
         if ctx.needs_input_grad[0]:
-            d_x, g = way(d_out, frozen.weight, b, a, frozen.scale, None, over_columns=False)
+            onto = {} if d_handed is None else {"onto": d_handed}  # the next layer alone made it: nobody else has it
+            d_x, g = way(d_out, frozen.weight, b, a, frozen.scale, None, over_columns=False, **onto)
         else:
             d_x, g = None, d_out @ b.to(d_out.dtype)
         if a is None:
@@ -122,11 +138,10 @@ class _NF4Linear(torch.autograd.Function):
 
 
 def _values(
-    x: Tensor, a: Tensor | None, b: Tensor | None, frozen: _Frozen, given: Given
+    way: Any, x: Tensor, a: Tensor | None, b: Tensor | None, frozen: _Frozen, given: Given
 ) -> tuple[Tensor, Tensor | None]:
     """(out, u), of which what is given is not computed."""
     if given.out is None:
-        way = _way(x)
         known = {"u": given.u} if way is by_torch else {}  # of few rows nobody keeps it
         made: tuple[Tensor, Tensor | None] = way(
             x, frozen.weight, a, b, frozen.scale, frozen.bias, over_columns=True, **known
@@ -151,19 +166,24 @@ def by_torch(
     *,
     over_columns: bool,
     u: Tensor | None = None,
+    onto: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """What `product` gives, of a matrix that is decoded first: many rows are best left to torch's products.
 
-    u: [rows, rank], where it is known.
+    u: [rows, rank], where it is known. onto: [rows, N or K], to which it is added in place; without a bias.
     """
     matrix = decode(weight, x.dtype)
     matrix = matrix.T if over_columns else matrix
     if first is None or second is None:
+        if onto is not None:
+            return onto.addmm_(x, matrix), None
         return x @ matrix if bias is None else torch.addmm(bias.to(x.dtype), x, matrix), None
     down, up = (factor.to(x.dtype) for factor in (first, second))
     down, up = (down.T, up.T) if over_columns else (down, up)
     u = x @ down if u is None else u
-    if bias is not None:
+    if onto is not None:
+        out = onto.addmm_(u, up, alpha=scale)
+    elif bias is not None:
         out = torch.addmm(bias.to(x.dtype), u, up, alpha=scale)
     else:
         out = (u @ up).mul_(scale) if scale != 1 else u @ up

@@ -7,8 +7,9 @@ reads again, and whose way back asks for the product's inputs alone. In a Llama 
 
 Which product that is, is not guessed: the first time that a layer is computed again, it is the one after which autograd
 saved nothing more. Where a norm follows (Gemma), there is none. Other products may have been kept meanwhile
-(`kept.py`), and are not computed again either. A layer that this does not fit (dropout, more inputs
-with gradients than the hidden states, a result that is not one tensor, router logits that a loss wants) is torch's.
+(`kept.py`), and are not computed again either; nor is the last layer, where all of it was. A layer that this does not
+fit (dropout, more inputs with gradients than the hidden states, a result that is not one tensor, router logits that a
+loss wants) is torch's.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
-from radeon_stack.kernels.kept import Keeper, Pass
+from radeon_stack.kernels.kept import Keeper, Pass, rows_of
 
 SPARES = "radeon_spares"  # a layer's attribute: [the module whose values its second pass does without, or None]
 SPARED = "radeon_spared"  # that module's, meanwhile
@@ -81,6 +82,9 @@ def _instead_of(plain: Checkpoint, can_spare: Callable[[nn.Module], bool], keepe
             return out
         if not one_tensor[kind] or not _fits(run, arguments):
             return plain(run, *arguments)
+        if keeper is not None and keeper.keeps_all(layer, arguments[0]):
+            with keeper.first_pass(layer, arguments[0]):
+                return run(*arguments)
         return _Recomputed.apply(arguments[0], _Pass(layer, run, arguments[1:], can_spare, keeper))
 
     return checkpoint
@@ -134,11 +138,14 @@ class _Pass:
                 return self._run(hidden, *self._others)
 
     def _and_find(self, hidden: Tensor) -> Any:
-        """The same, and note which module autograd saves nothing after."""
+        """The same, and note which module autograd saves nothing after, and how much it saves."""
         order: list[nn.Module | None] = []
+        sizes: dict[int, int] = {}  # by storage
 
         def saved(tensor: Tensor) -> Tensor:
             order.append(None)
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
             return tensor.detach()  # itself would be a circle, where an operation saves its own result
 
         def left(module: nn.Module, *_: Any) -> None:
@@ -152,6 +159,8 @@ class _Pass:
             for hook in hooks:
                 hook.remove()
         self._layer.__dict__[SPARES] = [order[-1] if order else None]
+        if self._keeper is not None:
+            self._keeper.notice(self._layer, sum(sizes.values()) / rows_of(hidden))
         return out
 
 

@@ -12,7 +12,8 @@ takes 256 MiB of them at once (`TILE_BYTES` of `kernels/head.py`), TRL's (1.16) 
 
 **Kept products** are those of the adapters, x·aᵀ, of all layers that are computed again (`kernels/kept.py`). A run does
 without them where they would be more than a share of what its steps leave. One layer's wider ones are there besides at
-the peak, if that leaves room for them; they are not counted.
+the peak, if that leaves room for them, and all that is saved of the last layer while the head computes; they are not
+counted.
 
 **Optimizers**: 8-bit AdamW keeps two bytes a parameter and two float32 a block of 256 (arXiv 2110.02861); torch's keeps
 two numbers of the parameter's own type, and TRL holds the adapter of a quantised model in bf16, else PEFT in float32.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.kernels.helpers import DEVICE, distance
+from tests.kernels.helpers import DEVICE, Adds, distance
 from tests.work.counting import Counting
 
 transformers = pytest.importorskip("transformers", reason="needs the packages of the extra 'work'")
@@ -140,6 +140,21 @@ def test_the_last_product_of_each_layer_is_not_computed_again(monkeypatch: pytes
     assert (forward.count(True), forward.count(False)) == (2 * LAYERS * (7 + 6), 2 * LAYERS * 7)
 
 
+def test_the_gradients_of_what_several_products_read_are_added_up_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    for alone in (False, True):
+        model = small("llama")
+        recompute.use_recompute(model, adapters.can_spare)
+        step(model)
+        if alone:
+            monkeypatch.setattr(linear, "rows_of", lambda x: x.reshape(-1, x.shape[-1]))
+        with Adds((2, 7, 64)) as adds:
+            step(model)
+        counts.append(adds.count)
+    # Of two batches: keys' and values', and the upper half's of the gate.
+    assert counts[1] - counts[0] == 2 * LAYERS * 3
+
+
 def test_experts_leave_their_second_product_out_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def gradients(needed: bool) -> list[torch.Tensor]:
         torch.manual_seed(6)
@@ -243,21 +258,22 @@ def keeper_of(
     *names: str,
     last: tuple[str, ...] = (),
     low: bool = False,
+    graph: bool = False,
     took: tuple[float, ...] = (),
 ) -> kept.Keeper:
     """Whose decision is made, and for as few rows as these. last: of the last layers, if more are kept there."""
     monkeypatch.setattr(kept, "LEAST_ROWS", 1)
     monkeypatch.setattr(kept, "_Clock", lambda _: Clock(*took))
     keeper = kept.Keeper(recompute.checkpointed(model), link.Link(torch.device(DEVICE), 1 << 20), adapters.can_keep)
-    keeper.decision = kept.Decision(names, last or names, low)
+    keeper.decision = kept.Decision(names, last or names, low, graph)
     recompute.use_recompute(model, adapters.can_spare, keeper)
     return keeper
 
 
-@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize(("low", "graph"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_with_products_kept_the_gradients_are_the_same_bits(
-    kind: str, low: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, low: bool, graph: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(experts, "can_run_on", lambda _: False)
     model = small(kind)
@@ -267,7 +283,7 @@ def test_with_products_kept_the_gradients_are_the_same_bits(
     model = small(kind)
     modules = kept.heeding(recompute.checkpointed(model)[0], adapters.can_keep)
     names = kept.candidates(modules)
-    keeper_of(model, monkeypatch, *names, low=low)
+    keeper_of(model, monkeypatch, *names, low=low, graph=graph)
     for _ in range(3):
         found = step(model)
     assert {name for name in wanted if not torch.equal(found[name], wanted[name])} == set()
@@ -307,7 +323,7 @@ def test_adapters_products_are_gone_when_the_way_back_is_over(monkeypatch: pytes
     assert [u.shape for u in held if u is not None] == LAYERS * 7 * [(14, RANK)]
     loss.backward()
     assert not keeper._stack
-    assert keeper.close() == {"kept": [], "last": [], "adapters": True}
+    assert keeper.close() == {"kept": [], "last": [], "adapters": True, "graph": False}
 
 
 def test_the_estimate_knows_from_how_many_rows_on_and_up_to_which_rank() -> None:
@@ -353,13 +369,38 @@ def test_the_last_layers_products_stay_where_they_are_and_may_be_more(monkeypatc
     assert told["host_bytes"] == (LAYERS - kept.STAYING) * 14 * 64 * 4
 
 
+def test_the_last_layer_is_not_computed_again_where_all_of_it_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small("llama")
+    keeper = keeper_of(model, monkeypatch, graph=True)
+    step(model)
+    forward = products_of(model, monkeypatch)
+    assert (forward.count(True), forward.count(False)) == (2 * (7 * LAYERS + 6 * (LAYERS - 1)), 2 * 7 * LAYERS)
+    assert not keeper._stack and keeper.close()["graph"]
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_all_of_the_last_layer_stays_where_a_share_of_the_room_is_enough_for_it(
+    graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small("llama")
+    monkeypatch.setattr(link.Link, "bytes_per_second", lambda _: 0.0)
+    keeper = keeper_of(model, monkeypatch, took=(0.5, 0.011, 0.010))
+    keeper.decision = None
+    step(model)
+    adapters_own = LAYERS * 7 * RANK * 2
+    monkeypatch.setattr(kept, "device_room", lambda _: (4 * keeper._saved + adapters_own) * 14 - (not graph))
+    step(model)
+    step(model)
+    assert keeper.decision is not None and keeper.decision.graph is graph
+
+
 def test_what_stays_takes_no_more_at_the_peak_than_the_last_but_ones_products_and_all_adapters_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def peak(*last: str, staying: int = kept.STAYING, low: bool = False) -> int:
+    def peak(*last: str, staying: int = kept.STAYING, low: bool = False, graph: bool = False) -> int:
         monkeypatch.setattr(kept, "STAYING", staying)
         model = small("llama", hidden_size=128, intermediate_size=448, head_dim=32)
-        keeper_of(model, monkeypatch, last=last, low=low)
+        keeper_of(model, monkeypatch, last=last, low=low, graph=graph)
         ids = torch.randint(3, 61, (2, 64), device=DEVICE)
         for _ in range(2):
             model.zero_grad()
@@ -370,6 +411,7 @@ def test_what_stays_takes_no_more_at_the_peak_than_the_last_but_ones_products_an
 
     without, all_of_them = peak(), ("mlp.gate_proj", "mlp.up_proj", "self_attn.o_proj", "self_attn.v_proj")
     assert peak(*all_of_them, staying=1) == without
+    assert peak(graph=True) <= without
     column = 2 * 64 * 4  # bytes in float32
     assert peak(*all_of_them) - without == (448 + 448 + 128 + 64) * column
     assert 0 < peak(low=True) - without <= LAYERS * 7 * RANK * column
@@ -394,7 +436,7 @@ def test_as_much_of_the_last_layers_stays_as_the_device_has_room_for_whatever_th
     keeper.decision = None
     for _ in range(3):
         step(model)
-    assert keeper.decision == kept.Decision((), last, bool(last), 0.010, 0.0, rows=14)
+    assert keeper.decision == kept.Decision((), last, bool(last), False, 0.010, 0.0, rows=14)
 
 
 def test_of_more_rows_than_it_was_decided_for_nothing_is_kept_until_it_is_known_what_they_leave(
