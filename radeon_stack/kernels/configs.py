@@ -99,6 +99,9 @@ MAX_RANK = 128  # of adapters in a product's tile; at 64 rows the experts' way b
 ADAPTER_STAGES = 2  # of the adapters' own small products
 LOW_RANK_WARPS = 8
 FP8_DECODE_BLOCK = 1024  # columns of a row that a program decodes
+# Up to so many slots an expert's program looks at all of them, so many at a time: counted to take less than the launch
+# that it spares, not timed.
+FEW_SLOTS, SLOTS_CHUNK = 8192, 1024
 HEAD_BLOCK, HEAD_WARPS = 2048, 8  # words at once, of a row of logits
 DECODE_EXPERTS_ONCE_ROWS = {"cuda": 352.0, "hip": float("inf")}
 # From here torch's products. They take twice as many launches, and until here a step waits for the host, not for the

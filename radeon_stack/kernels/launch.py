@@ -16,6 +16,9 @@ from torch import Tensor
 
 from radeon_stack.kernels.keys import settle
 
+ALIGNMENT = 16  # bytes, of an address: what Triton tells apart
+MOST_EXACT = 4096  # different numbers to remember: of lengths that come and go
+
 
 def can_run_on(device: torch.device) -> bool:
     """Whether kernels run there: on GPUs, and on a CPU where Triton's interpreter was asked for."""
@@ -27,6 +30,7 @@ class Launcher:
 
     def __init__(self) -> None:
         self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._exact: dict[tuple[Any, ...], Any] = {}  # the same by the numbers themselves, which is found sooner
 
     def __call__(
         self,
@@ -53,17 +57,48 @@ class Launcher:
             with torch.cuda.device(device):
                 self(kernel, grid, arguments, constants, warps=warps, stages=stages, fp_fusion=fp_fusion)
             return
+        values = constants.values()
         # Addresses in the tensors' place: the launcher would ask each for its own, and the driver for its device.
-        passed = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
+        passed, told, addresses = _looked_at(arguments)
         # The function in the kernel's place, whose hash is its key in Triton's cache: see settle.
-        key = (kernel.fn, device, warps, stages, fp_fusion, *constants.values(), *map(_specialised, arguments, passed))
-        compiled = self._compiled.get(key)
+        form = (kernel.fn, device, warps, stages, fp_fusion, *values)
+        exact = (*form, *told)
+        compiled = self._exact.get(exact) if addresses % ALIGNMENT == 0 else None
         if compiled is None:
-            settle(kernel)
-            options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fp_fusion}
-            self._compiled[key] = kernel[grid](*arguments, **constants, **options)
+            key = (*form, *map(_specialised, arguments, passed))
+            compiled = self._compiled.get(key)
+            if compiled is None:
+                settle(kernel)
+                options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fp_fusion}
+                self._compiled[key] = kernel[grid](*arguments, **constants, **options)
+                return
+            if addresses % ALIGNMENT == 0:
+                if len(self._exact) >= MOST_EXACT:
+                    self._exact.clear()
+                self._exact[exact] = compiled
+        compiled[grid](*passed, *values)
+
+
+def _looked_at(arguments: Sequence[Any]) -> tuple[list[Any], list[Any], int]:
+    """What is passed of them; all but addresses that Triton may compile differently for, and more; all addresses' bits
+    together.
+    """
+    amd = torch.version.hip is not None
+    passed: list[Any] = []
+    told: list[Any] = []
+    addresses = 0
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            address = argument.data_ptr()
+            addresses |= address
+            passed.append(address)
+            told.append(argument.dtype)
+            if amd:
+                told.append(argument.untyped_storage().size() >> 31 == 0)
         else:
-            compiled[grid](*passed, *constants.values())
+            passed.append(argument)
+            told.append(argument)
+    return passed, told, addresses
 
 
 def _specialised(argument: Any, passed: Any) -> Any:

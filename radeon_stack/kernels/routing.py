@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from radeon_stack.kernels.configs import FEW_SLOTS, SLOTS_CHUNK
 from radeon_stack.kernels.launch import launch
 from radeon_stack.kernels.sizes import cdiv, next_power
 
@@ -43,22 +44,26 @@ def route_reference(index: Tensor, experts: int) -> Routing:
 
 
 def route(index: Tensor, experts: int, *, partial: bool = False) -> Routing:
-    """The same on the device, in two launches and without asking the host."""
-    from radeon_stack.kernels.jit.routing import count_experts, place_slots
+    """The same on the device, without asking the host: in one launch, where slots are many in two."""
+    from radeon_stack.kernels.jit.routing import count_experts, place_slots, sort_few_slots
 
     index = index.contiguous()
     size, padded = index.numel(), next_power(experts)
-    block = 512 if size > 8192 else 128
+    slots = (torch.zeros if partial else torch.empty)(size, dtype=torch.int32, device=index.device)
+    offsets = torch.empty(experts + 1, dtype=torch.int32, device=index.device)
+    routing = Routing(slots, offsets, index.shape[0], index.shape[1], experts, partial)
+    if size <= FEW_SLOTS:
+        launch(sort_few_slots, (experts, 1, 1), (index, slots, offsets, size, experts), {"CHUNK": SLOTS_CHUNK})
+        return routing
+    block = 512
     chunk = max(16, min(128, 4096 // padded))  # so many slots' choices at a time fit in registers
     blocks = cdiv(size, block)
     counts = torch.empty((blocks, padded), dtype=torch.int32, device=index.device)
-    slots = (torch.zeros if partial else torch.empty)(size, dtype=torch.int32, device=index.device)
-    offsets = (torch.empty if size else torch.zeros)(experts + 1, dtype=torch.int32, device=index.device)
     sizes = {"PADDED": padded, "BLOCK": block, "CHUNK": chunk}
     launch(count_experts, (blocks, 1, 1), (index, counts, size), sizes, warps=8)
     constants = {"EXPERTS": experts, **sizes, "BLOCKS": chunk}
     launch(place_slots, (blocks, 1, 1), (index, counts, slots, offsets, size, blocks), constants, warps=8)
-    return Routing(slots, offsets, index.shape[0], index.shape[1], experts, partial)
+    return routing
 
 
 def combine_reference(y: Tensor, top_k: int) -> Tensor:

@@ -159,12 +159,14 @@ def _fp8() -> Iterator[Variant]:
 
 
 def _routing() -> Iterator[Variant]:
-    types = {"expert_of": "*i64", "counts": "*i32", "slots": "*i32", "offsets": "*i32", "size": "i32", "blocks": "i32"}
-    for block in (128, 512):
-        sizes = {"PADDED": 128, "BLOCK": block, "CHUNK": 32}
-        yield _variant(f"count experts {block}", routing.count_experts, sizes, types, warps=8, dot=False)
-        constants = {"EXPERTS": 128, **sizes, "BLOCKS": 32}
-        yield _variant(f"place slots {block}", routing.place_slots, constants, types, warps=8, dot=False)
+    types = {"expert_of": "*i64", "counts": "*i32", "slots": "*i32", "offsets": "*i32"}
+    types |= dict.fromkeys(("size", "blocks", "experts"), "i32")
+    few = {"CHUNK": configs.SLOTS_CHUNK}
+    yield _variant("sort few slots", routing.sort_few_slots, few, types, dot=False)
+    sizes = {"PADDED": 128, "BLOCK": 512, "CHUNK": 32}
+    yield _variant("count experts", routing.count_experts, sizes, types, warps=8, dot=False)
+    constants = {"EXPERTS": 128, **sizes, "BLOCKS": 32}
+    yield _variant("place slots", routing.place_slots, constants, types, warps=8, dot=False)
     for parts in (0, 16):
         constants = {"TOP_K": 8, "PARTS": parts, "BLOCK_T": 4, "BLOCK_H": 512}
         types = {"parts": "*fp32" if parts else "*bf16"}

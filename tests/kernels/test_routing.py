@@ -5,6 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from radeon_stack.kernels import routing
+from radeon_stack.kernels.configs import FEW_SLOTS
 from radeon_stack.kernels.router import gate, router, router_reference
 from radeon_stack.kernels.routing import combine, combine_reference, route, route_reference
 from tests.kernels.helpers import DEVICE, HALVES, ULP, distance
@@ -23,14 +25,22 @@ def test_slots_are_sorted_by_expert_and_stay_in_order_within_one(data: st.DataOb
     assert torch.equal(found.slots, wanted.slots)
 
 
-def test_many_slots_are_sorted_over_several_blocks(device: str) -> None:
-    index = torch.randint(0, 128, (2100, 8), device=device)
+@pytest.mark.parametrize("tokens", [1, 5, 300, FEW_SLOTS // 8, FEW_SLOTS // 8 + 1, 2100])
+def test_many_slots_are_sorted_over_several_blocks_and_few_in_one_launch(device: str, tokens: int) -> None:
+    index = torch.randint(0, 128, (tokens, 8), device=device)
     found, wanted = route(index, 128), route_reference(index, 128)
     assert torch.equal(found.slots, wanted.slots)
     assert torch.equal(found.offsets, wanted.offsets)
 
 
-def test_slots_of_no_expert_are_left_out(device: str) -> None:
+def test_no_slots_are_no_experts(device: str) -> None:
+    found = route(torch.empty((0, 2), dtype=torch.int64, device=device), 3)
+    assert found.offsets.tolist() == [0, 0, 0, 0] and not len(found.slots)
+
+
+@pytest.mark.parametrize("few", [FEW_SLOTS, 0], ids=["at once", "in blocks"])
+def test_slots_of_no_expert_are_left_out(device: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "FEW_SLOTS", few)
     index = torch.tensor([[0, 3], [3, 1], [3, 3]], device=device)  # 3: an expert of another rank
     found = route(index, 3, partial=True)
     assert found.offsets.tolist() == [0, 1, 2, 2]

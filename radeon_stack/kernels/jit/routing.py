@@ -6,6 +6,27 @@ import triton
 import triton.language as tl
 
 
+@triton.jit(do_not_specialize=["size", "experts"])
+def sort_few_slots(expert_of, slots, offsets, size, experts, CHUNK: tl.constexpr):
+    """What `count_experts` and `place_slots` come to, in one launch: an expert a program, each looks at all slots."""
+    expert = tl.program_id(0)
+    lower = tl.zeros((CHUNK,), tl.int32)
+    for start in range(0, size, CHUNK):
+        slot = start + tl.arange(0, CHUNK)
+        chosen = tl.load(expert_of + slot, mask=slot < size, other=-1).to(tl.int32)
+        lower += ((chosen >= 0) & (chosen < expert)).to(tl.int32)
+    begin = tl.sum(lower, 0)
+    tl.store(offsets + expert, begin)
+    for start in range(0, size, CHUNK):
+        slot = start + tl.arange(0, CHUNK)
+        chosen = tl.load(expert_of + slot, mask=slot < size, other=-1).to(tl.int32)
+        mine = (chosen == expert).to(tl.int32)
+        tl.store(slots + begin + tl.cumsum(mine, 0) - 1, slot, mask=mine > 0)
+        begin += tl.sum(mine, 0)
+    if expert == experts - 1:
+        tl.store(offsets + experts, begin)
+
+
 @triton.jit(do_not_specialize=["size"])
 def count_experts(expert_of, counts, size, PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     """counts[block, expert]: how many of the block's slots chose the expert. int32 [blocks, PADDED]."""
