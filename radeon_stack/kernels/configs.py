@@ -109,6 +109,9 @@ DECODE_EXPERTS_ONCE_ROWS = {"cuda": 352.0, "hip": float("inf")}
 # a step, of whose 816 ms under the profiler 555 are idle), where a decoded one takes 0.05 to 0.11 at 256 rows
 # (tune_linear_h200.json).
 DECODE_ONCE_ROWS = {"cuda": 512, "hip": 512}
+# Of adapters' gradients, two products of torch's, and with float32 factors two casts, where ours is one launch: a step
+# waits for the host longer than for the other products. Counted, not timed.
+GRADIENTS_BY_TORCH_ROWS = 1024
 LINEAR = {
     "cuda": {
         16: Tile(16, 64, 128, 4, 3),

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from radeon_stack.errors import UsageError
 from radeon_stack.kernels.configs import (
     ADAPTER_STAGES,
+    GRADIENTS_BY_TORCH_ROWS,
     LOW_RANK_WARPS,
     MAX_RANK,
     Tile,
@@ -67,8 +68,8 @@ def nf4_linear(
     """The same without 16-bit weights in memory while rows are few; where they are many, decoded once a pass for torch.
 
     Gradients go to x, a and b; weight and bias are frozen. a and b may be float32 (a trainer's master weights): they
-    are rounded to x's dtype as autocast would. Their gradients are summed in float32, and at many rows rounded to x's
-    dtype, as torch's products are. Layers of many rows that are given the same tensor add up its gradient in their
+    are rounded to x's dtype as autocast would. Their gradients are summed in float32, and at very many rows rounded to
+    x's dtype, as torch's products are. Layers of many rows that are given the same tensor add up its gradient in their
     products (`siblings.py`).
 
     given: what of it is known. keep: takes the values and x·aᵀ, [rows, N] and [rows, rank], where autograd does not.
@@ -108,6 +109,9 @@ class _NF4Linear(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         x = x.contiguous()
         way = _way(x)
+        ctx.dtypes = a.dtype if a is not None else None, b.dtype if b is not None else None
+        if way is by_torch and a is not None and b is not None:
+            a, b = a.to(x.dtype), b.to(x.dtype)  # once for both ways
         out, u = _values(way, x, a, b, frozen, given)
         handed = None
         if way is by_torch:
@@ -133,8 +137,8 @@ class _NF4Linear(torch.autograd.Function):
             d_x, g = None, d_out @ b.to(d_out.dtype)
         if a is None:
             return d_x, None, None, None, None
-        gradients = gradients_by_torch if way is by_torch else adapter_gradients
-        return d_x, *gradients(x, d_out, u, g, a, b, frozen.scale), None, None
+        gradients = gradients_by_torch if x.shape[0] > GRADIENTS_BY_TORCH_ROWS else adapter_gradients
+        return d_x, *gradients(x, d_out, u, g, frozen.scale, *ctx.dtypes), None, None
 
 
 def _values(
@@ -186,7 +190,7 @@ def by_torch(
     elif bias is not None:
         out = torch.addmm(bias.to(x.dtype), u, up, alpha=scale)
     else:
-        out = (u @ up).mul_(scale) if scale != 1 else u @ up
+        out = _scaled(u, up, scale)
     # The small product first: the large one reads it while it computes, and it is not read and written once more.
     return out.addmm_(x, matrix), u
 
@@ -272,24 +276,26 @@ def _low_rank_partials(x: Tensor, factor: Tensor, rank: int, split: int, *, over
 
 
 def gradients_by_torch(
-    x: Tensor, d_out: Tensor, u: Tensor, g: Tensor, a: Tensor, b: Tensor, scale: float
+    x: Tensor, d_out: Tensor, u: Tensor, g: Tensor, scale: float, a: torch.dtype, b: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(d_a, d_b) in the factors' own dtypes, rounded to x's."""
-    d_a, d_b = g.T @ x, d_out.T @ u
-    if scale != 1:
-        d_a, d_b = d_a.mul_(scale), d_b.mul_(scale)
-    return d_a.to(a.dtype), d_b.to(b.dtype)
+    """(d_a, d_b) in these dtypes, rounded to x's."""
+    return _scaled(g.T, x, scale).to(a), _scaled(d_out.T, u, scale).to(b)
+
+
+def _scaled(one: Tensor, other: Tensor, scale: float) -> Tensor:
+    """scale · one·other, by one launch."""
+    return one @ other if scale == 1 else torch.addmm(one.new_empty(1), one, other, beta=0, alpha=scale)
 
 
 def adapter_gradients(
-    x: Tensor, d_out: Tensor, u: Tensor, g: Tensor, a: Tensor, b: Tensor, scale: float
+    x: Tensor, d_out: Tensor, u: Tensor, g: Tensor, scale: float, a: torch.dtype, b: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(d_a, d_b) in the factors' own dtypes, summed in float32."""
+    """(d_a, d_b) in these dtypes, summed in float32."""
     from radeon_stack.kernels.jit.linear import adapter_gradients as kernel
 
-    rows, k = x.shape
-    n, rank = b.shape
-    d_a, d_b = torch.empty_like(a), torch.empty_like(b)
+    (rows, k), n, rank = x.shape, d_out.shape[1], u.shape[1]
+    d_a = torch.empty((rank, k), dtype=a, device=x.device)
+    d_b = torch.empty((n, rank), dtype=b, device=x.device)
     block = 64
     constants = {"RANK": padded_rank(rank), "BLOCK_M": min(64, max(16, next_power(rows))), "BLOCK_C": block}
     arguments = (x, d_out, u, g, d_a, d_b, rows, n, k, rank, float(scale))

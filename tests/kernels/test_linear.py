@@ -53,8 +53,10 @@ def test_any_shape_is_right(data: st.DataObject) -> None:
     )
 
 
-def test_decoding_once_gives_the_same_function(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by_torch", [0, 1 << 20], ids=["gradients too", "gradients in a launch"])
+def test_decoding_once_gives_the_same_function(monkeypatch: pytest.MonkeyPatch, by_torch: int) -> None:
     monkeypatch.setattr(linear, "decode_once", lambda *_: True)
+    monkeypatch.setattr(linear, "GRADIENTS_BY_TORCH_ROWS", by_torch)
     check(torch.float16, 33, 128, 128, 8, double=True, bias=True)
 
 

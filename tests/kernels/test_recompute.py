@@ -43,6 +43,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
 def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dense layers decoded by their definition and multiplied by torch: what is looked at here is who computes when."""
     monkeypatch.setattr(linear, "decode_once", lambda *_: True)
+    monkeypatch.setattr(linear, "GRADIENTS_BY_TORCH_ROWS", 0)
     monkeypatch.setattr(linear, "decode", lambda matrix, dtype: nf4.decode_reference(matrix, dtype))
 
 

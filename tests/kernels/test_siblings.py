@@ -37,6 +37,7 @@ def many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as are multiplied by torch, of a matrix decoded by its definition."""
     torch.manual_seed(7)
     monkeypatch.setattr(linear, "decode_once", lambda *_: True)
+    monkeypatch.setattr(linear, "GRADIENTS_BY_TORCH_ROWS", 0)
     monkeypatch.setattr(linear, "decode", lambda matrix, dtype: nf4.decode_reference(matrix, dtype))
 
 
