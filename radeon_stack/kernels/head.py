@@ -1,8 +1,8 @@
 """A frozen language model's head: how likely each token to be learnt was, and the way back, from logits made once.
 
 The gradient of a token's log p to its hidden state is its own row alone, (1 at the target − p) · W, whatever the loss
-makes of log p: it is computed while the logits are there, and the way back multiplies each row with one number. Logits
-are made a few rows at a time and are never whole. (Liger's fused linear cross-entropy has the first idea, arXiv
+makes of log p: it is computed while the logits are there, and the way back multiplies each row with one number. At most
+256 MiB of logits are there at once. (Liger's fused linear cross-entropy has the first idea, arXiv
 2410.10989, section 3.3, for the loss's mean; its 0.8.5 multiplies ignored tokens too, asks the host for their count,
 and tells no entropy. TRL's head, 1.16, makes the logits again on the way back.)
 """
@@ -83,7 +83,7 @@ class _Scores(torch.autograd.Function):
     def backward(ctx: Any, d_log_probs: Tensor, *_: Any) -> tuple[Tensor, None, None, None, None]:
         back, index = ctx.saved_tensors
         of_row = d_log_probs.new_zeros(back.shape[0]).index_copy_(0, index, d_log_probs / ctx.scale)
-        # In float32, and rounded once.
+        # In float32; rounded again, as `back` was.
         return torch.mul(back, of_row[:, None], out=torch.empty_like(back)), None, None, None, None
 
 

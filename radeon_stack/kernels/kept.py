@@ -17,7 +17,8 @@ some layers are computed again, which go back later, both may.
 Of the very last all that autograd saves may stay, and it is not computed again at all. While it goes back that is there
 in any case as well; kept, it is there while the head computes too. The peak is higher for it only where the head takes
 more than a layer's way back does beyond what was saved, as tiles of logits do beside few rows, or where layers follow
-that are not computed again. So it is bounded as products are: by a share of the room.
+that are not computed again. So it is bounded as products are: by a share of the room. Eager attention saves more a row
+in longer sequences; what was saved of the first ones is taken for all.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class Keeper:
     @contextmanager
     def first_pass(self, layer: nn.Module, hidden: Tensor) -> Iterator[Pass]:
         """While a layer computes for the first time: what it keeps, complete at the end."""
-        rows = rows_of(hidden)
+        rows = count_rows(hidden)
         if layer is self._first:
             self._stack.clear()
             self._link.settle()
@@ -154,7 +155,7 @@ class Keeper:
 
     def keeps_all(self, layer: nn.Module, hidden: Tensor) -> bool:
         """Whether all that autograd saves of a layer stays, so that it need not be computed again."""
-        return layer is self._last and self._decided(rows_of(hidden)).graph
+        return layer is self._last and self._decided(count_rows(hidden)).graph
 
     def close(self) -> Mapping[str, Any]:
         """Give the host its memory back; what there is to tell."""
@@ -252,7 +253,7 @@ def _now() -> Any:
     return event
 
 
-def rows_of(hidden: Tensor) -> int:
+def count_rows(hidden: Tensor) -> int:
     """Of […, columns]."""
     return hidden.numel() // hidden.shape[-1]
 

@@ -59,29 +59,30 @@ class Launcher:
             return
         values = constants.values()
         # Addresses in the tensors' place: the launcher would ask each for its own, and the driver for its device.
-        passed, told, addresses = _looked_at(arguments)
+        passed, told, aligned = _looked_at(arguments)
         # The function in the kernel's place, whose hash is its key in Triton's cache: see settle.
         form = (kernel.fn, device, warps, stages, fp_fusion, *values)
         exact = (*form, *told)
-        compiled = self._exact.get(exact) if addresses % ALIGNMENT == 0 else None
+        compiled = self._exact.get(exact) if aligned else None
         if compiled is None:
-            key = (*form, *map(_specialised, arguments, passed))
+            key = (*form, *map(_specialised, told, passed))
             compiled = self._compiled.get(key)
             if compiled is None:
                 settle(kernel)
                 options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fp_fusion}
                 self._compiled[key] = kernel[grid](*arguments, **constants, **options)
                 return
-            if addresses % ALIGNMENT == 0:
+            if aligned:
                 if len(self._exact) >= MOST_EXACT:
                     self._exact.clear()
                 self._exact[exact] = compiled
         compiled[grid](*passed, *values)
 
 
-def _looked_at(arguments: Sequence[Any]) -> tuple[list[Any], list[Any], int]:
-    """What is passed of them; all but addresses that Triton may compile differently for, and more; all addresses' bits
-    together.
+def _looked_at(arguments: Sequence[Any]) -> tuple[list[Any], list[Any], bool]:
+    """What is passed; what besides addresses decides which kernel is compiled; whether all addresses are aligned.
+
+    Of a tensor its dtype, and on AMD whether its range is small; a number itself (a parameter has ints, or floats).
     """
     amd = torch.version.hip is not None
     passed: list[Any] = []
@@ -92,24 +93,20 @@ def _looked_at(arguments: Sequence[Any]) -> tuple[list[Any], list[Any], int]:
             address = argument.data_ptr()
             addresses |= address
             passed.append(address)
-            told.append(argument.dtype)
-            if amd:
-                told.append(argument.untyped_storage().size() >> 31 == 0)
+            told.append((argument.dtype, argument.untyped_storage().size() >> 31 == 0) if amd else argument.dtype)
         else:
             passed.append(argument)
             told.append(argument)
-    return passed, told, addresses
+    return passed, told, addresses % ALIGNMENT == 0
 
 
-def _specialised(argument: Any, passed: Any) -> Any:
-    # What Triton compiles differently for: a pointer's type, alignment and (for AMD's buffer loads) range; a number's
-    # width, 1, and factors of 16.
-    if isinstance(argument, Tensor):
-        small = torch.version.hip is None or argument.untyped_storage().size() >> 31 == 0
-        return argument.dtype, passed % 16 == 0, small
-    if isinstance(argument, int):
-        return argument % 16 == 0, argument == 1, argument >> 31 == 0
-    return None
+def _specialised(told: Any, passed: Any) -> Any:
+    """What Triton compiles differently for: a pointer's type, alignment and (for AMD's buffer loads) range; a number's
+    width, 1, and factors of 16.
+    """
+    if isinstance(told, int):
+        return told % 16 == 0, told == 1, -(1 << 31) <= told < 1 << 31
+    return None if isinstance(told, float) else (told, passed % ALIGNMENT == 0)
 
 
 launch = Launcher()

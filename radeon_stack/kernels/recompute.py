@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
-from radeon_stack.kernels.kept import Keeper, Pass, rows_of
+from radeon_stack.kernels.kept import Keeper, Pass, count_rows
 
 SPARES = "radeon_spares"  # a layer's attribute: [the module whose values its second pass does without, or None]
 SPARED = "radeon_spared"  # that module's, meanwhile
@@ -141,11 +141,13 @@ class _Pass:
         """The same, and note which module autograd saves nothing after, and how much it saves."""
         order: list[nn.Module | None] = []
         sizes: dict[int, int] = {}  # by storage
+        weights = {weight.untyped_storage().data_ptr() for weight in self._layer.parameters()}
 
         def saved(tensor: Tensor) -> Tensor:
             order.append(None)
             storage = tensor.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
+            if storage.data_ptr() not in weights:
+                sizes[storage.data_ptr()] = storage.nbytes()
             return tensor.detach()  # itself would be a circle, where an operation saves its own result
 
         def left(module: nn.Module, *_: Any) -> None:
@@ -160,7 +162,7 @@ class _Pass:
                 hook.remove()
         self._layer.__dict__[SPARES] = [order[-1] if order else None]
         if self._keeper is not None:
-            self._keeper.notice(self._layer, sum(sizes.values()) / rows_of(hidden))
+            self._keeper.notice(self._layer, sum(sizes.values()) / count_rows(hidden))
         return out
 
 

@@ -8,7 +8,8 @@ layers' order, which is the same in every run. The layers are one graph then: to
 another takes `retain_graph`.
 
 The rows hang on the tensor, and go with it. There is no circle: from them the graph leads back to what the tensor was
-made of, and to the tensor itself only where that is a leaf, which gets none.
+made of, and to the tensor itself only where that is a leaf, which gets none; or where torch's checkpoint keeps it to
+compute from, until somebody goes back.
 """
 
 from __future__ import annotations

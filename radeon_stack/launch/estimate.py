@@ -6,9 +6,9 @@
 **Activations** are counted, not guessed. `tests/work/test_estimate.py` runs transformers' own Llama and Qwen3-MoE with
 TRL's loss, with Liger's kernels and without, and counts every live tensor; the coefficients below are the slopes of
 these counts: bytes a token, h the hidden size, f the intermediate, k the width of keys or values, e of experts a token,
-r the rank. They hold for bf16, sdpa's fused kernels, no dropout, and heads that never make the logits whole: ours
-takes 256 MiB of them at once (`TILE_BYTES` of `kernels/head.py`), TRL's (1.16) tiles of 4096 tokens by 32768 words
-(`trl/kernels/chunked_logprob.py`, `_CHUNKED_LOGPROB_CHUNK_SIZE`).
+r the rank. They hold for bf16, sdpa's fused kernels, no dropout, and heads that make the logits piece by piece: ours
+has at most 256 MiB of them at once (`TILE_BYTES` of `kernels/head.py`), TRL's (1.16) tiles of 4096 tokens by 32768
+words (`trl/kernels/chunked_logprob.py`, `_CHUNKED_LOGPROB_CHUNK_SIZE`).
 
 **Kept products** are those of the adapters, x·aᵀ, of all layers that are computed again (`kernels/kept.py`). A run does
 without them where they would be more than a share of what its steps leave. One layer's wider ones are there besides at

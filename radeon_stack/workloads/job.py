@@ -26,7 +26,7 @@ from radeon_stack.workloads.ranks import ALONE, Rank, end_with_the_launcher, los
 # Seconds that a process outlives the one it lost: torchrun, which looks every tenth of one, tells of the first that it
 # finds ended, and would take this one for the cause.
 AFTER_ANOTHER = 1.0
-# oneDNN, which multiplies on a CPU: it has found how, and has no memory for it. It does not say of how much.
+# oneDNN, which multiplies on a CPU: it has found how, and most often has no memory for it. It does not say how much.
 ONEDNN = "could not create a primitive"
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from radeon_stack.kernels import head
 from radeon_stack.kernels.head import TILE_ROWS, Scores, score, score_reference, tile_rows
 from radeon_stack.kernels.launch import launch
+from radeon_stack.launch import estimate
 from tests.kernels.helpers import DEVICE, ULP, distance
 
 WIDTH = 24
@@ -108,6 +109,10 @@ def test_pieces_are_whole_tiles_of_one_size_within_the_room(tokens: int, row_byt
     rows = tile_rows(tokens, row_bytes)
     assert rows >= 1 and rows * row_bytes <= max(head.TILE_BYTES, TILE_ROWS * row_bytes)
     assert not tokens or rows % TILE_ROWS == 0
+
+
+def test_the_estimate_knows_how_many_bytes_of_logits_there_are_at_once() -> None:
+    assert estimate.TILE_BYTES == head.TILE_BYTES
 
 
 def test_without_a_gradient_the_scores_are_the_same() -> None:

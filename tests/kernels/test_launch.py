@@ -1,35 +1,120 @@
-"""What a compiled kernel is kept under: all that Triton compiles differently for."""
+"""Which compiled kernel a launch takes: one that Triton would compile alike."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radeon_stack.kernels.launch import _specialised
+from radeon_stack.kernels import launch as launching
+from radeon_stack.kernels.launch import Launcher
+
+GIB = 1 << 30
 
 
-def key(argument: torch.Tensor | int) -> object:
-    return _specialised(argument, argument.data_ptr() if isinstance(argument, torch.Tensor) else argument)
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU, at an address, in a storage of so many bytes."""
+
+    address = 512
+    size = 1024
+
+    @property
+    def device(self) -> Any:
+        return SimpleNamespace(index=0)
+
+    def data_ptr(self) -> int:
+        return self.address
+
+    def untyped_storage(self) -> Any:
+        return SimpleNamespace(size=lambda: self.size)
 
 
-def test_a_pointers_type_alignment_and_range_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.version, "hip", "7.1")  # the range is AMD's
-    base = torch.zeros(64, dtype=torch.float16)
-    keys = [
-        key(base),
-        key(base.bfloat16()),
-        key(base[1:]),
-        key(torch.zeros(3 << 30, dtype=torch.float16, device="meta")),
-    ]
-    assert len(set(keys)) == len(keys)
-    assert key(base) == key(torch.ones(7, 8, dtype=torch.float16))
+def pointer(address: int = 512, size: int = 1024, dtype: torch.dtype = torch.bfloat16) -> OnGpu:
+    tensor = torch.zeros(1, dtype=dtype).as_subclass(OnGpu)
+    tensor.address, tensor.size = address, size
+    return tensor
 
 
-@given(st.integers(0, 1 << 40), st.integers(0, 1 << 40))
-def test_numbers_share_a_kernel_only_where_triton_would_share_it(one: int, other: int) -> None:
+@dataclass
+class Kernel:
+    """Compiles a number for each launch that asks it, and notes which of them is launched with what."""
+
+    launched: list[tuple[int, tuple[Any, ...]]] = field(default_factory=list)
+    compiled: int = 0
+    fn: Any = None
+
+    def __getitem__(self, grid: Any) -> Any:
+        def compile_and_launch(*passed: Any, **named: Any) -> Any:
+            del passed, named
+            self.compiled += 1
+            number = self.compiled
+            self.launched.append((number, ()))
+            return {grid: lambda *told: self.launched.append((number, told))}
+
+        return compile_and_launch
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launching, "settle", lambda _: None)
+    return Kernel()
+
+
+def numbers(kernel: Kernel, *calls: tuple[Any, ...], constants: Any = None) -> list[int]:
+    """Which compiled kernel each call took."""
+    launch, grid = Launcher(), (1, 1, 1)
+    for arguments in calls:
+        launch(kernel, grid, arguments, constants or {"BLOCK": 16})
+    return [number for number, _ in kernel.launched]
+
+
+def test_what_is_launched_again_is_handed_addresses_numbers_and_constants(kernel: Kernel) -> None:
+    assert numbers(kernel, (pointer(), 48), (pointer(1024), 48), (pointer(2048), 48)) == [1, 1, 1]
+    assert [told for _, told in kernel.launched] == [(), (1024, 48, 16), (2048, 48, 16)]
+
+
+def test_an_address_that_is_not_aligned_takes_a_kernel_of_its_own_before_and_after_aligned_ones(kernel: Kernel) -> None:
+    aligned, odd = (pointer(512), pointer(512), 48), (pointer(512), pointer(520), 48)
+    assert numbers(kernel, aligned, odd, aligned, aligned, odd, odd, aligned) == [1, 2, 1, 1, 2, 2, 1]
+
+
+def test_types_and_constants_are_told_apart(kernel: Kernel) -> None:
+    launch, grid = Launcher(), (1, 1, 1)
+    for dtype, block, warps in ((torch.bfloat16, 16, 4), (torch.float16, 16, 4), (torch.bfloat16, 32, 4)) * 2:
+        launch(kernel, grid, (pointer(dtype=dtype),), {"BLOCK": block}, warps=warps)
+    launch(kernel, grid, (pointer(),), {"BLOCK": 16}, warps=8)
+    assert [number for number, _ in kernel.launched] == [1, 2, 3, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("hip", "wanted"), [("7.1", [1, 2, 1, 2]), (None, [1, 1, 1, 1])])
+def test_a_storage_of_2_gib_and_more_is_another_kernel_on_amd_alone(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, hip: str | None, wanted: list[int]
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert numbers(kernel, *[(pointer(size=size),) for size in (2 * GIB - 1, 2 * GIB) * 2]) == wanted
+
+
+WHOLE = st.integers(-(1 << 40), 1 << 40) | st.sampled_from([0, 1, 2, 16, 17, -1, -16, 1 << 31, (1 << 31) - 1])
+
+
+@given(st.lists(WHOLE, min_size=1, max_size=12))
+def test_numbers_share_a_kernel_only_where_triton_would_share_it(given_: list[int]) -> None:
     def kind(number: int) -> tuple[bool, bool, bool]:
-        return number == 1, number % 16 == 0, number < 1 << 31
+        return number == 1, number % 16 == 0, -(1 << 31) <= number < 1 << 31
 
-    assert (key(one) == key(other)) == (kind(one) == kind(other))
+    kernel = Kernel()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(launching, "settle", lambda _: None)
+        monkeypatch.setattr(launching, "MOST_EXACT", 3)
+        taken = numbers(kernel, *[(pointer(), number) for number in (*given_, *given_)])
+    by_kind: dict[tuple[bool, bool, bool], int] = {}
+    for number, one in zip((*given_, *given_), taken, strict=True):
+        assert by_kind.setdefault(kind(number), one) == one
+    assert kernel.compiled == len(by_kind)

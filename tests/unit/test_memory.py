@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -10,10 +12,12 @@ from hypothesis import strategies as st
 
 from radeon_stack.contracts.finetune import Data, Export, FinetuneConfig, Lora, Quantization, Train
 from radeon_stack.runs import events as ev
+from radeon_stack.workloads.finetune.__main__ import SIZES, sizes_that_fit
 from radeon_stack.workloads.finetune.memory import Shortage, advice, cpu_shortage, fitting_batch, shortage
 from radeon_stack.workloads.job import ONEDNN, Arguments, Job, Sizes, _failure
 
 GIB = 1 << 30
+ALLOCATOR = "[enforce fail at alloc_cpu.cpp:129] . DefaultCPUAllocator: can't allocate memory: you tried to allocate "
 # Real ones: ComfyUI#9529, ROCm/TheRock#2118, VSmTrans#3, NeuroLens#2 (shortened at their ends).
 HIP = (
     "HIP out of memory. Tried to allocate 432.00 MiB. GPU 0 has a total capacity of 15.92 GiB of which 7.12 GiB is "
@@ -164,8 +168,7 @@ def test_other_stages_have_remedies_of_their_own(stage: str, says: str) -> None:
 
 
 def test_a_cpus_message_has_its_figures_too() -> None:
-    message = "[enforce fail at alloc_cpu.cpp:129] . DefaultCPUAllocator: can't allocate memory: you tried to allocate "
-    found = cpu_shortage(f"{message}{9 * GIB} bytes. Error code 12", most=2 * GIB, reachable=6 * GIB)
+    found = cpu_shortage(f"{ALLOCATOR}{9 * GIB} bytes. Error code 12", most=2 * GIB, reachable=6 * GIB)
     assert found == Shortage(9 * GIB, 2 * GIB, 6 * GIB, 6 * GIB) and found.short == 5 * GIB
 
 
@@ -208,3 +211,16 @@ def test_the_recipes_own_values_are_proposed_as_they_would_be_read() -> None:
     sets = {part.split("=")[0]: int(part.split("=")[1]) for part in told.remedy.split() if part.startswith("train.")}
     assert sets["train.batch_size"] * sets["train.gradient_accumulation"] == 24
     assert FinetuneConfig(model="m", data=Data(max_length=64), export=Export()).train.batch_size == 5
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_main_memory_that_is_short_beside_a_gpu_is_told_with_its_figures_where_the_message_has_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool
+) -> None:
+    cuda = SimpleNamespace(is_available=lambda: gpu)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    job = Job(Arguments(tmp_path, tmp_path, "", None, False), lambda event: None, SIZES)
+    job.stage = "merge"
+    told = sizes_that_fit(job, config(), RuntimeError(f"{ALLOCATOR}{9 * GIB} bytes. Error code 12"))
+    assert told is not None and told.where == "config.export.merge"
+    assert (sizes_that_fit(job, config(), RuntimeError(ONEDNN)) is None) == gpu

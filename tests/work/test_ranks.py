@@ -87,6 +87,10 @@ def held_to(told: Any, wanted: Any, *, steps: int) -> None:
         assert abs(norms[1][step] - norm) <= 2e-2 * norm, f"gradients of step {step}"  # told in bf16
 
 
+def evaluations(told: Any) -> dict[int, float]:
+    return {metric["step"]: metric["eval_loss"] for metric in told["metrics"] if "eval_loss" in metric}
+
+
 def adapter_of(told: Any) -> bytes:
     return (Path(told["artifacts"]["adapter"]) / "adapter_model.safetensors").read_bytes()
 
@@ -94,7 +98,7 @@ def adapter_of(told: Any) -> bytes:
 @pytest.mark.parametrize(
     ("processes", "more_sets"),
     [
-        (2, ["train.gradient_checkpointing=true"]),
+        (2, ["train.gradient_checkpointing=true", "data.eval_share=0.2", "train.eval_every=3"]),
         (3, ["train.gradient_checkpointing=false", "data.group_by_length=true"]),
     ],
 )
@@ -115,6 +119,8 @@ def test_the_losses_are_those_of_one_process_with_the_same_global_batch_and_only
     assert shared.code == Exit.OK, shared.err
     held_to(shared.json, one.json, steps=6)
     assert losses(shared.json) == losses(more.json) and adapter_of(shared.json) == adapter_of(more.json)
+    evaluated = [evaluations(run.json) for run in (one, more, shared)]
+    assert list(evaluated[0]) == [3, 6] and evaluated[1] == evaluated[2] == pytest.approx(evaluated[0], rel=1e-4)
     told = shared.json["facts"]["shares"]
     assert 0.5 <= told["share_bytes"] / told["layers_bytes"] < 0.51
     left = more.json["facts"]["model"]["memory_bytes"] - shared.json["facts"]["model"]["memory_bytes"]
@@ -126,7 +132,8 @@ def told_and_saved_once(run: Run, result: Any) -> None:
     told = ev.read_events(run.events)
     assert sum(isinstance(event, ev.Attempt) for event in told) == 1
     assert [event.phase for event in told if isinstance(event, ev.Sample)] == ["before", "after", "merged"]
-    assert [event.step for event in told if isinstance(event, ev.Metric)] == list(range(1, 7))
+    metrics = [event for event in told if isinstance(event, ev.Metric)]
+    assert [metric.step for metric in metrics if "loss" in metric.values] == list(range(1, 7))
     assert sum(isinstance(event, ev.Result) for event in told) == 1
     assert result["facts"]["merge"]["changed"] == 14
     assert {path.name for path in run.artifacts.iterdir()} == {"adapter", "merged", "checkpoints"}

@@ -66,8 +66,10 @@ def sizes_that_fit(job: Job, config: FinetuneConfig, error: Exception) -> Sizes 
     """What to change after an error for want of memory; None where it has no figures."""
     found = shortage(str(error))
     torch = sys.modules.get("torch")
-    if found is None and (torch is None or not torch.cuda.is_available()):
-        found = cpu_shortage(str(error), most=most_resident(), reachable=resident() + available())
+    if found is None:
+        of_main = cpu_shortage(str(error), most=most_resident(), reachable=resident() + available())
+        # Beside a GPU, one that does not say how much it was asked for may be the GPU's.
+        found = of_main if of_main.asked or torch is None or not torch.cuda.is_available() else None
     return advice(found, config, stage=job.stage, held=job.held) if found else None
 
 

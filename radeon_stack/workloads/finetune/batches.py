@@ -54,7 +54,7 @@ class RowsTrainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's."""
+        """TRL's loss; its figures are left on the device."""
         if self.tally is None or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         output = model(**inputs, fused_lm_head=True)
@@ -62,7 +62,7 @@ class RowsTrainer(SFTTrainer):
         loss = loss_of(output, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # they count all processes' tokens, and gradients are averaged
-        return loss
+        return loss.to(self.args.device)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """transformers' own: 6 · tokens · parameters without embeddings."""
@@ -95,7 +95,7 @@ class RowsTrainer(SFTTrainer):
         if self.tally is not None:
             self._metrics[mode].update(self.tally.take(self.accelerator.gather, train=mode == "train"))
         if self.miscounts:
-            # Where there is no attention mask TRL takes a batch for one sequence (1.16).
+            # Where no mask says what is padding, that counts too.
             self._metrics["train"].pop("num_tokens", None)
         super().log(logs, start_time)
 

@@ -23,28 +23,30 @@ from radeon_stack.workloads.finetune.encoding import IGNORED
 CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
 
 
-def use_head(model: Any) -> str:
+def use_head(model: Any, dtype: torch.dtype) -> str:
     """Put our head in the place of TRL's where it is one that ours computes; what is in, or "off" and why.
 
-    model: transformers' own, as it is inside PEFT's, with TRL's head in it.
+    model: transformers' own, as it is inside PEFT's, with TRL's head in it. dtype: what is computed in.
     """
     text = model.config.get_text_config()
     if change := next((name for name in CHANGES if getattr(text, name, None) is not None), None):
         return f"off ({change} changes its logits)"
     if getattr(text, "output_router_logits", False):
         return "off (a loss wants the routers' logits)"
-    if why := _unfit(model.get_output_embeddings()):
+    if why := _unfit(model.get_output_embeddings(), dtype):
         return f"off ({why})"
     model.forward = MethodType(_instead_of(model.forward, type(model).forward), model)
     return "on"
 
 
-def _unfit(head: Any) -> str | None:
+def _unfit(head: Any, dtype: torch.dtype) -> str | None:
     """Why a head is not one that ours computes."""
     if type(head) is not nn.Linear or head.bias is not None:
         return "the head is no plain matrix"
     if head.weight.requires_grad:
         return "the head is trained"
+    if head.weight.dtype != dtype:
+        return f"the head is in {head.weight.dtype}".replace("torch.", "")
     return None if can_run_on(head.weight.device) else "no GPU"
 
 
@@ -83,7 +85,8 @@ def _output(scores: Any, targets: Tensor) -> Any:
 def loss_of(output: Any, count: Tensor | int | None) -> Tensor:
     """The mean negative log-likelihood; `count`: of the global batch's tokens to be learnt, None: of this one's."""
     tokens = output.label_mask.sum() if count is None else count
-    return -output.log_probs.sum() / torch.as_tensor(tokens).clamp(min=1)
+    # The head may be on another card than the batch.
+    return -output.log_probs.sum() / torch.as_tensor(tokens, device=output.log_probs.device).clamp(min=1)
 
 
 class Tally:
@@ -96,13 +99,14 @@ class Tally:
     def add(self, output: Any, inputs: Mapping[str, Any]) -> None:
         """Of one batch: what its forward gave, and what went in."""
         mask, learnt = inputs.get("attention_mask"), output.label_mask.sum()
-        tokens = inputs["input_ids"].new_tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
+        tokens = learnt.new_full((), inputs["input_ids"].numel()) if mask is None else mask.sum()
         sums = output.entropy.detach().sum(), output.is_top1.sum(), learnt, tokens
         self._rows.append(torch.stack([one.to(learnt.device, torch.float64) for one in sums]))
 
     def take(self, gather: Callable[[Tensor], Tensor], *, train: bool) -> dict[str, list[float]]:
-        """A value for each batch since the last time, over all processes (`gather`: their tensors one after another),
-        and of `train` the tokens that went in until now; {} where there was none.
+        """A value for each batch since the last time, over all processes (`gather`: their tensors one after another;
+        rows that fill up their last batch count too), and of `train` the tokens that went in until now; {} where there
+        was no batch.
         """
         if not self._rows:
             return {}

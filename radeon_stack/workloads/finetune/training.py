@@ -16,6 +16,7 @@ from radeon_stack.contracts.finetune import FinetuneConfig, Train
 from radeon_stack.kernels.adapters import add_experts_lora
 from radeon_stack.workloads.finetune import ranks, unsloth_backend
 from radeon_stack.workloads.finetune.adapter import experts_alpha, load_into, lora_config
+from radeon_stack.workloads.finetune.base import DTYPES
 from radeon_stack.workloads.finetune.batches import RowsTrainer, dataset
 from radeon_stack.workloads.finetune.callbacks import Evaluator, Ledger, Rate, Recompute, Teller, Watcher
 from radeon_stack.workloads.finetune.checkpoints import Checkpoint, best_folder, scratch
@@ -49,7 +50,8 @@ def trainer_for(
     )
     if not unsloth:
         trainer.tally = Tally()
-        job.fact("head", use_head(trainer.model.get_base_model()) if config.speed.head else "off (speed.head)")
+        dtype = DTYPES[config.train.precision]
+        job.fact("head", use_head(trainer.model.get_base_model(), dtype) if config.speed.head else "off (speed.head)")
     told = batches_told(rows, packs, config.train.batch_size, flat=flat)
     if packs:
         trainer.take_packs(flat=flat)
