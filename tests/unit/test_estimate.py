@@ -209,8 +209,8 @@ def test_a_recipe_gives_what_decides_the_memory() -> None:
         assert isinstance(config, FinetuneConfig)
         return training_of(config)
 
-    ours = {"fused": True, "kept": True, "head": True}
-    assert of() == Training(5, 64, 64, merged=True, attention="auto", experts_quantized=True, **ours)
+    ours = Training(5, 64, 64, merged=True, attention="auto", experts_quantized=True, fused=True, kept=True, head=True)
+    assert of() == ours
     assert not of("speed.liger=false").fused and not of("speed.head=false").head
     assert not of("speed.keep_products=false").kept and not of("speed.nf4_linear=false").kept
     assert of("data.dataset=chats.jsonl", "data.max_length=512").length == 512
