@@ -30,7 +30,8 @@ if __name__ == "__main__":  # in the place of this folder: its file names are no
 import torch  # noqa: E402
 
 from benchmarks.random_checkpoint import STD, device, shapes, tokenizer  # noqa: E402
-from benchmarks.train_speed import LLAMA, Drawn, peak, reset_peak, save, watcher  # noqa: E402
+from benchmarks.train_cases import LLAMA, Drawn  # noqa: E402
+from benchmarks.train_speed import peak, reset_peak, save, watcher  # noqa: E402
 from radeon_stack.errors import Exit  # noqa: E402
 
 SOURCES = ("nf4", "bf16", "rounded", "channel", "block")

@@ -22,7 +22,9 @@ layer computed again, all sequences of one length. *ours* is what `train-llama` 
 7d0d99f on, at 2048 × 4 of Llama, some of a layer's products wait in the host's memory in the place of being computed
 again (`speed.keep_products`), and *transfers* are mostly theirs, beside the computing; from b2db4a6 on the adapters'
 own and those of the last two layers stay on the card. *stock* is TRL + PEFT + bitsandbytes, and *unsloth* itself, each
-as its documentation puts it together and with its own packages.
+as its documentation puts it together and with its own packages. *stock_prepared* is stock after PEFT's
+`prepare_model_for_kbit_training`, which PEFT's guide asks for and TRL's examples do without: all that is not quantised
+is in float32.
 `llama` is Llama-3.1-8B, `qwen` 8 layers of Qwen3-30B-A3B with adapters on attention, `qwen-whole` all 48, with torch
 held to an R9700's 29.86 GiB; `qwen-whole-experts` has adapters of rank 8 an expert too. `-short` is 60 tokens × 5 × 2,
 else 2048 × 4, and 512 × 1 × 2 for the whole one. Seconds are the median of nine steps.
