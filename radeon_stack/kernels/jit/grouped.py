@@ -273,24 +273,43 @@ def store_gradients(
     position,
     slot,
     inside,
-    column,
-    column_ok,
     n_size,
     n_tile,
     n_tiles,
     SAVE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """gated_backward's end, of d_hidden's [rows, columns] before the routing weight."""
+    """gated_backward's end, of d_hidden's [rows, columns] before the routing weight.
+
+    Half of the columns, and then the others: what is at hand of all at once does not fit in the registers.
+    """
+    HALF: tl.constexpr = BLOCK_N // 2
+    halves = acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1)
+    first, second = halves.split()
+    routing_weight = tl.load(slot_weight + slot).to(tl.float32)[:, None]
+    share = store_half(
+        first, gate_up, d_gate_up, weighted, routing_weight, position, inside,
+        n_tile * BLOCK_N + tl.arange(0, HALF), n_size, SAVE,
+    )  # fmt: skip
+    share += store_half(
+        second, gate_up, d_gate_up, weighted, routing_weight, position, inside,
+        n_tile * BLOCK_N + HALF + tl.arange(0, HALF), n_size, SAVE,
+    )  # fmt: skip
+    tl.store(d_weight + slot * n_tiles + n_tile, share, mask=inside)
+
+
+@triton.jit
+def store_half(
+    acc, gate_up, d_gate_up, weighted, routing_weight, position, inside, column, n_size, SAVE: tl.constexpr
+):
+    """These columns' part of it, but for the routing weight's gradient, [rows], which is returned."""
     dtype = d_gate_up.dtype.element_ty
-    ok = inside[:, None] & column_ok[None, :]
+    ok = inside[:, None] & (column < n_size)[None, :]
     pair = (position * (2 * n_size))[:, None] + column[None, :]
     gate = tl.load(gate_up + pair, mask=ok, other=0.0).to(tl.float32)
     up = tl.load(gate_up + pair + n_size, mask=ok, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
-    share = tl.sum(tl.where(ok, acc * silu * up, 0.0), 1)
-    tl.store(d_weight + slot * n_tiles + n_tile, share, mask=inside)
-    routing_weight = tl.load(slot_weight + slot).to(tl.float32)[:, None]
     if SAVE:
         place = (position * n_size)[:, None] + column[None, :]
         tl.store(weighted + place, (routing_weight * silu * up).to(dtype), mask=ok)
@@ -298,6 +317,7 @@ def store_gradients(
     d_gate = d_hidden * up * (sigmoid + silu * (1.0 - sigmoid))
     tl.store(d_gate_up + pair, d_gate.to(dtype), mask=ok)
     tl.store(d_gate_up + pair + n_size, (d_hidden * silu).to(dtype), mask=ok)
+    return tl.sum(tl.where(ok, acc * silu * up, 0.0), 1)
 
 
 @triton.jit(do_not_specialize=["m_tiles", "top_k", "rank"])
@@ -369,7 +389,7 @@ def gated_backward(
         )  # fmt: skip
         store_gradients(
             acc_tail, gate_up, d_gate_up, d_weight, weighted, slot_weight, position_tail, slot_tail, inside_tail,
-            column, column_ok, n_size, n_tile, n_tiles, SAVE,
+            n_size, n_tile, n_tiles, SAVE, BLOCK_N,
         )  # fmt: skip
     else:
         acc, _ = multiply(
@@ -378,7 +398,7 @@ def gated_backward(
         )  # fmt: skip
     store_gradients(
         acc, gate_up, d_gate_up, d_weight, weighted, slot_weight, position, slot, inside,
-        column, column_ok, n_size, n_tile, n_tiles, SAVE,
+        n_size, n_tile, n_tiles, SAVE, BLOCK_N,
     )  # fmt: skip
 
 
