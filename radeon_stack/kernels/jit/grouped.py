@@ -63,6 +63,16 @@ def slots_at(slots, position, READ: tl.constexpr):
 
 
 @triton.jit
+def halves(acc):
+    """[rows, columns] as the first half of the columns and the second.
+
+    By turns they need half the registers for what is at hand beside them: all at once, the ends of wide tiles did not
+    fit in a Hopper's, and left a Radeon fewer waves.
+    """
+    return acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
 def store_product(
     acc,
     out,
@@ -72,21 +82,28 @@ def store_product(
     slot,
     inside,
     bias_at,
-    column,
-    column_ok,
+    first_column,
     n_size,
     SCATTER: tl.constexpr,
     BIAS: tl.constexpr,
     WEIGHTED: tl.constexpr,
 ):
     """grouped_matmul's end, of [rows, columns]."""
-    if BIAS:
-        acc += tl.load(bias + bias_at + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]
+    HALF: tl.constexpr = acc.shape[1] // 2
+    row = (slot if SCATTER else position) * n_size
+    first, second = halves(acc)
     if WEIGHTED:
-        acc *= tl.load(slot_weight + slot).to(tl.float32)[:, None]
-    out_row = slot if SCATTER else position
-    place = out + (out_row * n_size)[:, None] + column[None, :]
-    tl.store(place, acc.to(out.dtype.element_ty), mask=inside[:, None] & column_ok[None, :])
+        routing_weight = tl.load(slot_weight + slot).to(tl.float32)[:, None]
+    for half in tl.static_range(2):
+        part = second if half else first
+        column = first_column + half * HALF + tl.arange(0, HALF)
+        column_ok = column < n_size
+        if BIAS:
+            part += tl.load(bias + bias_at + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]
+        if WEIGHTED:
+            part *= routing_weight
+        place = out + row[:, None] + column[None, :]
+        tl.store(place, part.to(out.dtype.element_ty), mask=inside[:, None] & column_ok[None, :])
 
 
 @triton.jit(do_not_specialize=["m_tiles", "top_k", "rank"])
@@ -161,8 +178,8 @@ def grouped_matmul(
             w_row, w_column, columns, True, OVER_COLUMNS, NF4, NESTED, TURNED, PAIRS, BLOCK_K, width,
         )  # fmt: skip
         store_product(
-            acc_tail, out, bias, slot_weight, position_tail, slot_tail, inside_tail, matrix * n_size, column, column_ok,
-            n_size, SCATTER, BIAS, WEIGHTED,
+            acc_tail, out, bias, slot_weight, position_tail, slot_tail, inside_tail, matrix * n_size,
+            n_tile * BLOCK_N, n_size, SCATTER, BIAS, WEIGHTED,
         )  # fmt: skip
     else:
         acc, _ = multiply(
@@ -170,26 +187,31 @@ def grouped_matmul(
             w_row, w_column, columns, False, OVER_COLUMNS, NF4, NESTED, TURNED, PAIRS, BLOCK_K, width,
         )  # fmt: skip
     store_product(
-        acc, out, bias, slot_weight, position, slot, inside, matrix * n_size, column, column_ok,
-        n_size, SCATTER, BIAS, WEIGHTED,
+        acc, out, bias, slot_weight, position, slot, inside, matrix * n_size,
+        n_tile * BLOCK_N, n_size, SCATTER, BIAS, WEIGHTED,
     )  # fmt: skip
 
 
 @triton.jit
-def store_gated(acc, gate_up, hidden, position, inside, column, column_ok, n_size, SAVE: tl.constexpr):
+def store_gated(acc, gate_up, hidden, position, inside, first_column, n_size, SAVE: tl.constexpr):
     """gated_forward's end, of [rows, 2 · columns]: gate beside up."""
     dtype = hidden.dtype.element_ty
-    gate, up = tl.split(tl.reshape(acc, (acc.shape[0], acc.shape[1] // 2, 2)))
-    ok = inside[:, None] & column_ok[None, :]
-    place = (position * n_size)[:, None] + column[None, :]
-    if SAVE:
-        # silu'(gate) is taken from what is stored: round first, so that both directions see the same gate.
-        gate = gate.to(dtype).to(tl.float32)
-        up = up.to(dtype).to(tl.float32)
-        both = gate_up + (position * (2 * n_size))[:, None] + column[None, :]
-        tl.store(both, gate.to(dtype), mask=ok)
-        tl.store(both + n_size, up.to(dtype), mask=ok)
-    tl.store(hidden + place, (gate * tl.sigmoid(gate) * up).to(dtype), mask=ok)
+    HALF: tl.constexpr = acc.shape[1] // 4
+    first, second = halves(acc)
+    for half in tl.static_range(2):
+        part = second if half else first
+        gate, up = part.reshape(part.shape[0], HALF, 2).split()
+        column = first_column + half * HALF + tl.arange(0, HALF)
+        ok = inside[:, None] & (column < n_size)[None, :]
+        place = (position * n_size)[:, None] + column[None, :]
+        if SAVE:
+            # silu'(gate) is taken from what is stored: round first, so that both directions see the same gate.
+            gate = gate.to(dtype).to(tl.float32)
+            up = up.to(dtype).to(tl.float32)
+            both = gate_up + (position * (2 * n_size))[:, None] + column[None, :]
+            tl.store(both, gate.to(dtype), mask=ok)
+            tl.store(both + n_size, up.to(dtype), mask=ok)
+        tl.store(hidden + place, (gate * tl.sigmoid(gate) * up).to(dtype), mask=ok)
 
 
 @triton.jit(do_not_specialize=["m_tiles", "top_k", "rank"])
@@ -253,13 +275,13 @@ def gated_forward(
             acc, acc_tail, x, x_row, x_row_tail, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
             w_row, 0, k_size, True, True, NF4, NESTED, TURNED, PAIRS, BLOCK_K, BLOCK_K,
         )  # fmt: skip
-        store_gated(acc_tail, gate_up, hidden, position_tail, inside_tail, column, column_ok, n_size, SAVE)
+        store_gated(acc_tail, gate_up, hidden, position_tail, inside_tail, n_tile * BLOCK_N, n_size, SAVE)
     else:
         acc, _ = multiply(
             acc, acc, x, x_row, x_row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
             w_row, 0, k_size, False, True, NF4, NESTED, TURNED, PAIRS, BLOCK_K, BLOCK_K,
         )  # fmt: skip
-    store_gated(acc, gate_up, hidden, position, inside, column, column_ok, n_size, SAVE)
+    store_gated(acc, gate_up, hidden, position, inside, n_tile * BLOCK_N, n_size, SAVE)
 
 
 @triton.jit
@@ -273,31 +295,35 @@ def store_gradients(
     position,
     slot,
     inside,
-    column,
-    column_ok,
+    first_column,
     n_size,
-    n_tile,
-    n_tiles,
     SAVE: tl.constexpr,
 ):
     """gated_backward's end, of d_hidden's [rows, columns] before the routing weight."""
     dtype = d_gate_up.dtype.element_ty
-    ok = inside[:, None] & column_ok[None, :]
-    pair = (position * (2 * n_size))[:, None] + column[None, :]
-    gate = tl.load(gate_up + pair, mask=ok, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + pair + n_size, mask=ok, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    share = tl.sum(tl.where(ok, acc * silu * up, 0.0), 1)
-    tl.store(d_weight + slot * n_tiles + n_tile, share, mask=inside)
+    HALF: tl.constexpr = acc.shape[1] // 2
     routing_weight = tl.load(slot_weight + slot).to(tl.float32)[:, None]
-    if SAVE:
-        place = (position * n_size)[:, None] + column[None, :]
-        tl.store(weighted + place, (routing_weight * silu * up).to(dtype), mask=ok)
-    d_hidden = acc * routing_weight
-    d_gate = d_hidden * up * (sigmoid + silu * (1.0 - sigmoid))
-    tl.store(d_gate_up + pair, d_gate.to(dtype), mask=ok)
-    tl.store(d_gate_up + pair + n_size, (d_hidden * silu).to(dtype), mask=ok)
+    share = tl.zeros((acc.shape[0],), tl.float32)
+    first, second = halves(acc)
+    for half in tl.static_range(2):
+        part = second if half else first
+        column = first_column + half * HALF + tl.arange(0, HALF)
+        ok = inside[:, None] & (column < n_size)[None, :]
+        pair = (position * (2 * n_size))[:, None] + column[None, :]
+        gate = tl.load(gate_up + pair, mask=ok, other=0.0).to(tl.float32)
+        up = tl.load(gate_up + pair + n_size, mask=ok, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        share += tl.sum(tl.where(ok, part * silu * up, 0.0), 1)
+        if SAVE:
+            place = (position * n_size)[:, None] + column[None, :]
+            tl.store(weighted + place, (routing_weight * silu * up).to(dtype), mask=ok)
+        d_hidden = part * routing_weight
+        d_gate = d_hidden * up * (sigmoid + silu * (1.0 - sigmoid))
+        tl.store(d_gate_up + pair, d_gate.to(dtype), mask=ok)
+        tl.store(d_gate_up + pair + n_size, (d_hidden * silu).to(dtype), mask=ok)
+    n_tile, n_tiles = first_column // (2 * HALF), tl.cdiv(n_size, 2 * HALF)
+    tl.store(d_weight + slot * n_tiles + n_tile, share, mask=inside)
 
 
 @triton.jit(do_not_specialize=["m_tiles", "top_k", "rank"])
@@ -369,7 +395,7 @@ def gated_backward(
         )  # fmt: skip
         store_gradients(
             acc_tail, gate_up, d_gate_up, d_weight, weighted, slot_weight, position_tail, slot_tail, inside_tail,
-            column, column_ok, n_size, n_tile, n_tiles, SAVE,
+            n_tile * BLOCK_N, n_size, SAVE,
         )  # fmt: skip
     else:
         acc, _ = multiply(
@@ -378,7 +404,7 @@ def gated_backward(
         )  # fmt: skip
     store_gradients(
         acc, gate_up, d_gate_up, d_weight, weighted, slot_weight, position, slot, inside,
-        column, column_ok, n_size, n_tile, n_tiles, SAVE,
+        n_tile * BLOCK_N, n_size, SAVE,
     )  # fmt: skip
 
 
