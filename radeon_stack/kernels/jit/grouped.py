@@ -89,14 +89,14 @@ def store_product(
     WEIGHTED: tl.constexpr,
 ):
     """grouped_matmul's end, of [rows, columns]."""
-    HALF: tl.constexpr = acc.shape[1] // 2
+    half_width: tl.constexpr = acc.shape[1] // 2
     row = (slot if SCATTER else position) * n_size
     first, second = halves(acc)
     if WEIGHTED:
         routing_weight = tl.load(slot_weight + slot).to(tl.float32)[:, None]
     for half in tl.static_range(2):
         part = second if half else first
-        column = first_column + half * HALF + tl.arange(0, HALF)
+        column = first_column + half * half_width + tl.arange(0, half_width)
         column_ok = column < n_size
         if BIAS:
             part += tl.load(bias + bias_at + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]
@@ -196,12 +196,12 @@ def grouped_matmul(
 def store_gated(acc, gate_up, hidden, position, inside, first_column, n_size, SAVE: tl.constexpr):
     """gated_forward's end, of [rows, 2 · columns]: gate beside up."""
     dtype = hidden.dtype.element_ty
-    HALF: tl.constexpr = acc.shape[1] // 4
+    half_width: tl.constexpr = acc.shape[1] // 4
     first, second = halves(acc)
     for half in tl.static_range(2):
         part = second if half else first
-        gate, up = part.reshape(part.shape[0], HALF, 2).split()
-        column = first_column + half * HALF + tl.arange(0, HALF)
+        gate, up = part.reshape(part.shape[0], half_width, 2).split()
+        column = first_column + half * half_width + tl.arange(0, half_width)
         ok = inside[:, None] & (column < n_size)[None, :]
         place = (position * n_size)[:, None] + column[None, :]
         if SAVE:
@@ -259,8 +259,6 @@ def gated_forward(
         return
     position, inside = rows_of(first, last, BLOCK_M)
     x_row = slots_at(slots, position, True) // top_k
-    column = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    column_ok = column < n_size
     # Gate's and up's rows by turns: one product makes both, and a thread holds a gate beside its up.
     pair = n_tile * (2 * BLOCK_N) + tl.arange(0, 2 * BLOCK_N)
     pair_ok = pair < 2 * n_size
@@ -301,13 +299,13 @@ def store_gradients(
 ):
     """gated_backward's end, of d_hidden's [rows, columns] before the routing weight."""
     dtype = d_gate_up.dtype.element_ty
-    HALF: tl.constexpr = acc.shape[1] // 2
+    half_width: tl.constexpr = acc.shape[1] // 2
     routing_weight = tl.load(slot_weight + slot).to(tl.float32)[:, None]
     share = tl.zeros((acc.shape[0],), tl.float32)
     first, second = halves(acc)
     for half in tl.static_range(2):
         part = second if half else first
-        column = first_column + half * HALF + tl.arange(0, HALF)
+        column = first_column + half * half_width + tl.arange(0, half_width)
         ok = inside[:, None] & (column < n_size)[None, :]
         pair = (position * (2 * n_size))[:, None] + column[None, :]
         gate = tl.load(gate_up + pair, mask=ok, other=0.0).to(tl.float32)
@@ -322,7 +320,7 @@ def store_gradients(
         d_gate = d_hidden * up * (sigmoid + silu * (1.0 - sigmoid))
         tl.store(d_gate_up + pair, d_gate.to(dtype), mask=ok)
         tl.store(d_gate_up + pair + n_size, (d_hidden * silu).to(dtype), mask=ok)
-    n_tile, n_tiles = first_column // (2 * HALF), tl.cdiv(n_size, 2 * HALF)
+    n_tile, n_tiles = first_column // (2 * half_width), tl.cdiv(n_size, 2 * half_width)
     tl.store(d_weight + slot * n_tiles + n_tile, share, mask=inside)
 
 
