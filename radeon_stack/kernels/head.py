@@ -2,9 +2,9 @@
 
 The gradient of a token's log p to its hidden state is its own row alone, (1 at the target − p) · W, whatever the loss
 makes of log p: it is computed while the logits are there, and the way back multiplies each row with one number. At most
-256 MiB of logits are there at once. (Liger's fused linear cross-entropy has the first idea, arXiv
-2410.10989, section 3.3, for the loss's mean; its 0.8.5 multiplies ignored tokens too, asks the host for their count,
-and tells no entropy. TRL's head, 1.16, makes the logits again on the way back.)
+256 MiB of logits are there at once. (Liger's fused linear cross-entropy has the first idea, arXiv 2410.10989, section
+3.3, for the loss's mean; its 0.8.5 multiplies ignored tokens too, asks the host for their count, and tells no entropy.
+TRL's head, 1.16, makes the logits again on the way back.)
 """
 
 from __future__ import annotations
