@@ -109,8 +109,8 @@ DECODE_EXPERTS_ONCE_ROWS = {"cuda": 352.0, "hip": float("inf")}
 # a step, of whose 816 ms under the profiler 555 are idle), where a decoded one takes 0.05 to 0.11 at 256 rows
 # (tune_linear_h200.json).
 DECODE_ONCE_ROWS = {"cuda": 512, "hip": 512}
-# Of adapters' gradients, two products of torch's, and with float32 factors two casts, where ours is one launch: a step
-# waits for the host longer than for the other products. Counted, not timed.
+# From here the gradients of adapters are torch's: two products and, with float32 factors, two casts, where ours is one
+# launch, and at fewer rows a step waits for the host. Chosen by counting launches, not timed.
 GRADIENTS_BY_TORCH_ROWS = 1024
 LINEAR = {
     "cuda": {
@@ -153,7 +153,7 @@ FP8 = {  # compiled and audited, not timed yet
     },
 }
 # CUDA's: as an H200 timed them with 128 experts of 2048 × 768 (benchmarks/tune_*_h200.json; from 64 rows on tune_rows,
-# tune_512 and tune_4096).
+# tune_512 and tune_4096), before the ends of products went by halves (`jit/grouped.py`): not timed since.
 TILES: dict[tuple[str, bool, Kind], dict[int, Tile]] = {
     ("cuda", False, "gated_forward"): {
         16: Tile(16, 32, 128, 4, 2),

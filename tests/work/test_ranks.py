@@ -134,6 +134,7 @@ def told_and_saved_once(run: Run, result: Any) -> None:
     assert [event.phase for event in told if isinstance(event, ev.Sample)] == ["before", "after", "merged"]
     metrics = [event for event in told if isinstance(event, ev.Metric)]
     assert [metric.step for metric in metrics if "loss" in metric.values] == list(range(1, 7))
+    assert [metric.step for metric in metrics if "loss" not in metric.values] == list(evaluations(result))
     assert sum(isinstance(event, ev.Result) for event in told) == 1
     assert result["facts"]["merge"]["changed"] == 14
     assert {path.name for path in run.artifacts.iterdir()} == {"adapter", "merged", "checkpoints"}
