@@ -44,6 +44,7 @@ KINDS: tuple[Kind, ...] = ("gated_forward", "forward", "gated_backward", "backwa
 LINEARS = ((4096, 4096), (4096, 14336), (14336, 4096))  # (out, in)
 ROWS: dict[int, tuple[int, ...]] = {16: (16,), 32: (32,), 64: (64,), 128: (128, 256, 512, 1024)}
 DECODE: Literal["decode"] = "decode"  # both matrices once, which a step does twice
+APART: Literal["gate_apart"] = "gate_apart"  # gated_backward in two launches: the tile is the product's
 TORCH = Tile(0, 0, 0, 0, 0)  # in a tile's place: decoded once, and multiplied by torch
 RANK = 64
 REPEATS = 4
@@ -77,7 +78,8 @@ def tiles(block: int, kind: Kind, *, nf4: bool) -> Iterator[Tile]:
         for columns, k, warps, stages in HIP:
             yield Tile(rows, columns // 2 if gated and columns > 32 else columns, k, warps, stages)
         return
-    yield TILES["cuda", nf4, kind][block]
+    used = TILES["cuda", nf4, kind]
+    yield used[row_block(block, used)]
     shapes = CUDA + CUDA_FEW if block <= FEW else CUDA
     for (m, tail), (columns, k, warps, stages) in itertools.product(HEIGHTS[block], shapes):
         if (m + tail) * columns <= MOST * 32 * warps:
@@ -135,7 +137,7 @@ class Experts:
         self.hidden = torch.randn(tokens * TOP_K, INNER, **half)
         self.gate_up = torch.randn(tokens * TOP_K, 2 * INNER, **half)
 
-    def call(self, kind: Kind | Literal["decode"], packed: bool, tile: Tile) -> Any:
+    def call(self, kind: Kind | Literal["decode", "gate_apart"], packed: bool, tile: Tile) -> Any:
         up, down = self.matrices[packed]
         if kind == DECODE:
             return nf4.decode(up, torch.bfloat16), nf4.decode(down, torch.bfloat16)
@@ -144,6 +146,8 @@ class Experts:
         if kind == "forward":
             more = {"scatter": True, "slot_weight": self.weight}
             return grouped.matmul(self.hidden, down, self.routing, tile=tile, **more)
+        if kind == APART:
+            return grouped.gradients_apart(self.x, down, self.routing, self.weight, self.gate_up, tile=tile)
         if kind == "gated_backward":
             return grouped.gated_backward(self.x, down, self.routing, self.weight, self.gate_up, tile=tile)
         return grouped.matmul(self.gate_up, up, self.routing, over_columns=False, scatter=True, tile=tile)
@@ -178,6 +182,8 @@ def jobs(parts: list[str], blocks: list[int]) -> Iterator[tuple[Any, ...]]:
             for packed, kind in itertools.product((True, False), KINDS):
                 for tile in dict.fromkeys(tiles(block, kind, nf4=packed)):
                     yield "experts", kind, packed, block, tile
+                    if kind == "backward" and block > FEW:
+                        yield "experts", APART, packed, block, tile
         if "linear" in parts and block in ROWS:
             for forward in (True, False):
                 for tile in (*dict.fromkeys(linear_tiles(block, along=forward)), TORCH):

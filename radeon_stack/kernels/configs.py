@@ -88,6 +88,11 @@ def decode_experts_once(family: str, mean_rows: float) -> bool:
     return mean_rows > DECODE_EXPERTS_ONCE_ROWS[family]
 
 
+def gate_apart(family: str, mean_rows: float) -> bool:
+    """Whether the way back through experts makes d_hidden first, and goes through the gate in a launch of its own."""
+    return mean_rows > GATE_APART_ROWS[family]
+
+
 def decode_once(family: str, rows: int) -> bool:
     """Whether a dense layer is decoded to 16 bit first: from here on every tile row would decode it again."""
     return rows > DECODE_ONCE_ROWS[family]
@@ -103,6 +108,8 @@ FP8_DECODE_BLOCK = 1024  # columns of a row that a program decodes
 # that it spares, not timed.
 FEW_SLOTS, SLOTS_CHUNK = 8192, 1024
 HEAD_BLOCK, HEAD_WARPS = 2048, 8  # words at once, of a row of logits
+GATE_BLOCK = (8, 256)  # rows and columns at once, of the gate alone
+GATE_APART_ROWS = {"cuda": 96.0, "hip": float("inf")}
 DECODE_EXPERTS_ONCE_ROWS = {"cuda": 352.0, "hip": float("inf")}
 # From here torch's products. They take twice as many launches, and until here a step waits for the host, not for the
 # device: at 300 rows an H200 takes 0.17 ms for a packed product of Llama-8B (benchmarks/train_speed_llama.json: 1280 in

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from radeon_stack.errors import UsageError
-from radeon_stack.kernels.configs import Kind, Tile, decode_experts_once, full_precision_tile, grouped_tile
+from radeon_stack.kernels.configs import (
+    GATE_BLOCK,
+    Kind,
+    Tile,
+    decode_experts_once,
+    full_precision_tile,
+    gate_apart,
+    grouped_tile,
+)
 from radeon_stack.kernels.launch import launch
 from radeon_stack.kernels.nf4 import NF4, decode, decoding, lookup_of, pointers
 from radeon_stack.kernels.routing import Routing
@@ -181,6 +189,8 @@ def gated_backward(
     """From d_out [tokens, K] and weight [experts, K, N]: d_gate_up [slots, 2N], d_slot_weight in float32 parts
     [slots, parts] that are still to be added up, and slot_weight · hidden [slots, N], which is empty unless `save`.
     """
+    if tile is None and gate_apart(family(d_out.device), routing.size / routing.experts):
+        return gradients_apart(d_out, weight, routing, slot_weight, gate_up, save=save, low_rank=low_rank)
     from radeon_stack.kernels.jit.grouped import gated_backward as kernel
 
     k, n = weight.shape[1], weight.shape[2]
@@ -220,6 +230,48 @@ def gated_backward(
         width=tile.n,
         over_columns=False,
         after={"RANK": padded_rank(low.rank), "SAVE": save},
+    )
+    return d_gate_up, d_weight, weighted
+
+
+def gradients_apart(
+    d_out: Tensor,
+    weight: Weight,
+    routing: Routing,
+    slot_weight: Tensor,
+    gate_up: Tensor,
+    *,
+    save: bool = False,
+    low_rank: LowRank | None = None,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """gated_backward in two launches: the product, and then the gate, d_hidden [slots, N] lying between them."""
+    from radeon_stack.kernels.jit.gate import gate_backward
+
+    d_hidden = matmul(
+        d_out, weight, routing, over_columns=False, gather=routing.top_k, low_rank=low_rank, tile=tile
+    )  # fmt: skip
+    n = d_hidden.shape[1]
+    d_gate_up = torch.empty_like(gate_up)
+    make = torch.zeros if routing.partial else torch.empty
+    d_weight = make((routing.size, 1), dtype=torch.float32, device=d_out.device)
+    weighted = torch.empty((routing.size if save else 0, n), dtype=d_out.dtype, device=d_out.device)
+    rows, columns = GATE_BLOCK
+    launch(
+        gate_backward,
+        (cdiv(routing.size, rows), 1, 1),
+        (
+            d_hidden,
+            gate_up,
+            routing.slots,
+            routing.offsets,
+            slot_weight,
+            d_gate_up,
+            d_weight,
+            weighted if save else d_hidden,
+            n,
+        ),
+        {"EXPERTS": routing.experts, "SAVE": save, "BLOCK_M": rows, "BLOCK_N": min(columns, next_power(n))},
     )
     return d_gate_up, d_weight, weighted
 

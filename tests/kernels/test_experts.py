@@ -314,6 +314,16 @@ def test_experts_with_many_rows_are_decoded_once_and_give_the_same_function(monk
     assert decoded == [11 * 2 / 4] * 4
 
 
+@pytest.mark.parametrize(("nf4", "rank", "inner"), [("", 0, 64), ("", 8, 320), ("flat", 0, 64)])
+def test_experts_with_many_rows_go_back_through_their_gate_by_itself_and_give_the_same_function(
+    monkeypatch: pytest.MonkeyPatch, nf4: str, rank: int, inner: int
+) -> None:
+    monkeypatch.setattr(grouped, "gate_apart", lambda _, mean: mean > 5)
+    layer = Layer(torch.float16, nf4=nf4, rank=rank, inner=inner)
+    for found, wanted in zip(layer.run(), layer.truth(), strict=True):
+        assert distance(found, wanted) < LIMIT[torch.float16]
+
+
 def test_no_tokens_are_no_work_and_give_gradients_of_zero() -> None:
     layer = Layer(torch.float16, rank=4)
     out = gated_experts(layer.x[:0], layer.index[:0], layer.weight[:0], *layer.matrices, *layer.adapters)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from radeon_stack.kernels.jit.gate import store_gate_gradients
 from radeon_stack.kernels.jit.product import multiply
 from radeon_stack.kernels.jit.tiles import find_tile, rows_of, swizzle
 
@@ -298,7 +299,6 @@ def store_gradients(
     SAVE: tl.constexpr,
 ):
     """gated_backward's end, of d_hidden's [rows, columns] before the routing weight."""
-    dtype = d_gate_up.dtype.element_ty
     half_width: tl.constexpr = acc.shape[1] // 2
     routing_weight = tl.load(slot_weight + slot).to(tl.float32)[:, None]
     share = tl.zeros((acc.shape[0],), tl.float32)
@@ -308,18 +308,10 @@ def store_gradients(
         column = first_column + half * half_width + tl.arange(0, half_width)
         ok = inside[:, None] & (column < n_size)[None, :]
         pair = (position * (2 * n_size))[:, None] + column[None, :]
-        gate = tl.load(gate_up + pair, mask=ok, other=0.0).to(tl.float32)
-        up = tl.load(gate_up + pair + n_size, mask=ok, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
-        silu = gate * sigmoid
-        share += tl.sum(tl.where(ok, part * silu * up, 0.0), 1)
-        if SAVE:
-            place = (position * n_size)[:, None] + column[None, :]
-            tl.store(weighted + place, (routing_weight * silu * up).to(dtype), mask=ok)
-        d_hidden = part * routing_weight
-        d_gate = d_hidden * up * (sigmoid + silu * (1.0 - sigmoid))
-        tl.store(d_gate_up + pair, d_gate.to(dtype), mask=ok)
-        tl.store(d_gate_up + pair + n_size, (d_hidden * silu).to(dtype), mask=ok)
+        share += store_gate_gradients(
+            part, gate_up, d_gate_up, weighted, pair, (position * n_size)[:, None] + column[None, :],
+            routing_weight, ok, n_size, SAVE,
+        )  # fmt: skip
     n_tile, n_tiles = first_column // (2 * half_width), tl.cdiv(n_size, 2 * half_width)
     tl.store(d_weight + slot * n_tiles + n_tile, share, mask=inside)
 
