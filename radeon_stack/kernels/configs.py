@@ -89,7 +89,13 @@ def decode_experts_once(family: str, mean_rows: float) -> bool:
 
 
 def gate_apart(family: str, mean_rows: float) -> bool:
-    """Whether the way back through experts makes d_hidden first, and goes through the gate in a launch of its own."""
+    """Whether the way back through experts makes d_hidden first, and goes through the gate in a launch of its own.
+
+    The product's end needs the registers of its loop. Measured on an H200 with 128 experts of 2048 × 768
+    (benchmarks/tune_gate_h200.json): at 256 rows an expert both launches take 0.30 ms in 16 bit and 0.37 packed, where
+    the one takes 0.37 and 0.50; at 128 rows 0.18 and 0.21 for 0.20 and 0.28. With fewer rows a step waits for the host.
+    On AMD there is nothing to go by: never.
+    """
     return mean_rows > GATE_APART_ROWS[family]
 
 
@@ -159,15 +165,16 @@ FP8 = {  # compiled and audited, not timed yet
         128: Tile(128, 64, 32, 8, 2),
     },
 }
-# CUDA's: as an H200 timed them with 128 experts of 2048 × 768 (benchmarks/tune_*_h200.json; from 64 rows on tune_rows,
-# tune_512 and tune_4096), before the ends of products went by halves (`jit/grouped.py`): not timed since.
+# CUDA's: as an H200 timed them with 128 experts of 2048 × 768 (benchmarks/tune_*_h200.json; from 64 rows on tune_rows
+# and tune_512, from 288 on tune_gate). Those below 288 before the ends of products went by halves (`jit/grouped.py`).
 TILES: dict[tuple[str, bool, Kind], dict[int, Tile]] = {
     ("cuda", False, "gated_forward"): {
         16: Tile(16, 32, 128, 4, 2),
         32: Tile(32, 64, 128, 4, 3),
         64: Tile(64, 64, 64, 4, 4),
         96: Tile(64, 64, 64, 4, 4, tail=32),
-        288: Tile(128, 128, 64, 8, 3, tail=32),
+        288: Tile(128, 64, 64, 4, 3, tail=32),
+        384: Tile(128, 128, 64, 8, 3, tail=32),
     },
     ("cuda", False, "forward"): {
         16: Tile(16, 128, 128, 4, 2),
@@ -181,14 +188,14 @@ TILES: dict[tuple[str, bool, Kind], dict[int, Tile]] = {
         32: Tile(32, 128, 64, 4, 4),
         64: Tile(32, 128, 64, 4, 3, tail=16),
         288: Tile(64, 128, 64, 4, 4, tail=32),
-        384: Tile(64, 128, 64, 4, 4),
     },
     ("cuda", False, "backward"): {
         16: Tile(16, 128, 64, 8, 3),
         32: Tile(32, 128, 64, 4, 3),
         64: Tile(64, 128, 64, 4, 4),
         96: Tile(64, 128, 64, 4, 4, tail=32),
-        288: Tile(128, 256, 64, 8, 3, tail=32),
+        288: Tile(128, 128, 64, 4, 3, tail=32),
+        384: Tile(128, 256, 64, 8, 3, tail=32),
     },
     ("cuda", True, "gated_forward"): {
         16: Tile(16, 64, 128, 4, 3, turned=True, pairs=True),
