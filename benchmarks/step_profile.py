@@ -21,7 +21,9 @@ PATTERNS: Mapping[str, Sequence[str]] = {
     "optimizer": ("optimizer", "adam"),
     "gradient clipping": ("lpnorm", "foreach", "multi_tensor_apply"),
     "attention": ("flash", "fmha", "attention", "attn", "sdpa", r"\b_lh_(fwd|bwd)"),
-    "cross-entropy": ("cross_entropy", "nll_loss", "logsumexp", "log_softmax", "cunn_softmax", r"\b_fl_\w+_kernel"),
+    "cross-entropy": (
+        "cross_entropy", "nll_loss", "logsumexp", "log_softmax", "cunn_softmax", r"\b_fl_\w+_kernel", "score_rows",
+    ),
     "routing, indexing": (
         "_rout(e|ed|er)_", "router_(forward|backward)", "count_experts", "place_slots", r"\bcombine\b", "_combine_",
         "softmax", "topk", "sort", "radix", "histogram", "bincount", "cumsum", "scan", "scatter", "gather", "index",
@@ -34,7 +36,7 @@ PATTERNS: Mapping[str, Sequence[str]] = {
         "gemm", "gemv", "nvjet", "cutlass", "cublas", "xmma", "matmul", "splitk", "wgrad",
         "(^|_)(add|b|grouped_)?mm(_|$)", "grouped_outer", "low_rank", "adapter_gradients",
     ),
-    "norms, rope, activations": ("norm", "rope", "rotary", "silu", "glu", "_fg_kernel", "_dwf_dw_dfg"),
+    "norms, rope, activations": ("norm", "rope", "rotary", "silu", "glu", "gate_backward", "_fg_kernel", "_dwf_dw_dfg"),
     "copies, casts": ("copy", "cat_?array", "transpose", "contiguous"),
     "other elementwise": ("elementwise", "reduce", "triton_(poi|per|red)", "fill", "embedding"),
 }  # fmt: skip

@@ -80,10 +80,9 @@ def decode_experts_once(family: str, mean_rows: float) -> bool:
     """Whether packed experts are decoded to 16 bit before a product, since many tiles would each decode them again.
 
     One matrix of the layer is then in 16 bit for the time of one product. Measured on an H200 with 128 experts of
-    2048 × 768 (benchmarks/tune_rows_h200.json and tune_4096_h200.json): to decode both matrices takes 0.39 ms. At 256
-    rows an expert the products over columns take 0.94 ms packed and 0.69 in 16 bit, those down the rows 1.22 and 0.90.
-    Growing with the rows, these win decoding back from 300 to 400 rows on: counted, not timed. On AMD there is nothing
-    to go by: never.
+    2048 × 768 (benchmarks/tune_gate_h200.json): to decode both matrices takes 0.39 ms. At 256 rows an expert the
+    products over columns take 0.95 ms packed and 0.67 in 16 bit, those down the rows 1.03 and 0.74. Growing with the
+    rows, these win decoding back from 350 to 370 rows on: counted, not timed. On AMD there is nothing to go by: never.
     """
     return mean_rows > DECODE_EXPERTS_ONCE_ROWS[family]
 
@@ -93,7 +92,7 @@ def gate_apart(family: str, mean_rows: float) -> bool:
 
     The product's end needs the registers of its loop. Measured on an H200 with 128 experts of 2048 × 768
     (benchmarks/tune_gate_h200.json): at 256 rows an expert both launches take 0.30 ms in 16 bit and 0.37 packed, where
-    the one takes 0.37 and 0.50; at 128 rows 0.18 and 0.21 for 0.20 and 0.28. With fewer rows a step waits for the host.
+    the one takes 0.37 and 0.50; at 128 rows 0.17 and 0.21 for 0.20 and 0.28. With fewer rows a step waits for the host.
     On AMD there is nothing to go by: never.
     """
     return mean_rows > GATE_APART_ROWS[family]

@@ -248,9 +248,8 @@ def gradients_apart(
     """gated_backward in two launches: the product, and then the gate, d_hidden [slots, N] lying between them."""
     from radeon_stack.kernels.jit.gate import gate_backward
 
-    d_hidden = matmul(
-        d_out, weight, routing, over_columns=False, gather=routing.top_k, low_rank=low_rank, tile=tile
-    )  # fmt: skip
+    more: dict[str, Any] = {"over_columns": False, "gather": routing.top_k, "low_rank": low_rank, "tile": tile}
+    d_hidden = matmul(d_out, weight, routing, **more)
     n = d_hidden.shape[1]
     d_gate_up = torch.empty_like(gate_up)
     make = torch.zeros if routing.partial else torch.empty

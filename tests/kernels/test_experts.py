@@ -145,7 +145,9 @@ def test_gradcheck_by_differences() -> None:
     assert torch.autograd.gradcheck(layer_of, layer.trained, eps=1e-2, atol=1e-2, rtol=1e-2, fast_mode=True)
 
 
-def test_slots_of_another_ranks_experts_count_as_nothing() -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_slots_of_another_ranks_experts_count_as_nothing(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "gate_apart", lambda *_: apart)
     layer = Layer(torch.float16)
     index = layer.index.clone()
     index[2, 1] = index[4, 0] = index[5] = 4
