@@ -92,8 +92,9 @@ def gate_apart(family: str, mean_rows: float) -> bool:
 
     The product's end needs the registers of its loop. Measured on an H200 with 128 experts of 2048 × 768
     (benchmarks/tune_gate_h200.json): at 256 rows an expert both launches take 0.30 ms in 16 bit and 0.37 packed, where
-    the one takes 0.37 and 0.50; at 128 rows 0.17 and 0.21 for 0.20 and 0.28. With fewer rows a step waits for the host.
-    On AMD there is nothing to go by: never.
+    the one takes 0.37 and 0.51; at 128 rows 0.17 and 0.21 for 0.20 and 0.28. Fewer rows were not timed: the bound is
+    set between these and what a step of 512 tokens has, which waits for the host. On AMD there is nothing to go by:
+    never.
     """
     return mean_rows > GATE_APART_ROWS[family]
 
@@ -113,7 +114,7 @@ FP8_DECODE_BLOCK = 1024  # columns of a row that a program decodes
 # that it spares, not timed.
 FEW_SLOTS, SLOTS_CHUNK = 8192, 1024
 HEAD_BLOCK, HEAD_WARPS = 2048, 8  # words at once, of a row of logits
-GATE_BLOCK = (8, 256)  # rows and columns at once, of the gate alone
+GATE_BLOCK = (8, 256)  # rows and columns at once, of the gate alone; no others were tried
 GATE_APART_ROWS = {"cuda": 96.0, "hip": float("inf")}
 DECODE_EXPERTS_ONCE_ROWS = {"cuda": 352.0, "hip": float("inf")}
 # From here torch's products. They take twice as many launches, and until here a step waits for the host, not for the

@@ -196,10 +196,7 @@ def gated_backward(
     k, n = weight.shape[1], weight.shape[2]
     tile = tile or tile_for("gated_backward", weight, routing, d_out.dtype)
     tiles = m_tiles(routing, tile)
-    d_gate_up = torch.empty_like(gate_up)
-    make = torch.zeros if routing.partial else torch.empty  # a slot of no expert is written by nobody
-    d_weight = make((routing.size, cdiv(n, tile.n)), dtype=torch.float32, device=d_out.device)
-    weighted = torch.empty((routing.size if save else 0, n), dtype=d_out.dtype, device=d_out.device)
+    d_gate_up, d_weight, weighted = _gradients(routing, gate_up, parts=cdiv(n, tile.n), save=save)
     low = low_rank or LowRank.none(d_out)
     _launch(
         kernel,
@@ -251,10 +248,7 @@ def gradients_apart(
     more: dict[str, Any] = {"over_columns": False, "gather": routing.top_k, "low_rank": low_rank, "tile": tile}
     d_hidden = matmul(d_out, weight, routing, **more)
     n = d_hidden.shape[1]
-    d_gate_up = torch.empty_like(gate_up)
-    make = torch.zeros if routing.partial else torch.empty
-    d_weight = make((routing.size, 1), dtype=torch.float32, device=d_out.device)
-    weighted = torch.empty((routing.size if save else 0, n), dtype=d_out.dtype, device=d_out.device)
+    d_gate_up, d_weight, weighted = _gradients(routing, gate_up, parts=1, save=save)
     rows, columns = GATE_BLOCK
     launch(
         gate_backward,
@@ -301,6 +295,15 @@ def outer(
     arguments = (a, b, routing.slots, routing.offsets, out, n, k, max(a_gather, 1), max(b_gather, 1), float(scale))
     launch(grouped_outer, (cdiv(n, block_n), cdiv(k, block_k), routing.experts), arguments, constants, stages=2)
     return out
+
+
+def _gradients(routing: Routing, gate_up: Tensor, *, parts: int, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what gated_backward gives."""
+    make = torch.zeros if routing.partial else torch.empty  # a slot of no expert is written by nobody
+    d_weight = make((routing.size, parts), dtype=torch.float32, device=gate_up.device)
+    size = (routing.size if save else 0, gate_up.shape[1] // 2)
+    weighted = torch.empty(size, dtype=gate_up.dtype, device=gate_up.device)
+    return torch.empty_like(gate_up), d_weight, weighted
 
 
 def _rows(routing: Routing, width: int, like: Tensor) -> Tensor:

@@ -320,10 +320,18 @@ def test_experts_with_many_rows_are_decoded_once_and_give_the_same_function(monk
 def test_experts_with_many_rows_go_back_through_their_gate_by_itself_and_give_the_same_function(
     monkeypatch: pytest.MonkeyPatch, nf4: str, rank: int, inner: int
 ) -> None:
-    monkeypatch.setattr(grouped, "gate_apart", lambda _, mean: mean > 5)
+    apart, taken = grouped.gradients_apart, []
+
+    def watched(*arguments: Any, **more: Any) -> Any:
+        taken.append(more["save"])
+        return apart(*arguments, **more)
+
+    monkeypatch.setattr(grouped, "gate_apart", lambda _, mean: mean == 11 * 2 / 4)
+    monkeypatch.setattr(grouped, "gradients_apart", watched)
     layer = Layer(torch.float16, nf4=nf4, rank=rank, inner=inner)
     for found, wanted in zip(layer.run(), layer.truth(), strict=True):
         assert distance(found, wanted) < LIMIT[torch.float16]
+    assert taken == [not nf4]
 
 
 def test_no_tokens_are_no_work_and_give_gradients_of_zero() -> None:
