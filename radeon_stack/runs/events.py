@@ -32,11 +32,15 @@ class _Event(BaseModel):
 
 
 class Attempt(_Event):
-    """The workload began; `resumed_step` is the checkpoint it continues from."""
+    """The workload began; `resumed_step` is the checkpoint it continues from.
+
+    Of several processes the first to come tells it; `launch` is what torchrun calls this start of them all.
+    """
 
     kind: Literal["attempt"] = "attempt"
     pid: int
     resumed_step: int | None = None
+    launch: str = ""
 
 
 class Progress(_Event):

@@ -130,8 +130,13 @@ def read_config(run: Path) -> dict[str, Any]:
     return dict(record["recipe"]["config"])
 
 
-def carry_out(argv: list[str], work: Callable[[Job], dict[str, Any]], sizes: Sizes = Sizes()) -> int:
-    """Run a workload to its last event; returns the process's exit code."""
+def carry_out(
+    argv: list[str],
+    work: Callable[[Job], dict[str, Any]],
+    sizes: Sizes = Sizes(),
+    resumed_step: Callable[[Job], int | None] = lambda job: None,
+) -> int:
+    """Run a workload from its first event, the attempt, to its last one; returns the process's exit code."""
     arguments = read_arguments(argv)
     shipped.use()
     here, write = rank(), ev.EventWriter(arguments.run / "events.jsonl")
@@ -141,9 +146,11 @@ def carry_out(argv: list[str], work: Callable[[Job], dict[str, Any]], sizes: Siz
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, job.on_signal)
     try:
+        _begin(job, write, resumed_step(job))
         job.emit(ev.Result(values=work(job)))
         return Exit.OK
     except StopRequested as stop:
+        job._deferred = True  # from here on nothing keeps it from telling how it ended
         told = ev.Stopped(stage=stop.stage, step=stop.step)
         if told.step is not None:  # agreed upon by all
             job.emit(told)
@@ -151,6 +158,7 @@ def carry_out(argv: list[str], work: Callable[[Job], dict[str, Any]], sizes: Siz
             _tell_first(job, write, told)
         return Exit.INTERRUPTED
     except Exception as error:
+        job._deferred = True
         traceback.print_exc()
         sys.stderr.flush()
         failure = _failure(error, job)
@@ -164,18 +172,33 @@ def _silent(event: ev.Event) -> None:
     pass
 
 
+def _begin(job: Job, write: Callable[[ev.Event], None], resumed_step: int | None) -> None:
+    """Tell of this attempt, unless another process of it did: no process's end may come before its beginning."""
+    with _told_so_far(job) as told:
+        begun = {event.launch for event in told if isinstance(event, ev.Attempt)}
+        if job.rank.launch not in begun:
+            write(ev.Attempt(pid=os.getpid(), resumed_step=resumed_step, launch=job.rank.launch))
+
+
 def _tell_first(job: Job, write: Callable[[ev.Event], None], event: ev.Error | ev.Stopped) -> None:
     """Tell how this process ended, unless another one of this attempt did: then this one ended because of it."""
-    if job.rank.alone:
-        write(event)
-        return
-    with (job.arguments.run / "events.jsonl").open("rb") as events:
-        fcntl.flock(events, fcntl.LOCK_EX)
+    with _told_so_far(job) as told:
         ended = False
-        for earlier in ev.read_events(Path(events.name)):
+        for earlier in told:
             ended = isinstance(earlier, ev.Error | ev.Stopped) or (ended and not isinstance(earlier, ev.Attempt))
         if not ended:
             write(event)
+
+
+@contextmanager
+def _told_so_far(job: Job) -> Iterator[list[ev.Event]]:
+    """What all processes have told, while none of them tells more; nothing of one that is alone."""
+    if job.rank.alone:
+        yield []
+        return
+    with (job.arguments.run / "events.jsonl").open("rb") as events:
+        fcntl.flock(events, fcntl.LOCK_EX)
+        yield ev.read_events(Path(events.name))
 
 
 def _failure(error: Exception, job: Job) -> ev.Error:

@@ -19,11 +19,15 @@ LOST_WORDS = ("gloo", "Connection closed by peer", "Connection reset by peer", "
 
 @dataclass(frozen=True)
 class Rank:
-    """One process of `count`; `local` is its number on this machine, which is its card's."""
+    """One process of `count`; `local` is its number on this machine, which is its card's.
+
+    `launch` is the same of all that one torchrun started, and another the next time.
+    """
 
     number: int = 0
     local: int = 0
     count: int = 1
+    launch: str = ""
 
     @property
     def first(self) -> bool:
@@ -39,9 +43,10 @@ ALONE = Rank()
 
 
 def rank(environ: Mapping[str, str] = os.environ) -> Rank:
-    """RANK, LOCAL_RANK and WORLD_SIZE of torchrun; what makes no sense counts as being alone."""
+    """As torchrun's variables tell it; what makes no sense counts as being alone."""
     try:
-        found = Rank(*(int(environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+        number, local, count = (int(environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        found = Rank(number, local, count, environ.get("TORCHELASTIC_RUN_ID", ""))
     except (KeyError, ValueError):
         return ALONE
     return found if 0 <= found.local <= found.number < found.count <= MOST else ALONE

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import Counter
 from typing import Any
 
 from radeon_stack.contracts.bench import BenchConfig
 from radeon_stack.figures import case_label, figure_line
-from radeon_stack.runs.events import Attempt, Measurement
+from radeon_stack.runs.events import Measurement
 from radeon_stack.workloads.bench.race import Figure, Settings, chosen, look, race, with_clocks_after
 from radeon_stack.workloads.bench.suite import SUITES, find_suite
 from radeon_stack.workloads.job import Job, Sizes, carry_out, read_config
@@ -20,7 +19,6 @@ SIZES = Sizes("config", "take smaller sizes (--set attention.seq=[2048], ffn.seq
 
 def work(job: Job) -> dict[str, Any]:
     """Run the suites that the configuration asks for; the result counts how often each state was found."""
-    job.emit(Attempt(pid=os.getpid()))
     config = BenchConfig.model_validate(read_config(job.arguments.run))
     settings = settings_of(config)
     suites = [find_suite(SUITES[name]) for name in dict.fromkeys(config.suites)]

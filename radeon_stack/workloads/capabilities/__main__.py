@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from typing import Any
 
 from radeon_stack.contracts.capabilities import Answer, CapabilitiesConfig, counts
 from radeon_stack.errors import Exit, StackError
-from radeon_stack.runs.events import Answered, Attempt
+from radeon_stack.runs.events import Answered
 from radeon_stack.text import printable
 from radeon_stack.workloads.capabilities import answering
 from radeon_stack.workloads.capabilities.about import about, look, unanswerable
@@ -28,7 +27,6 @@ from radeon_stack.workloads.job import Job, carry_out, read_config
 
 def work(job: Job) -> dict[str, Any]:
     """Ask what the recipe asks; each answer is an event as soon as it is there."""
-    job.emit(Attempt(pid=os.getpid()))
     config = CapabilitiesConfig.model_validate(read_config(job.arguments.run))
     questions = chosen(config.questions)
     job.progress("import", 0, 1, note="torch")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from radeon_stack.contracts.finetune import FinetuneConfig
 from radeon_stack.contracts.sections import HUB_PREFIX, is_made
-from radeon_stack.runs.events import Attempt
 from radeon_stack.workloads.finetune import unsloth_backend
 from radeon_stack.workloads.finetune.architectures import require_known, require_packable
-from radeon_stack.workloads.finetune.checkpoints import last_checkpoint
+from radeon_stack.workloads.finetune.checkpoints import Checkpoint, last_checkpoint
 from radeon_stack.workloads.finetune.data import read_rows
 from radeon_stack.workloads.finetune.evaluation import require_evaluation
 from radeon_stack.workloads.finetune.memory import advice, cpu_shortage, shortage
@@ -30,8 +28,6 @@ SIZES = Sizes(
 
 
 def work(job: Job) -> dict[str, Any]:
-    checkpoint = last_checkpoint(job.artifacts) if job.arguments.resume else None
-    job.emit(Attempt(pid=os.getpid(), resumed_step=checkpoint.step if checkpoint else None))
     config = FinetuneConfig.model_validate(read_config(job.arguments.run))
     require_evaluation(config)
     require_batching(config)
@@ -49,7 +45,17 @@ def work(job: Job) -> dict[str, Any]:
         bring_bitsandbytes()
         from radeon_stack.workloads.finetune.story import finetune
     job.progress("import", 1, 1)
-    return finetune(job, config, rows, checkpoint)
+    return finetune(job, config, rows, continued(job))
+
+
+def continued(job: Job) -> Checkpoint | None:
+    """The checkpoint that this attempt goes on from."""
+    return last_checkpoint(job.artifacts) if job.arguments.resume else None
+
+
+def resumed_step(job: Job) -> int | None:
+    checkpoint = continued(job)
+    return checkpoint.step if checkpoint else None
 
 
 def folder_before_torch(job: Job) -> Path | None:
@@ -74,4 +80,4 @@ def sizes_that_fit(job: Job, config: FinetuneConfig, error: Exception) -> Sizes 
 
 
 if __name__ == "__main__":
-    leave(carry_out(sys.argv[1:], work, SIZES))
+    leave(carry_out(sys.argv[1:], work, SIZES, resumed_step))
