@@ -104,11 +104,18 @@ def decode_once(family: str, rows: int) -> bool:
     return rows > DECODE_ONCE_ROWS[family]
 
 
+def adapter_by_torch(rows: int) -> bool:
+    """Whether the small products of a dense layer's adapter are torch's: of more rows than where launches count."""
+    return rows > ADAPTER_BY_TORCH_ROWS
+
+
 HOPPERS_SHARED = 227 << 10  # bytes; older and smaller CUDA cards have 99 KiB and more, on which nothing was timed
 SMALL_BLOCK = 64  # the largest row block there
 MAX_RANK = 128  # of adapters in a product's tile; at 64 rows the experts' way back spills a few registers on gfx11
 ADAPTER_STAGES = 2  # of the adapters' own small products
 LOW_RANK_WARPS = 8
+LOW_RANK_TILE = 64, 128  # of an adapter's product, where the layer's is torch's
+NF4_DECODE_BLOCK = 4096  # values that a program decodes
 FP8_DECODE_BLOCK = 1024  # columns of a row that a program decodes
 # Up to so many slots an expert's program looks at all of them, so many at a time: counted to take less than the launch
 # that it spares, not timed.
@@ -122,9 +129,9 @@ DECODE_EXPERTS_ONCE_ROWS = {"cuda": 352.0, "hip": float("inf")}
 # a step, of whose 816 ms under the profiler 555 are idle), where a decoded one takes 0.05 to 0.11 at 256 rows
 # (tune_linear_h200.json).
 DECODE_ONCE_ROWS = {"cuda": 512, "hip": 512}
-# From here the gradients of adapters are torch's: two products and, with float32 factors, two casts, where ours is one
-# launch, and at fewer rows a step waits for the host. Chosen by counting launches, not timed.
-GRADIENTS_BY_TORCH_ROWS = 1024
+# From here what adapters do is torch's: of a layer whose matrix is decoded, with float32 factors, 14 launches forward
+# and back where ours are 7, and at fewer rows a step waits for the host. Counted, not timed.
+ADAPTER_BY_TORCH_ROWS = 2048
 LINEAR = {
     "cuda": {
         16: Tile(16, 64, 128, 4, 3),

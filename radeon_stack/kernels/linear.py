@@ -13,10 +13,11 @@ from torch.autograd.function import once_differentiable
 from radeon_stack.errors import UsageError
 from radeon_stack.kernels.configs import (
     ADAPTER_STAGES,
-    GRADIENTS_BY_TORCH_ROWS,
+    LOW_RANK_TILE,
     LOW_RANK_WARPS,
     MAX_RANK,
     Tile,
+    adapter_by_torch,
     decode_once,
     full_precision_tile,
     linear_tile,
@@ -24,7 +25,16 @@ from radeon_stack.kernels.configs import (
 )
 from radeon_stack.kernels.grouped import family, weight_arguments
 from radeon_stack.kernels.launch import launch
-from radeon_stack.kernels.nf4 import NF4, decode, decode_reference, decoding, lookup_of
+from radeon_stack.kernels.nf4 import (
+    NF4,
+    decode,
+    decode_constants,
+    decode_programs,
+    decode_reference,
+    decoding,
+    lookup_of,
+    pointers,
+)
 from radeon_stack.kernels.siblings import hand_on, rows_of
 from radeon_stack.kernels.sizes import cdiv, next_power, padded_rank
 
@@ -87,10 +97,23 @@ def nf4_linear(
             hand_on(x, handed)
     else:  # the first pass of a layer that is computed again: the host has enough to do
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        out, u = _values(_way(rows), rows, a, b, frozen, given)
+        out, u = _values(_way(rows, a), rows, a, b, frozen, given)
         if keep is not None:
             keep(out, u)
     return out.view(*x.shape[:-1], out.shape[-1])
+
+
+@dataclass(frozen=True)
+class Way:
+    """How rows are multiplied."""
+
+    multiply: Callable[..., tuple[Tensor, Tensor | None]]
+    decodes: bool = True
+    """The matrix first. It then takes `u` and `onto` too, and the rows are handed on (`siblings.py`)."""
+    casts: bool = False
+    """Factors to x's dtype, in launches of their own."""
+    low_rank: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda x, a, _: x @ a.to(x.dtype).T
+    """x·aᵀ of x, a and b, where it alone is wanted; of many rows in the bits that `multiply` gives it."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +131,13 @@ class _NF4Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, frozen: _Frozen, given: Given
     ) -> tuple[Tensor, Tensor | None]:
         x = x.contiguous()
-        way = _way(x)
+        way = _way(x, a)
         ctx.dtypes = a.dtype if a is not None else None, b.dtype if b is not None else None
-        if way is by_torch and a is not None and b is not None:
-            a, b = a.to(x.dtype), b.to(x.dtype)  # once for both ways
+        if way.casts and a is not None and b is not None:
+            a, b = a.to(x.dtype), b.to(x.dtype)  # once for both passes
         out, u = _values(way, x, a, b, frozen, given)
         handed = None
-        if way is by_torch:
+        if way.decodes:
             x = handed = x.detach()  # itself may be a view of the tensor that these hang on: saved, it were a circle
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if a is not None else None, a, b, u)
@@ -129,35 +152,34 @@ class _NF4Linear(torch.autograd.Function):
         x, a, b, u = ctx.saved_tensors
         frozen: _Frozen = ctx.frozen
         d_out = d_out.contiguous()
-        way = ctx.way
         if ctx.needs_input_grad[0]:
             onto = {} if d_handed is None else {"onto": d_handed}  # the next layer alone made it: nobody else has it
-            d_x, g = way(d_out, frozen.weight, b, a, frozen.scale, None, over_columns=False, **onto)
+            d_x, g = ctx.way.multiply(d_out, frozen.weight, b, a, frozen.scale, None, over_columns=False, **onto)
         else:
             d_x, g = None, d_out @ b.to(d_out.dtype)
         if a is None:
             return d_x, None, None, None, None
-        gradients = gradients_by_torch if x.shape[0] > GRADIENTS_BY_TORCH_ROWS else adapter_gradients
+        gradients = gradients_by_torch if adapter_by_torch(x.shape[0]) else adapter_gradients
         return d_x, *gradients(x, d_out, u, g, frozen.scale, *ctx.dtypes), None, None
 
 
 def _values(
-    way: Any, x: Tensor, a: Tensor | None, b: Tensor | None, frozen: _Frozen, given: Given
+    way: Way, x: Tensor, a: Tensor | None, b: Tensor | None, frozen: _Frozen, given: Given
 ) -> tuple[Tensor, Tensor | None]:
     """(out, u), of which what is given is not computed."""
     if given.out is None:
-        known = {"u": given.u} if way is by_torch else {}  # of few rows nobody keeps it
-        made: tuple[Tensor, Tensor | None] = way(
-            x, frozen.weight, a, b, frozen.scale, frozen.bias, over_columns=True, **known
-        )
-        return made
-    u = given.u if a is None or given.u is not None else x @ a.to(x.dtype).T
+        known = {"u": given.u} if way.decodes else {}  # of few rows nobody keeps it
+        return way.multiply(x, frozen.weight, a, b, frozen.scale, frozen.bias, over_columns=True, **known)
+    u = given.u if a is None or b is None or given.u is not None else way.low_rank(x, a, b)
     return given.out.view(x.shape[0], -1), u
 
 
-def _way(rows: Tensor) -> Any:
-    """How so many rows are best multiplied."""
-    return by_torch if decode_once(family(rows.device), rows.shape[0]) else product
+def _way(rows: Tensor, factor: Tensor | None) -> Way:
+    """How so many rows are best multiplied; factor: of an adapter, if there is one."""
+    if not decode_once(family(rows.device), rows.shape[0]):
+        return PRODUCT
+    by_torch = factor is None or rows.dtype == torch.float32 or adapter_by_torch(rows.shape[0])
+    return BY_TORCH if by_torch else DECODED
 
 
 def by_torch(
@@ -182,9 +204,11 @@ def by_torch(
         if onto is not None:
             return onto.addmm_(x, matrix), None
         return x @ matrix if bias is None else torch.addmm(bias.to(x.dtype), x, matrix), None
-    down, up = (factor.to(x.dtype) for factor in (first, second))
-    down, up = (down.T, up.T) if over_columns else (down, up)
-    u = x @ down if u is None else u
+    if u is None:
+        down = first.to(x.dtype)
+        u = x @ (down.T if over_columns else down)
+    up = second.to(x.dtype)
+    up = up.T if over_columns else up
     if onto is not None:
         out = onto.addmm_(u, up, alpha=scale)
     elif bias is not None:
@@ -192,6 +216,33 @@ def by_torch(
     else:
         out = _scaled(u, up, scale)
     # The small product first: the large one reads it while it computes, and it is not read and written once more.
+    return out.addmm_(x, matrix), u
+
+
+def decoded(
+    x: Tensor,
+    weight: NF4,
+    first: Tensor | None,
+    second: Tensor | None,
+    scale: float,
+    bias: Tensor | None,
+    *,
+    over_columns: bool,
+    u: Tensor | None = None,
+    onto: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """What `by_torch` gives, in three launches: all but the large product are two of ours. x in 16 bit."""
+    if first is None or second is None:
+        return by_torch(x, weight, first, second, scale, bias, over_columns=over_columns, onto=onto)
+    if u is None:
+        rank = first.shape[0 if over_columns else 1]
+        matrix, partials = _decode_and_low_rank(x, weight, first, rank, over_columns=over_columns)
+        u = torch.empty((x.shape[0], rank), dtype=x.dtype, device=x.device)
+    else:
+        matrix, partials = decode(weight, x.dtype), None
+    matrix = matrix.T if over_columns else matrix
+    out = x.new_empty(x.shape[0], matrix.shape[1]) if onto is None else onto
+    _low_rank_product(partials, second, scale, bias, u, out, onto=onto is not None, over_columns=over_columns)
     return out.addmm_(x, matrix), u
 
 
@@ -260,19 +311,84 @@ def _low_rank_partials(x: Tensor, factor: Tensor, rank: int, split: int, *, over
     from radeon_stack.kernels.jit.linear import low_rank_partials
 
     rows, k = x.shape
-    padded = padded_rank(rank)
-    partials = torch.empty((split, rows, padded), dtype=torch.float32, device=x.device)
-    block = min(64, max(16, next_power(rows)))
-    constants = {"OVER_COLUMNS": over_columns, "RANK": padded, "SPLIT": split, "BLOCK_M": block, "BLOCK_K": 64}
+    partials, constants = _partials(x, rank, split, over_columns=over_columns)
     launch(
         low_rank_partials,
-        (cdiv(rows, block), split, 1),
+        (cdiv(rows, constants["BLOCK_M"]), split, 1),
         (x, factor, partials, rows, k, rank),
         constants,
         warps=LOW_RANK_WARPS,
         stages=ADAPTER_STAGES,
     )
     return partials
+
+
+def _decode_and_low_rank(
+    x: Tensor, weight: NF4, factor: Tensor, rank: int, *, over_columns: bool
+) -> tuple[Tensor, Tensor]:
+    """(the matrix in x's dtype, the partials) by one launch."""
+    from radeon_stack.kernels.jit.linear import decode_and_low_rank
+
+    (rows, k), split = x.shape, low_rank_split(x.shape[0])
+    matrix = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
+    partials, constants = _partials(x, rank, split, over_columns=over_columns)
+    launch(
+        decode_and_low_rank,
+        (cdiv(rows, constants["BLOCK_M"]) * split + decode_programs(matrix.numel()), 1, 1),
+        (x, factor, partials, *pointers(weight), matrix, rows, k, rank, matrix.numel()),
+        {**constants, **decode_constants(weight)},
+        warps=LOW_RANK_WARPS,
+        stages=ADAPTER_STAGES,
+        fp_fusion=False,
+    )
+    return matrix, partials
+
+
+def _partials(x: Tensor, rank: int, split: int, *, over_columns: bool) -> tuple[Tensor, dict[str, Any]]:
+    """(where they go, the constants of the kernels that make them)"""
+    rows, padded = x.shape[0], padded_rank(rank)
+    partials = torch.empty((split, rows, padded), dtype=torch.float32, device=x.device)
+    block = min(64, max(16, next_power(rows)))
+    return partials, {"OVER_COLUMNS": over_columns, "RANK": padded, "SPLIT": split, "BLOCK_M": block, "BLOCK_K": 64}
+
+
+def _low_rank_product(
+    partials: Tensor | None,
+    factor: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    u: Tensor,
+    out: Tensor,
+    *,
+    onto: bool = False,
+    over_columns: bool,
+) -> None:
+    """out, [rows, n]: scale · u · factor + bias, onto what it holds or not. u, [rows, rank], is written, or known."""
+    from radeon_stack.kernels.jit.linear import low_rank_product
+
+    (rows, rank), n, (m, width) = u.shape, out.shape[1], LOW_RANK_TILE
+    constants = {
+        "OVER_COLUMNS": over_columns,
+        "BIAS": bias is not None,
+        "ONTO": onto,
+        "RANK": padded_rank(rank),
+        "SPLIT": 0 if partials is None else partials.shape[0],
+        "BLOCK_M": m,
+        "BLOCK_N": width,
+    }
+    spare = u if partials is None else partials
+    arguments = (spare, factor, u if bias is None else bias, u, out, rows, n, rank, float(scale))
+    launch(low_rank_product, (cdiv(rows, m), cdiv(n, width), 1), arguments, constants, warps=LOW_RANK_WARPS)
+
+
+def _low_rank(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x·aᵀ as `decoded` makes it, which writes it with its first columns."""
+    rows, rank = x.shape[0], a.shape[0]
+    partials = _low_rank_partials(x, a, rank, low_rank_split(rows), over_columns=True)
+    u = torch.empty((rows, rank), dtype=x.dtype, device=x.device)
+    columns = torch.empty((rows, min(LOW_RANK_TILE[1], b.shape[0])), dtype=x.dtype, device=x.device)
+    _low_rank_product(partials, b, 1.0, None, u, columns, over_columns=True)
+    return u
 
 
 def gradients_by_torch(
@@ -301,3 +417,8 @@ def adapter_gradients(
     arguments = (x, d_out, u, g, d_a, d_b, rows, n, k, rank, float(scale))
     launch(kernel, (cdiv(k, block) + cdiv(n, block), 1, 1), arguments, constants, stages=ADAPTER_STAGES)
     return d_a, d_b
+
+
+PRODUCT = Way(product, decodes=False)
+DECODED = Way(decoded, low_rank=_low_rank)
+BY_TORCH = Way(by_torch, casts=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from radeon_stack.errors import UsageError
-from radeon_stack.kernels.configs import Tile
+from radeon_stack.kernels.configs import NF4_DECODE_BLOCK, Tile
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -110,10 +110,19 @@ def decode(matrix: NF4, dtype: torch.dtype | None = None) -> Tensor:
 
     out = torch.empty(matrix.shape, dtype=dtype or matrix.dtype, device=matrix.device)
     values = out.numel()
-    block = 4096
-    constants = {"NF4": lookup_of(matrix), "NESTED": matrix.nested, "BLOCK": block}
-    launch(decode_blocks, (-(-values // block), 1, 1), (*pointers(matrix), out, values), constants, fp_fusion=False)
+    grid = (decode_programs(values), 1, 1)
+    launch(decode_blocks, grid, (*pointers(matrix), out, values), decode_constants(matrix), fp_fusion=False)
     return out
+
+
+def decode_programs(values: int) -> int:
+    """How many programs decode so many."""
+    return -(-values // NF4_DECODE_BLOCK)
+
+
+def decode_constants(matrix: NF4) -> dict[str, Any]:
+    """The kernels' constants for decoding all of it."""
+    return {"NF4": lookup_of(matrix), "NESTED": matrix.nested, "BLOCK": NF4_DECODE_BLOCK}
 
 
 def lookup_of(matrix: NF4) -> int:

@@ -25,6 +25,18 @@ def distance(found: Any, wanted: Any) -> float:
     return float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
 
 
+class Operations(TorchDispatchMode):
+    """The names of torch's operations, in their order: those that launch, and views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
 class Adds(TorchDispatchMode):
     """Counts tensors of one shape that are added up."""
 

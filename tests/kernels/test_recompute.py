@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,7 +44,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
 def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dense layers decoded by their definition and multiplied by torch: what is looked at here is who computes when."""
     monkeypatch.setattr(linear, "decode_once", lambda *_: True)
-    monkeypatch.setattr(linear, "GRADIENTS_BY_TORCH_ROWS", 0)
+    monkeypatch.setattr(linear, "adapter_by_torch", lambda _: True)
     monkeypatch.setattr(linear, "decode", lambda matrix, dtype: nf4.decode_reference(matrix, dtype))
 
 
@@ -93,13 +94,13 @@ def step(model: Any) -> dict[str, torch.Tensor]:
 
 def products_of(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of a step, whether each product was a way forward."""
-    own, forward = linear.by_torch, []
+    own, forward = linear.BY_TORCH, []
 
     def counted(*arguments: Any, over_columns: bool, **known: Any) -> Any:
         forward.append(over_columns)
-        return own(*arguments, over_columns=over_columns, **known)
+        return own.multiply(*arguments, over_columns=over_columns, **known)
 
-    monkeypatch.setattr(linear, "by_torch", counted)
+    monkeypatch.setattr(linear, "BY_TORCH", replace(own, multiply=counted))
     step(model)
     return forward
 

@@ -32,12 +32,13 @@ class Layer:
         return [one for one in (self.a, self.b) if one is not None]
 
 
-@pytest.fixture(autouse=True)
-def many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as are multiplied by torch, of a matrix decoded by its definition."""
+@pytest.fixture(autouse=True, params=[linear.BY_TORCH, linear.DECODED], ids=["by torch", "adapters in launches"])
+def many_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as are multiplied by torch, of a matrix decoded by its definition; in float32, to see what is added."""
     torch.manual_seed(7)
     monkeypatch.setattr(linear, "decode_once", lambda *_: True)
-    monkeypatch.setattr(linear, "GRADIENTS_BY_TORCH_ROWS", 0)
+    monkeypatch.setattr(linear, "adapter_by_torch", lambda _: True)
+    monkeypatch.setattr(linear, "BY_TORCH", request.param)
     monkeypatch.setattr(linear, "decode", lambda matrix, dtype: nf4.decode_reference(matrix, dtype))
 
 
@@ -174,7 +175,10 @@ def test_where_there_is_nothing_to_add_up_nothing_is_handed_on(why: str, monkeyp
 
 
 @pytest.mark.parametrize("goes_back", [True, False])
-def test_the_tensor_is_gone_with_its_last_reader(goes_back: bool, uncollected: None) -> None:
+def test_the_tensor_is_gone_with_its_last_reader(
+    goes_back: bool, uncollected: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "launch", lambda *_, **__: None)  # Triton's interpreter has circles of its own
     layers = [Layer(), Layer(), Layer()]
     _, x = given()
     outs = [layer(x) for layer in layers]

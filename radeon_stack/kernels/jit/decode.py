@@ -23,7 +23,28 @@ def decode_blocks(
     BLOCK: tl.constexpr,
 ):
     """out[i] = code[nibble i] · absmax[i / 64]; `size` values, a multiple of 64."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK
+    decode_block(
+        tl.program_id(0), packed, absmax, code, nested_absmax, nested_code, nested_offset, out, size, NF4, NESTED, BLOCK
+    )
+
+
+@triton.jit
+def decode_block(
+    number,
+    packed,
+    absmax,
+    code,
+    nested_absmax,
+    nested_code,
+    nested_offset,
+    out,
+    size,
+    NF4: tl.constexpr,
+    NESTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The BLOCK values of one program."""
+    first = number.to(tl.int64) * BLOCK
     half = first // 2 + tl.arange(0, BLOCK // 2)
     byte = tl.load(packed + half, mask=half < size // 2, other=0).to(tl.int32)
     values = tl.join(lookup(code, byte >> 4, NF4), lookup(code, byte, NF4))

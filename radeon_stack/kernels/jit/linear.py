@@ -1,10 +1,11 @@
-"""A linear layer over an NF4 matrix with an adapter beside it, for few rows."""
+"""A linear layer over an NF4 matrix with an adapter beside it; for many rows, what torch's product does not do."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from radeon_stack.kernels.jit.decode import decode_block
 from radeon_stack.kernels.jit.product import multiply
 from radeon_stack.kernels.jit.tiles import swizzle
 
@@ -27,8 +28,73 @@ def low_rank_partials(
 
     partials: float32 [SPLIT, rows, RANK]; RANK: rank padded. Whoever reads them adds them up, in their order.
     """
-    part = tl.program_id(1)
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    low_rank_partial(
+        tl.program_id(0), tl.program_id(1), x, factor, partials, rows, k_size, rank,
+        OVER_COLUMNS, RANK, SPLIT, BLOCK_M, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "rank"])
+def decode_and_low_rank(
+    x,
+    factor,
+    partials,
+    packed,
+    absmax,
+    code,
+    nested_absmax,
+    nested_code,
+    nested_offset,
+    matrix,
+    rows,
+    k_size,
+    rank,
+    size,
+    OVER_COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NF4: tl.constexpr,
+    NESTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """low_rank_partials and, into `matrix` of `size` values, decode_blocks in one launch.
+
+    The partials' programs come first: each takes longer.
+    """
+    program = tl.program_id(0)
+    m_tiles = tl.cdiv(rows, BLOCK_M)
+    if program < m_tiles * SPLIT:
+        low_rank_partial(
+            program % m_tiles, program // m_tiles, x, factor, partials, rows, k_size, rank,
+            OVER_COLUMNS, RANK, SPLIT, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
+    else:
+        decode_block(
+            program - m_tiles * SPLIT, packed, absmax, code, nested_absmax, nested_code, nested_offset, matrix, size,
+            NF4, NESTED, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def low_rank_partial(
+    m_tile,
+    part,
+    x,
+    factor,
+    partials,
+    rows,
+    k_size,
+    rank,
+    OVER_COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Of a tile of rows, a part of low_rank_partials."""
+    row = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
     x_row = tl.minimum(row, rows - 1).to(tl.int64)
     number = tl.arange(0, RANK)
@@ -88,7 +154,6 @@ def linear(
     need it. factor: [N, rank] (else [rank, N]): the adapter's b forward, its a back. RANK 0: no adapter.
     """
     m_tile, n_tile = swizzle(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(n_size, BLOCK_N), GROUP)
-    dtype = x.dtype.element_ty
     row = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
     row = tl.minimum(row, rows - 1).to(tl.int64)
@@ -97,20 +162,10 @@ def linear(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # The low-rank part first: afterwards it would need a second tile of accumulators beside the first.
     if RANK > 0:
-        number = tl.arange(0, RANK)
-        number_ok = number < rank
-        low = tl.zeros((BLOCK_M, RANK), tl.float32)
-        for part in tl.range(0, SPLIT, num_stages=1):  # unrolled, all parts would be in registers at once
-            low += tl.load(partials + ((part * rows + row) * RANK)[:, None] + number[None, :])
-        rounded = low.to(dtype)
-        if n_tile == 0:
-            tl.store(u + (row * rank)[:, None] + number[None, :], rounded, mask=inside[:, None] & number_ok[None, :])
-        ok = number_ok[:, None] & column_ok[None, :]
-        if OVER_COLUMNS:
-            second = tl.load(factor + (column * rank)[None, :] + number[:, None], mask=ok, other=0.0)
-        else:
-            second = tl.load(factor + (number * n_size)[:, None] + column[None, :], mask=ok, other=0.0)
-        acc = scale * tl.dot(rounded, second.to(dtype), input_precision="ieee")
+        acc = low_rank_tile(
+            partials, factor, u, row, inside, column, column_ok, n_tile == 0, rows, n_size, rank, scale,
+            OVER_COLUMNS, RANK, SPLIT, BLOCK_M,
+        )  # fmt: skip
     if OVER_COLUMNS:
         acc, _ = multiply(
             acc, acc, x, row, row, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
@@ -127,6 +182,90 @@ def linear(
         acc += tl.load(bias + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]
     place = out + (row * n_size)[:, None] + column[None, :]
     tl.store(place, acc.to(out.dtype.element_ty), mask=inside[:, None] & column_ok[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "rank"])
+def low_rank_product(
+    partials,
+    factor,
+    bias,
+    u,
+    out,
+    rows,
+    n_size,
+    rank,
+    scale,
+    OVER_COLUMNS: tl.constexpr,
+    BIAS: tl.constexpr,
+    ONTO: tl.constexpr,
+    RANK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """What `linear` gives but for x · wᵀ or x · w: out and u. ONTO: it is added to what out holds. SPLIT 0: of u."""
+    n_tile = tl.program_id(1)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = row < rows
+    row = tl.minimum(row, rows - 1).to(tl.int64)
+    column = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_ok = column < n_size
+    acc = low_rank_tile(
+        partials, factor, u, row, inside, column, column_ok, n_tile == 0, rows, n_size, rank, scale,
+        OVER_COLUMNS, RANK, SPLIT, BLOCK_M,
+    )  # fmt: skip
+    if BIAS:
+        acc += tl.load(bias + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]
+    place = out + (row * n_size)[:, None] + column[None, :]
+    ok = inside[:, None] & column_ok[None, :]
+    if ONTO:
+        acc += tl.load(place, mask=ok, other=0.0).to(tl.float32)
+    tl.store(place, acc.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def low_rank_tile(
+    partials,
+    factor,
+    u,
+    row,
+    inside,
+    column,
+    column_ok,
+    writes,
+    rows,
+    n_size,
+    rank,
+    scale,
+    OVER_COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """A tile of scale · u · factorᵀ or scale · u · factor, in float32; see `linear`.
+
+    row: int64 [BLOCK_M], all real, those `inside` once; column: [BLOCK_N]. writes: whether u is stored. SPLIT 0: u is
+    known, and read.
+    """
+    dtype = u.dtype.element_ty
+    number = tl.arange(0, RANK)
+    number_ok = number < rank
+    place = u + (row * rank)[:, None] + number[None, :]
+    if SPLIT > 0:
+        low = tl.zeros((BLOCK_M, RANK), tl.float32)
+        for part in tl.range(0, SPLIT, num_stages=1):  # unrolled, all parts would be in registers at once
+            low += tl.load(partials + ((part * rows + row) * RANK)[:, None] + number[None, :])
+        rounded = low.to(dtype)
+        if writes:
+            tl.store(place, rounded, mask=inside[:, None] & number_ok[None, :])
+    else:
+        rounded = tl.load(place, mask=number_ok[None, :], other=0.0)
+    ok = number_ok[:, None] & column_ok[None, :]
+    if OVER_COLUMNS:
+        second = tl.load(factor + (column * rank)[None, :] + number[:, None], mask=ok, other=0.0)
+    else:
+        second = tl.load(factor + (number * n_size)[:, None] + column[None, :], mask=ok, other=0.0)
+    return scale * tl.dot(rounded, second.to(dtype), input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["rows", "rank"])
