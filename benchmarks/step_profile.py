@@ -31,7 +31,7 @@ PATTERNS: Mapping[str, Sequence[str]] = {
     "4-bit products": (
         "nf4_(grouped|dot)", "gemv_nf4", "gem[mv]_?4bit", "^(linear|grouped_matmul|gated_forward|gated_backward)$",
     ),
-    "4-bit decoding": ("dequant", "nf4_decode", "decode_blocks", "nf4_select"),
+    "4-bit decoding": ("dequant", "nf4_decode", "decode_blocks", "decode_and_low_rank", "nf4_select"),
     "matrix products": (
         "gemm", "gemv", "nvjet", "cutlass", "cublas", "xmma", "matmul", "splitk", "wgrad",
         "(^|_)(add|b|grouped_)?mm(_|$)", "grouped_outer", "low_rank", "adapter_gradients",

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from radeon_stack.kernels import configs
-from radeon_stack.kernels.configs import FP8_DECODE_BLOCK, Kind, Tile
+from radeon_stack.kernels.configs import FP8_DECODE_BLOCK, NF4_DECODE_BLOCK, Kind, Tile
 from radeon_stack.kernels.jit import decode, fp8, grouped, linear, routing
 from radeon_stack.kernels.jit.head import score_rows
 from radeon_stack.kernels.variant import Variant
@@ -111,7 +111,7 @@ def _gradients() -> Iterator[Variant]:
 
 
 def _dense() -> Iterator[Variant]:
-    few, many = configs.low_rank_split(1), configs.low_rank_split(configs.DECODE_ONCE_ROWS[FAMILY])
+    few, many, most = map(configs.low_rank_split, (1, configs.DECODE_ONCE_ROWS[FAMILY], configs.ADAPTER_BY_TORCH_ROWS))
     for over in (True, False):
         way = "forward" if over else "backward"
         common = {"OVER_COLUMNS": over, "BIAS": False, "RANK": DENSE_RANK, "SPLIT": few}
@@ -123,19 +123,45 @@ def _dense() -> Iterator[Variant]:
         largest = {**common, "RANK": configs.MAX_RANK}
         yield _linear(f"dense {way} nf4 rank {configs.MAX_RANK}", "nf4", tiles[MIDDLE], largest)
         types = {"factor": "*fp32", "partials": "*fp32"}
-        for rows, split in (*((rows, few) for rows in LOW_RANK_ROWS), (max(LOW_RANK_ROWS), many)):
+        last = max(LOW_RANK_ROWS)
+        # At most rows only where a forward's product is known and x·aᵀ is not.
+        splits = *((rows, few) for rows in LOW_RANK_ROWS), (last, many), *([(last, most)] if over else [])
+        for rows, split in splits:
             constants = {"OVER_COLUMNS": over, "RANK": DENSE_RANK, "SPLIT": split, "BLOCK_M": rows, "BLOCK_K": 64}
             yield _variant(
                 f"dense {way} low rank rows {rows} split {split}", linear.low_rank_partials, constants, types,
                 warps=configs.LOW_RANK_WARPS, stages=configs.ADAPTER_STAGES,
             )  # fmt: skip
+        for rank in (DENSE_RANK, configs.MAX_RANK):
+            yield from _decoded(f"dense {way} decoded rank {rank}", over, rank, most)
     for stored in ("nf4", "nf4 double"):
         nf4, pointers = STORED[stored]
         types = {"packed": "*u8", **_pointers(pointers), "size": "i32"}
-        constants = {**nf4, "BLOCK": 4096}
+        constants = {**nf4, "BLOCK": NF4_DECODE_BLOCK}
         yield _variant(
             f"decode {stored}", decode.decode_blocks, constants, types, dot=False, fp_fusion=False, aligned=("size",)
         )
+
+
+def _decoded(name: str, over: bool, rank: int, split: int) -> Iterator[Variant]:
+    """All that is ours where torch multiplies a matrix that was decoded."""
+    common = {"OVER_COLUMNS": over, "RANK": rank, "SPLIT": split}
+    for stored in ("nf4", "nf4 double"):
+        nf4, pointers = STORED[stored]
+        types = {"partials": "*fp32", "factor": "*fp32", "packed": "*u8", **_pointers(pointers), "size": "i32"}
+        constants = {**common, **nf4, "BLOCK_M": max(LOW_RANK_ROWS), "BLOCK_K": 64, "BLOCK": NF4_DECODE_BLOCK}
+        yield _variant(
+            f"{name} {stored}", linear.decode_and_low_rank, constants, types, warps=configs.LOW_RANK_WARPS,
+            stages=configs.ADAPTER_STAGES, fp_fusion=False, aligned=("size",),
+        )  # fmt: skip
+    (m, n), types = configs.LOW_RANK_TILE, {"factor": "*fp32", "scale": "fp32"}
+    constants = {**common, "BIAS": False, "BLOCK_M": m, "BLOCK_N": n}
+    # Forward u may be known from before, back there may be a gradient to add to.
+    for told, change in (("", {}), (" u known", {"SPLIT": 0}) if over else (" onto", {"ONTO": True})):
+        yield _variant(
+            f"{name} product{told}", linear.low_rank_product, {"ONTO": False, **constants, **change},
+            {**types, "partials": "*bf16" if change.get("SPLIT") == 0 else "*fp32"}, warps=configs.LOW_RANK_WARPS,
+        )  # fmt: skip
 
 
 def _fp8() -> Iterator[Variant]:
