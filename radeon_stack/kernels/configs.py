@@ -114,7 +114,7 @@ SMALL_BLOCK = 64  # the largest row block there
 MAX_RANK = 128  # of adapters in a product's tile; at 64 rows the experts' way back spills a few registers on gfx11
 ADAPTER_STAGES = 2  # of the adapters' own small products
 LOW_RANK_WARPS = 8
-LOW_RANK_TILE = 64, 128  # of an adapter's product, where the layer's is torch's
+LOW_RANK_TILE = 64, 64  # of an adapter's product, where the layer's is torch's; wider, gfx1100 spills at MAX_RANK
 NF4_DECODE_BLOCK = 4096  # values that a program decodes
 FP8_DECODE_BLOCK = 1024  # columns of a row that a program decodes
 # Up to so many slots an expert's program looks at all of them, so many at a time: counted to take less than the launch
