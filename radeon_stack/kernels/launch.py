@@ -2,17 +2,18 @@
 
 A training step at few tokens waits for the host, a layer has some ten launches, and Triton's binder does the same work
 at each. The first launch goes through it; the compiled kernel is then kept under what it was specialised for, and
-called as Triton's own tutorials call one.
+called as Triton's own `JITFunction.run` calls it.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from radeon_stack.kernels.keys import settle
 
@@ -61,11 +62,10 @@ class Launcher:
         # Addresses in the tensors' place: the launcher would ask each for its own, and the driver for its device.
         passed, told, aligned = _looked_at(arguments)
         # The function in the kernel's place, whose hash is its key in Triton's cache: see settle.
-        form = (kernel.fn, device, warps, stages, fp_fusion, *values)
-        exact = (*form, *told)
+        exact = (kernel.fn, device, warps, stages, fp_fusion, *values, *told)
         compiled = self._exact.get(exact) if aligned else None
         if compiled is None:
-            key = (*form, *map(_specialised, told, passed))
+            key = (*exact[: -len(told)], *map(_specialised, told, passed))
             compiled = self._compiled.get(key)
             if compiled is None:
                 settle(kernel)
@@ -76,7 +76,12 @@ class Launcher:
                 if len(self._exact) >= MOST_EXACT:
                     self._exact.clear()
                 self._exact[exact] = compiled
-        compiled[grid](*passed, *values)
+        stream_of = _streams()
+        if stream_of is None:
+            compiled[grid](*passed, *values)
+        else:  # no metadata, and no hooks that would read them
+            untold = (compiled.function, compiled.packed_metadata, None, None, None)
+            compiled.run(*grid, stream_of(device), *untold, *passed, *values)
 
 
 def _looked_at(arguments: Sequence[Any]) -> tuple[list[Any], list[Any], bool]:
@@ -89,15 +94,35 @@ def _looked_at(arguments: Sequence[Any]) -> tuple[list[Any], list[Any], bool]:
     told: list[Any] = []
     addresses = 0
     for argument in arguments:
-        if isinstance(argument, Tensor):
+        kind = type(argument)
+        if kind is int or kind is float:  # asked much sooner than whether it is a tensor
+            passed.append(argument)
+            told.append(argument)
+        else:
             address = argument.data_ptr()
             addresses |= address
             passed.append(address)
             told.append((argument.dtype, argument.untyped_storage().size() >> 31 == 0) if amd else argument.dtype)
-        else:
-            passed.append(argument)
-            told.append(argument)
     return passed, told, addresses % ALIGNMENT == 0
+
+
+def _streams() -> Any:
+    """What gives a device's current stream; None where somebody is to be told of each launch, as Triton's profiler is.
+
+    Nor is it known of Triton before 3.5, whose hooks are elsewhere, that nobody is.
+    """
+    driver, hooks = _triton()
+    told = getattr(hooks.launch_enter_hook, "calls", True) or getattr(hooks.launch_exit_hook, "calls", True)
+    return None if told else driver.active.get_current_stream
+
+
+@cache
+def _triton() -> tuple[Any, Any]:
+    """Triton's driver and hooks; it is first asked for where a kernel was compiled, and so is there."""
+    import triton
+
+    unknown = SimpleNamespace(launch_enter_hook=None, launch_exit_hook=None)
+    return triton.runtime.driver, triton.knobs.runtime if hasattr(triton, "knobs") else unknown
 
 
 def _specialised(told: Any, passed: Any) -> Any:
