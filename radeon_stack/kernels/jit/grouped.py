@@ -64,6 +64,12 @@ def slots_at(slots, position, READ: tl.constexpr):
 
 
 @triton.jit
+def token_of(slot, top_k):
+    """The slot's token, int64. Slots have 32 bits: a division of 64 is a loop of its own on every GPU."""
+    return (slot.to(tl.int32) // top_k).to(tl.int64)
+
+
+@triton.jit
 def halves(acc):
     """[rows, columns] as the first half of the columns and the second.
 
@@ -157,7 +163,7 @@ def grouped_matmul(
         return
     position, inside = rows_of(first, last, BLOCK_M)
     slot = slots_at(slots, position, GATHER or SCATTER or WEIGHTED)
-    x_row = slot // top_k if GATHER else position
+    x_row = token_of(slot, top_k) if GATHER else position
     column = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = column < n_size
     matrix = expert.to(tl.int64)
@@ -170,7 +176,7 @@ def grouped_matmul(
     if TAIL > 0 and last - first > BLOCK_M:
         position_tail, inside_tail = rows_of(first + BLOCK_M, last, TAIL)
         slot_tail = slots_at(slots, position_tail, GATHER or SCATTER or WEIGHTED)
-        x_row_tail = slot_tail // top_k if GATHER else position_tail
+        x_row_tail = token_of(slot_tail, top_k) if GATHER else position_tail
         acc_tail = initial(
             u, v, position_tail, v_row, column_ok, column, n_size, rank, lora_scale, OVER_COLUMNS, RANK
         )  # fmt: skip
@@ -259,7 +265,7 @@ def gated_forward(
     if expert >= EXPERTS:
         return
     position, inside = rows_of(first, last, BLOCK_M)
-    x_row = slots_at(slots, position, True) // top_k
+    x_row = token_of(slots_at(slots, position, True), top_k)
     # Gate's and up's rows by turns: one product makes both, and a thread holds a gate beside its up.
     pair = n_tile * (2 * BLOCK_N) + tl.arange(0, 2 * BLOCK_N)
     pair_ok = pair < 2 * n_size
@@ -268,7 +274,7 @@ def gated_forward(
     acc = initial(u, v, position, w_row, pair_ok, pair, n_size, rank, lora_scale, True, RANK)
     if TAIL > 0 and last - first > BLOCK_M:
         position_tail, inside_tail = rows_of(first + BLOCK_M, last, TAIL)
-        x_row_tail = slots_at(slots, position_tail, True) // top_k
+        x_row_tail = token_of(slots_at(slots, position_tail, True), top_k)
         acc_tail = initial(u, v, position_tail, w_row, pair_ok, pair, n_size, rank, lora_scale, True, RANK)
         acc, acc_tail = multiply(
             acc, acc_tail, x, x_row, x_row_tail, k_size, w, absmax, code, nested_absmax, nested_code, nested_offset,
@@ -368,7 +374,7 @@ def gated_backward(
         return
     position, inside = rows_of(first, last, BLOCK_M)
     slot = slots_at(slots, position, True)
-    d_row = slot // top_k
+    d_row = token_of(slot, top_k)
     column = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = column < n_size
     matrix = expert.to(tl.int64)
@@ -379,7 +385,7 @@ def gated_backward(
         slot_tail = slots_at(slots, position_tail, True)
         acc_tail = initial(u, v, position_tail, v_row, column_ok, column, n_size, rank, lora_scale, False, RANK)
         acc, acc_tail = multiply(
-            acc, acc_tail, d_out, d_row, slot_tail // top_k, k_size,
+            acc, acc_tail, d_out, d_row, token_of(slot_tail, top_k), k_size,
             w, absmax, code, nested_absmax, nested_code, nested_offset,
             matrix * k_size, n_tile * BLOCK_N, n_size, True, False, NF4, NESTED, TURNED, PAIRS, BLOCK_K, BLOCK_N,
         )  # fmt: skip
@@ -430,9 +436,9 @@ def grouped_outer(
         a_row = position.to(tl.int64)
         b_row = a_row
         if A_GATHER:
-            a_row = tl.load(slots + position, mask=ok, other=0).to(tl.int64) // a_top_k
+            a_row = token_of(tl.load(slots + position, mask=ok, other=0), a_top_k)
         if B_GATHER:
-            b_row = tl.load(slots + position, mask=ok, other=0).to(tl.int64) // b_top_k
+            b_row = token_of(tl.load(slots + position, mask=ok, other=0), b_top_k)
         left = tl.load(a + (a_row * n_size)[:, None] + n[None, :], mask=ok[:, None] & n_ok[None, :], other=0.0)
         right = tl.load(b + (b_row * k_size)[:, None] + k[None, :], mask=ok[:, None] & k_ok[None, :], other=0.0)
         acc = tl.dot(tl.trans(left), right, acc, input_precision="ieee")
