@@ -76,6 +76,11 @@ def low_rank_split(rows: int) -> int:
     return 16 if rows <= 128 else 8 if rows <= 512 else 4
 
 
+def low_rank_step(rank: int) -> int:
+    """Values of the reduction at a time in x·aᵀ: its factor is in float32, and two steps of a large rank are in LDS."""
+    return 64 if rank <= 64 else 32
+
+
 def decode_experts_once(family: str, mean_rows: float) -> bool:
     """Whether packed experts are decoded to 16 bit before a product, since many tiles would each decode them again.
 

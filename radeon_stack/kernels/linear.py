@@ -22,6 +22,7 @@ from radeon_stack.kernels.configs import (
     full_precision_tile,
     linear_tile,
     low_rank_split,
+    low_rank_step,
 )
 from radeon_stack.kernels.grouped import family, weight_arguments
 from radeon_stack.kernels.launch import launch
@@ -349,7 +350,8 @@ def _partials(x: Tensor, rank: int, split: int, *, over_columns: bool) -> tuple[
     rows, padded = x.shape[0], padded_rank(rank)
     partials = torch.empty((split, rows, padded), dtype=torch.float32, device=x.device)
     block = min(64, max(16, next_power(rows)))
-    return partials, {"OVER_COLUMNS": over_columns, "RANK": padded, "SPLIT": split, "BLOCK_M": block, "BLOCK_K": 64}
+    sizes = {"RANK": padded, "SPLIT": split, "BLOCK_M": block, "BLOCK_K": low_rank_step(padded)}
+    return partials, {"OVER_COLUMNS": over_columns, **sizes}
 
 
 def _low_rank_product(

@@ -149,7 +149,8 @@ def _decoded(name: str, over: bool, rank: int, split: int) -> Iterator[Variant]:
     for stored in ("nf4", "nf4 double"):
         nf4, pointers = STORED[stored]
         types = {"partials": "*fp32", "factor": "*fp32", "packed": "*u8", **_pointers(pointers), "size": "i32"}
-        constants = {**common, **nf4, "BLOCK_M": max(LOW_RANK_ROWS), "BLOCK_K": 64, "BLOCK": NF4_DECODE_BLOCK}
+        blocks = {"BLOCK_M": max(LOW_RANK_ROWS), "BLOCK_K": configs.low_rank_step(rank), "BLOCK": NF4_DECODE_BLOCK}
+        constants = {**common, **nf4, **blocks}
         yield _variant(
             f"{name} {stored}", linear.decode_and_low_rank, constants, types, warps=configs.LOW_RANK_WARPS,
             stages=configs.ADAPTER_STAGES, fp_fusion=False, aligned=("size",),
