@@ -16,7 +16,7 @@ from radeon_stack.runs import bench_report, charts
 from radeon_stack.runs.events import Artifact, Attempt, Event, Fact, Measurement, Progress, metrics_by_step, read_events
 from radeon_stack.runs.measurements import counted, measurements_of, quickest
 from radeon_stack.runs.store import Run, Status
-from radeon_stack.runs.summary import PHASES, answers_of, last_result, samples_of
+from radeon_stack.runs.summary import PHASES, answers_of, last_result, samples_of, steps_of_last
 
 CHARTS = (("loss", "Loss"), ("grad_norm", "Gradient norm"), ("learning_rate", "Learning rate"))
 TOLD_APART = ("lora_before", "lora_after", "data", "batches", "prompt", "environment", "model", "merge", "card")
@@ -129,7 +129,9 @@ def verdict(
     if scores:
         parts.append(f"Right answers of {result.get('samples', '?')}: {', '.join(scores)}.")
     if isinstance(result.get("train_seconds"), int | float):
-        parts.append(f"{result.get('steps', '?')} steps in {result['train_seconds']:.0f} s of training.")
+        last = steps_of_last(result)
+        which = f", the last {last} of them" if last else ""
+        parts.append(f"{result.get('steps', '?')} steps{which} in {result['train_seconds']:.0f} s of training.")
     if isinstance(result.get("best_eval_loss"), int | float):
         parts.append(evaluated(result))
     if not parts:

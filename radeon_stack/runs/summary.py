@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -62,7 +63,9 @@ def lines(run: Run, outcome: Outcome) -> list[str]:
             ("evaluated", f"{best}; saved: step {result.get('saved_step', '?')} of {result.get('steps', '?')}{early}")
         )
     if isinstance(result.get("train_seconds"), int | float):
-        rows.append(("training", f"{result['train_seconds']:.0f} s"))
+        last = steps_of_last(result)
+        which = f", the last {last} of {result['steps']} steps" if last else ""
+        rows.append(("training", f"{result['train_seconds']:.0f} s{which}"))
     asked = answers_of(read_events(run.events))
     if asked:
         rows.append(("answers", ", ".join(f"{count} {verdict}" for verdict, count in counts(asked).items())))
@@ -80,6 +83,12 @@ def last_result(events: list[Event]) -> dict[str, JsonValue]:
     """Figures of the last attempt that came to its end; {} when none did."""
     results = [event.values for event in events if isinstance(event, Result)]
     return results[-1] if results else {}
+
+
+def steps_of_last(result: Mapping[str, Any]) -> int | None:
+    """How many steps `train_seconds` are of, where a run was resumed; None where they are of all."""
+    last, steps = result.get("train_steps"), result.get("steps")
+    return last if isinstance(last, int) and isinstance(steps, int) and last < steps else None
 
 
 def samples_of(events: list[Event], phase: str) -> list[Sample]:

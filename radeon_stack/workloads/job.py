@@ -202,7 +202,7 @@ def _told_so_far(job: Job) -> Iterator[list[ev.Event]]:
 
 
 def _failure(error: Exception, job: Job) -> ev.Error:
-    """The error event of an exception: known ones in our words, others by their last line."""
+    """The error event of an exception: known ones in our words, others in theirs."""
     if isinstance(error, StackError):
         return ev.Error(what=error.what, where=error.where, remedy=error.remedy, exit_code=error.exit_code)
     if not job.rank.alone and lost_another(error):
@@ -223,13 +223,13 @@ def _failure(error: Exception, job: Job) -> ev.Error:
     if _wants_memory(error):
         sizes = (job.advise(error) if job.advise else None) or job.sizes
         return ev.Error(
-            what=f"out of memory while {job.stage}: {sizes.short or _first_line(error)}",
+            what=f"out of memory while {job.stage}: {sizes.short or _words(error)}",
             where=sizes.where,
             remedy=sizes.remedy,
             exit_code=Exit.WORKLOAD,
         )
     return ev.Error(
-        what=f"{type(error).__name__} while {job.stage}: {_first_line(error)}",
+        what=f"{type(error).__name__} while {job.stage}: {_words(error)}",
         where="log.txt",
         remedy="the whole traceback: radeon-stack runs logs last",
         exit_code=Exit.WORKLOAD,
@@ -245,6 +245,6 @@ def _wants_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and known
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else "no message"
+def _words(error: BaseException) -> str:
+    """What it says, in a line: the reason often stands in the second."""
+    return " ".join(str(error).split())[:300] or "no message"

@@ -135,6 +135,7 @@ def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
     ("line", "says"),
     [
         ("{", "not JSON: Expecting property name enclosed in double quotes at column 2"),
+        ('{"text": "a\tb"}', "not JSON: Invalid control character at column 12"),
         ("5", "found a number; an object with 'messages', 'conversations', 'instruction' with 'output'"),
         ("{}", "or 'text'; found nothing"),
         ('{"text": "a", "messages": []}', "needs one of 'messages', 'conversations', "),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from radeon_stack.runs import bench_report, charts
 from radeon_stack.runs import events as ev
-from radeon_stack.runs.report import render, stages, write
+from radeon_stack.runs.report import render, stages, verdict, write
 from radeon_stack.runs.store import Run, RunStore, State, Status
 
 STATISTICS = {"shape": [4, 8], "mean": 0.0, "std": 0.1, "min": -1.0, "q25": -0.1, "median": 0.0, "q75": 0.1, "max": 1.0}
@@ -88,11 +88,20 @@ def test_a_whole_run_is_told(run: Run) -> None:
         ev.Fact(name="train_arguments", value={"optim": "adamw_8bit"}),
         ev.Fact(name="something_new", value=[1, 2]),
         ev.Artifact(name="adapter", path="artifacts/adapter", bytes=2048),
-        ev.Result(values={"correct_before": 0, "correct_after": 1, "samples": 1, "steps": 9, "train_seconds": 41.0}),
+        ev.Result(
+            values={
+                "correct_before": 0,
+                "correct_after": 1,
+                "samples": 1,
+                "steps": 9,
+                "train_seconds": 41.0,
+                "train_steps": 4,
+            }
+        ),
     )
     for text in (
         "train-llama, preset demo",
-        "Right answers of 1: 0 before, 1 after. 9 steps in 41 s of training.",
+        "Right answers of 1: 0 before, 1 after. 9 steps, the last 4 of them in 41 s of training.",
         "Loss, logarithmic",
         "Gradient norm",
         "0 of 1 right",
@@ -272,3 +281,8 @@ def test_the_report_is_replaced_whole(run: Run) -> None:
     assert write(run) == run.report
     assert run.report.read_text().endswith("</html>\n")
     assert not [path for path in run.path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("of_all", [{}, {"train_steps": 9}])
+def test_a_run_that_was_not_resumed_tells_the_time_of_all_its_steps(of_all: dict[str, int]) -> None:
+    assert verdict({"steps": 9, "train_seconds": 41.0, **of_all}, None) == "9 steps in 41 s of training."

@@ -220,18 +220,26 @@ def test_a_missed_expectation_is_exit_7_and_names_it(cli: Cli, tiny_run: tuple[s
     assert "expect.final_loss_max: final_loss is" in result.error
 
 
-def test_damaged_weights_are_one_line_and_the_traceback_is_in_the_log(
+def test_what_a_library_raises_is_one_line_with_its_reason_and_the_traceback_is_in_the_log(
     cli: Cli, tiny_run: tuple[str, ...], tiny_model: Path, tmp_path: Path
 ) -> None:
     import shutil
 
-    damaged = shutil.copytree(tiny_model, tmp_path / "damaged")
-    weights = damaged / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    result = cli(*tiny_run, *LOCAL, "--model", damaged)
+    odd = shutil.copytree(tiny_model, tmp_path / "odd")
+    config = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps(config | {"hidden_size": 600, "num_attention_heads": 9}))
+    result = cli(*tiny_run, *LOCAL, "--model", odd)
     assert result.code == Exit.WORKLOAD
-    assert "while" in result.error and "runs logs last" in result.error
+    assert "Class validation error" in result.error and "(600) is not a multiple of" in result.error
+    assert "runs logs" in result.error
     assert "Traceback" in cli("runs", "logs", "last").out
+
+
+def test_one_step_alone_learns_and_merges(cli: Cli, tiny_run: tuple[str, ...]) -> None:
+    """Its warm-up would be the whole of it, at a rate of zero."""
+    result = cli(*tiny_run, *LOCAL, "--set", "train.steps=1", "--set", "expect.right_merged_min=0")
+    assert result.code == Exit.OK, result.err
+    assert result.json["facts"]["merge"]["changed"] == 14
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs needs root")

@@ -13,7 +13,8 @@ from radeon_stack.workloads.job import Job
 
 @contextmanager
 def bars(job: Job, stage: str) -> Iterator[None]:
-    """Turn transformers' own progress bars into events of a stage."""
+    """Turn transformers' own progress bars into events of a stage, which what fails before the first is in too."""
+    job.stage = stage
 
     def make(factory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Bar:
         return _Bar(job, stage, *args, **kwargs)

@@ -13,6 +13,8 @@ from radeon_stack.workloads.finetune.forms import FIELDS, MARKS, NEEDED
 
 MAX_LINE_BYTES = 16 << 20
 MAX_LIST_BYTES = 1 << 30  # a list is read whole; lines are not
+UTF8 = "save it as UTF-8"
+WHOLE = "it may have been cut off: copy it again; or write it as .jsonl, one object a line"
 PARQUET_ROWS = 256  # decoded at a time
 SPACE = " \t\r\n"
 
@@ -45,10 +47,10 @@ def _lines(file: Path) -> Numbered:
             try:
                 value = json.loads(line.rstrip())
             except UnicodeDecodeError as error:
-                raise UsageError(f"not UTF-8 at byte {error.start} of the line", where=where) from error
+                raise UsageError(f"not UTF-8 at byte {error.start} of the line", where=where, remedy=UTF8) from error
             except json.JSONDecodeError as error:
                 raise UsageError(
-                    f"not JSON: {error.msg} at column {error.colno}", where=where, remedy="one JSON object a line"
+                    f"not JSON: {_said(error)} at column {error.colno}", where=where, remedy="one JSON object a line"
                 ) from error
             except RecursionError as error:
                 raise UsageError("nested too deeply", where=where) from error
@@ -69,7 +71,7 @@ def _list(file: Path) -> Numbered:
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UsageError(f"not UTF-8 at byte {error.start}", where=file.name) from error
+        raise UsageError(f"not UTF-8 at byte {error.start}", where=file.name, remedy=UTF8) from error
     decode = json.JSONDecoder().raw_decode
     at, number = _past_space(text, text.index("[") + 1), 0
     if not text.startswith("]", at):
@@ -80,7 +82,7 @@ def _list(file: Path) -> Numbered:
                 value, at = decode(text, at)
             except json.JSONDecodeError as error:
                 raise UsageError(
-                    f"not JSON: {error.msg} at line {error.lineno} column {error.colno}", where=where
+                    f"not JSON: {_said(error)} at line {error.lineno} column {error.colno}", where=where, remedy=WHOLE
                 ) from error
             except RecursionError as error:
                 raise UsageError("nested too deeply", where=where) from error
@@ -92,10 +94,14 @@ def _list(file: Path) -> Numbered:
                 break
             if not text.startswith(",", at):
                 found = repr(text[at]) if at < len(text) else "the file's end"
-                raise UsageError(f"found {found} after it; ',' or ']' is needed", where=where)
+                raise UsageError(f"found {found} after it; ',' or ']' is needed", where=where, remedy=WHOLE)
             at = _past_space(text, at + 1)
     if rest := text[at + 1 :].strip(SPACE):
         raise UsageError(f"there is more after the list: {one_line(rest[:40])}", where=file.name)
+
+
+def _said(error: json.JSONDecodeError) -> str:
+    return error.msg.removesuffix(" at")  # some of Python's go on with the place
 
 
 def _past_space(text: str, at: int) -> int:

@@ -17,6 +17,7 @@ from radeon_stack.errors import CheckError
 from radeon_stack.workloads.finetune.deltas import Target, targets
 from radeon_stack.workloads.job import Job
 
+MERGED = "artifacts/merged"  # of the run; until it is right it has another name
 # What of the base goes along: its configuration, which file has which tensor, its tokenizer and its licence.
 REST = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 
@@ -70,7 +71,7 @@ def check_tensors(job: Job, base: Path, merged: Path, changed: Mapping[str, Targ
     """
     before, after = tensor_files(base), tensor_files(merged)
     if lost := sorted(set(before) ^ set(after)):
-        raise CheckError(f"tensor {lost[0]} is on one side only", where=str(merged))
+        raise CheckError(f"tensor {lost[0]} is on one side only", where=MERGED)
     moved, largest = 0, 0.0
     for number, name in enumerate(sorted(after)):
         old, new = _tensor(before[name], name), _tensor(after[name], name)
@@ -78,10 +79,15 @@ def check_tensors(job: Job, base: Path, merged: Path, changed: Mapping[str, Targ
         wanted = old if target is None else target.added_to(old)
         if new.dtype != wanted.dtype or not torch.equal(new, wanted):
             verb = "changed although nothing targeted it" if target is None else "is not what base and adapter make"
-            raise CheckError(f"tensor {name} {verb}", where=str(merged))
+            raise CheckError(f"tensor {name} {verb}", where=MERGED)
         difference = (old.float() - new.float()).abs().max().item() if target is not None else 0.0
         if target is not None and target.must_move and not difference:
-            raise CheckError(f"tensor {name} is unchanged although LoRA targeted it", where=str(merged))
+            raise CheckError(
+                f"tensor {name} is unchanged although LoRA targeted it",
+                where=MERGED,
+                remedy="what was learnt is too little for 16 bit to hold: raise train.steps or train.learning_rate, "
+                "or keep the adapter alone: export.merge=false",
+            )
         moved, largest = moved + bool(difference), max(largest, difference)
         job.progress("check tensors", number + 1, len(after), unit="tensors")
     return {

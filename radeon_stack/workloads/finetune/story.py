@@ -85,6 +85,7 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
     if output := training.train(job, trainer, checkpoint, config.train.early_stopping):
         job.fact("trainer_output", output)
         result["train_seconds"] = output["train_runtime"]
+        result["train_steps"] = trainer.state.global_step - (checkpoint.step if checkpoint else 0)
     if not together:
         ranks.part()
     if not (job.rank.first or together):
