@@ -190,9 +190,31 @@ def _unpack(file: Path, folder: Path) -> None:
                 total += member.size
                 if number > MOST_MEMBERS or total > MOST_BYTES:
                     raise UsageError("too large for a bundle", where=str(file))
-                if member.isreg() or member.issym() or member.isdir():
-                    archive.extract(member, folder, filter="data")
+                _unpack_member(archive, member, Path(os.path.realpath(folder)))
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         raise UsageError(f"is no bundle: {error}", where=str(file), remedy="make one: doctor --bundle FILE") from error
     if not (folder / OVERLAY).is_file():
         raise UsageError(f"is no bundle: it lacks {OVERLAY}", where=str(file), remedy="make one: doctor --bundle FILE")
+
+
+def _unpack_member(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+    """By hand, for Python's own filter came with 3.11.4. Nothing is written through a link, and nothing twice."""
+    *above, last = Path(member.name.lstrip("/")).parts or ("",)
+    if ".." in (*above, last):
+        raise ValueError(f"{member.name!r} leads out of it")
+    place = folder
+    for part in above:
+        place /= part
+        if place.is_symlink():
+            raise ValueError(f"{member.name!r} is below a link")
+        place.mkdir(exist_ok=True)
+    place /= last
+    if member.isdir():
+        place.mkdir(exist_ok=True)
+    elif member.issym():
+        if not Path(os.path.realpath(place.parent / member.linkname)).is_relative_to(folder):
+            raise ValueError(f"the link {member.name!r} leads out of it")
+        place.symlink_to(member.linkname)
+    elif member.isreg() and (source := archive.extractfile(member)):
+        with place.open("xb") as stream:
+            stream.write(source.read())

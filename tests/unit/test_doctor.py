@@ -22,7 +22,7 @@ from radeon_stack.host.checks import CHECKS, State, examine
 from radeon_stack.host.facts import Clock, gather
 from radeon_stack.host.gpus import topology
 from radeon_stack.host.known_issues import Setup, load_issues, met_by, mitigations
-from radeon_stack.host.sysroot import Sysroot
+from radeon_stack.host.sysroot import OVERLAY, Sysroot
 from tests.conftest import ROOT, Cli
 from tests.stages import ENGINE, R9700, RAPHAEL, RENDER, RX9060XT, STAGES, Stage, build
 from tests.stuck import impossible, stuck
@@ -423,10 +423,13 @@ def test_what_did_not_answer_is_in_the_bundle_too(tmp_path: Path) -> None:
     assert again.late == {"clocks"} and again.packages_missing == ("torch",) and again.buildkit is None
 
 
-@pytest.mark.parametrize("kind", ["up", "absolute", "link", "bomb", "many", "garbage", "truncated"])
+@pytest.mark.parametrize(
+    "kind", ["up", "absolute", "link", "below a link", "twice", "bomb", "many", "garbage", "truncated"]
+)
 def test_a_hostile_bundle_is_an_error_and_writes_nothing_outside(tmp_path: Path, kind: str) -> None:
     place = tmp_path / "b.tar.gz"
     with tarfile.open(place, "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo(OVERLAY))  # whole but for what is hostile
         if kind in ("up", "absolute"):
             member = tarfile.TarInfo("../out" if kind == "up" else "/out-of-radeon-stack")
             archive.addfile(member, io.BytesIO())
@@ -434,6 +437,16 @@ def test_a_hostile_bundle_is_an_error_and_writes_nothing_outside(tmp_path: Path,
             link = tarfile.TarInfo("proc")
             link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
             archive.addfile(link)
+        elif kind == "below a link":
+            for name, target in (("here", "."), ("here/up", ".."), ("here/up/out", "")):
+                link = tarfile.TarInfo(name)
+                link.type, link.linkname = (tarfile.SYMTYPE, target) if target else (tarfile.REGTYPE, "")
+                archive.addfile(link)
+        elif kind == "twice":
+            link = tarfile.TarInfo("proc")
+            link.type, link.linkname = tarfile.SYMTYPE, "sys"
+            archive.addfile(link)
+            archive.addfile(tarfile.TarInfo("proc"))
         elif kind == "bomb":
             member = tarfile.TarInfo("big")
             member.size = 64 << 20
