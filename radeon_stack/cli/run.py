@@ -91,7 +91,7 @@ def run(dry_run: bool, only_estimate: bool, detached: bool, earlier: str | None,
       radeon-stack run --resume last
       radeon-stack run --resume last --set train.learning_rate=1e-5
     """
-    if earlier and detached:
+    if earlier is not None and detached:
         raise click.UsageError("--compare waits for the end: leave --detach out, and use: runs compare")
     if only_estimate:
         values = {name: options[name] for name in ("recipe", "preset", "sets", "model", "data")}
@@ -100,7 +100,7 @@ def run(dry_run: bool, only_estimate: bool, detached: bool, earlier: str | None,
     if not dry_run and not is_here(options["sysroot"]):
         raise UsageError("a run for another machine can only be looked at", where="--sysroot", remedy="add --dry-run")
     store = RunStore(home())
-    old = _side(store.find(earlier)) if earlier else None
+    old = _side(store.find(earlier)) if earlier is not None else None
     drafted, why = drafted_from(store, **options)
     if dry_run:
         record = {"command": engine_named(drafted.plan.engine).render(drafted.plan), **drafted.plan.as_record()}

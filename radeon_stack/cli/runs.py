@@ -24,6 +24,7 @@ from radeon_stack.runs.view import view_for
 from radeon_stack.text import print_line
 
 FOLLOW_SECONDS = 0.2
+TO_DELETE = 4  # characters of an id
 
 
 @click.group()
@@ -165,7 +166,7 @@ def compare_runs(old: str, new: str, margin: float, common: bool, as_json: bool)
 def remove(names: tuple[str, ...], dry_run: bool) -> None:
     """Delete runs with everything in them, models included."""
     store = _store()
-    for found in [store.find(name) for name in names]:
+    for found in [store.find(name, least=TO_DELETE) for name in names]:
         if settle(found).state is State.RUNNING:
             raise UsageError(f"{found.id} is running", remedy=f"stop it first: radeon-stack runs stop {found.id}")
         if not dry_run:

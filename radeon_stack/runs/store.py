@@ -155,8 +155,14 @@ class RunStore:
             names = sorted(e.name for e in self.folder.iterdir() if _ID.match(e.name))
             yield from (Run(self.folder / name) for name in names)
 
-    def find(self, wanted: str) -> Run:
-        """The run called `last`, or the one whose id is, begins or ends with `wanted`."""
+    def find(self, wanted: str, *, least: int = 1) -> Run:
+        """The run called `last`, or the one whose id is, begins or ends with `wanted`.
+
+        `least` characters: any id begins with the empty name that an unset variable gives.
+        """
+        if len(wanted) < least:
+            what = f"'{wanted}' is too little of an id" if wanted else "the name is empty"
+            raise UsageError(what, where="RUN", remedy=f"give {least} characters or more; see: radeon-stack runs list")
         runs = list(self)
         if not runs:
             raise UsageError(

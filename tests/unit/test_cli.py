@@ -131,6 +131,8 @@ def test_runs_are_listed_shown_logged_reported_and_removed(cli: Cli, home: Path)
     report = cli("runs", "report", "last").out.strip()
     assert Path(report).is_file()
     assert "would delete" in cli("runs", "rm", "last", "--dry-run").out
+    for few in ("", "2", run.id[:3]):
+        assert cli("runs", "rm", few).code == Exit.USAGE
     assert run.path.exists()
     assert cli("runs", "rm", "last").code == 0
     assert not run.path.exists()
