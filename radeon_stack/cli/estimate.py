@@ -44,7 +44,7 @@ def tell(effective: Effective, place: Sysroot, asked: str | None, *, as_json: bo
 
 
 def _shares(config: FinetuneConfig, gpus: tuple[Gpu, ...], asked: str | None) -> int:
-    chosen = select(gpus, asked, least=1, most=len(gpus)).gpus if asked else gpus
+    chosen = select(gpus, asked, least=1, most=len(gpus)).gpus if asked is not None else gpus
     count = config.train.processes or len(chosen)
     if count < 2:
         raise UsageError(

@@ -10,7 +10,7 @@ import click
 
 from radeon_stack import atomic
 from radeon_stack.catalog.load import read
-from radeon_stack.cli.run import drafted_from, plan_options
+from radeon_stack.cli.run import drafted_from, not_empty, plan_options
 from radeon_stack.errors import Exit, UsageError
 from radeon_stack.launch.exports import FORMS
 from radeon_stack.launch.launcher import config_record
@@ -20,7 +20,13 @@ from radeon_stack.runs.store import Run, RunStore, home
 @click.command()
 @click.argument("recipe")
 @click.option("--as", "form", type=click.Choice(list(FORMS)), required=True, help="What kind of file.")
-@click.option("-o", "--output", metavar="DIR", help="Where to (default: ./RECIPE-FORM); it has to be empty or new.")
+@click.option(
+    "-o",
+    "--output",
+    metavar="DIR",
+    callback=not_empty,
+    help="Where to (default: ./RECIPE-FORM); it has to be empty or new.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the file, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @plan_options

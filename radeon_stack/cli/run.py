@@ -31,17 +31,33 @@ from radeon_stack.text import print_line
 Command = Callable[..., Any]
 
 
+def not_empty(_: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """An option's value. An empty one is an unset variable, and no wish for what goes without the option."""
+    if value == "":
+        raise UsageError("is empty", where=option.opts[0], remedy="give a value, or leave the option out")
+    return value
+
+
 def plan_options(command: Command) -> Command:
     """The options that decide a plan."""
     return _with(
         command,
-        click.option("--preset", metavar="NAME", help="A preset of the recipe, such as demo."),
+        click.option("--preset", metavar="NAME", callback=not_empty, help="A preset of the recipe, such as demo."),
         click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="A value: train.steps=50."),
-        click.option("--model", metavar="PATH", help="The model's folder."),
-        click.option("--data", metavar="FILE", help="A .jsonl, .json or .parquet file of chats or texts."),
+        click.option("--model", metavar="PATH", callback=not_empty, help="The model's folder."),
+        click.option(
+            "--data", metavar="FILE", callback=not_empty, help="A .jsonl, .json or .parquet file of chats or texts."
+        ),
         click.option("--engine", type=click.Choice(["auto", "docker", "local"]), default=None, help="Default: auto."),
-        click.option("--image", metavar="REF", help="A particular image instead of the newest that fits."),
-        click.option("--gpus", metavar="WHICH", help="0,2 or all or gfx1201 or '>=24GiB'. Default: free ones."),
+        click.option(
+            "--image", metavar="REF", callback=not_empty, help="A particular image instead of the newest that fits."
+        ),
+        click.option(
+            "--gpus",
+            metavar="WHICH",
+            callback=not_empty,
+            help="0,2 or all or gfx1201 or '>=24GiB'. Default: free ones.",
+        ),
         click.option("--share", is_flag=True, help="Have the GPUs together with other runs."),
         click.option("--without", multiple=True, metavar="RS-KI-…", help="Leave this known issue's mitigation out."),
         click.option("--sysroot", metavar="DIR", default="/", help="Look at this tree as the machine."),
@@ -144,7 +160,7 @@ def drafted_from(
     as_many: int | None = None
     effective: Effective
     if resume is not None:
-        if recipe or preset or model or data:
+        if any(given is not None for given in (recipe, preset, model, data)):
             raise click.UsageError("--resume continues a run as it was: give no recipe, preset, model or data with it")
         resumed = store.find(resume)
         effective = resumable(resumed, sets, after_fault=after_fault)
@@ -170,9 +186,9 @@ def asked_recipe(
     if recipe is None:
         raise click.UsageError("which recipe? see: radeon-stack list")
     flags: dict[str, dict[str, Any]] = {}
-    if model:
+    if model is not None:
         flags["--model"] = {"config": {"model": model}}
-    if data:
+    if data is not None:
         flags["--data"] = {"config": {"data": {"dataset": data}}}
     return resolve(read(recipe), preset, sets, flags)
 

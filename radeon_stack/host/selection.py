@@ -42,7 +42,7 @@ def select(
     if wsl and most:
         gpus = (_windows_gpu(asked),)
     if most == 0:
-        if asked:
+        if asked is not None:
             raise UsageError("this recipe takes no GPU", where=WHERE, remedy="leave it out")
         return Selection((), "the recipe takes no GPU")
     by_number = _numbers(asked)

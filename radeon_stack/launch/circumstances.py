@@ -59,7 +59,7 @@ def find_out(effective: Effective, sysroot: Sysroot, asked: Asked, home: Path) -
     machine = look(sysroot)
     wanted = effective.recipe.resources.gpus
     in_use = busy(machine.gpus, lease_folder(home), going_on) if sysroot.live and not asked.shared else {}
-    most = wanted.max if asked.gpus else asked.as_many or wanted.usual
+    most = wanted.max if asked.gpus is not None else asked.as_many or wanted.usual
     selection = select(
         machine.gpus, asked.gpus, least=wanted.min, most=most, busy=in_use, wsl=machine.wsl and wanted.min > 0
     )

@@ -70,6 +70,14 @@ def test_a_group_without_a_command_shows_its_help(cli: Cli, words: tuple[str, ..
         ),
         (["run", "train-llama"], Exit.MACHINE, "--preset demo"),
         (["run", "train-llama", "--preset", "demo", "--engine", "docker"], Exit.MACHINE, "no container engine answers"),
+        *(
+            ([*words, option, ""], Exit.USAGE, f"{option}: is empty; give a value")
+            for words in (["run", "train-llama"], ["explain", "train-llama"])
+            for option in ("--preset", "--model", "--data", "--image", "--gpus")
+        ),
+        (["export", "train-llama", "--as", "shell", "-o", ""], Exit.USAGE, "is empty; give a value"),
+        (["run", "--resume", ""], Exit.USAGE, "the name is empty"),
+        (["run", "train-llama", "--preset", "demo", "--compare", ""], Exit.USAGE, "the name is empty"),
         (["run", "--resume", "last", "--preset", "demo"], Exit.USAGE, "--resume continues a run as it was"),
         (["run", "--resume", "nothing"], Exit.USAGE, "no runs in"),
         (["runs", "show", "last"], Exit.USAGE, "no runs in"),
