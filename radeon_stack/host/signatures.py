@@ -22,6 +22,7 @@ LONGEST_LINE = 4096  # what is around a text is looked at this far
 SHOWN = 300
 MANY = 64  # of one text in one piece: a flood is a flood
 HARMLESS = 90  # ranks from here on are warnings
+RESUME = "--resume RUN"  # in a remedy
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\x20-\x7e\u00a0-\uffff]")
 
 
@@ -47,6 +48,10 @@ class Signature(Table):
     def harmless(self) -> bool:
         """A warning, which explains no failure."""
         return self.rank >= HARMLESS
+
+    def remedy_for(self, run: str) -> str:
+        """The remedy with the id of the run that it is about."""
+        return self.remedy.replace(RESUME, RESUME.replace("RUN", run))
 
 
 class SignatureFile(Table):

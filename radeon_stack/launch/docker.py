@@ -30,7 +30,7 @@ class DockerEngine:
         return client()
 
     def start(self, plan: LaunchPlan) -> Handle:
-        with _translated("start the container"):
+        with _translated("start the container", plan.run_id):
             container = create(self._client, plan)
             try:
                 container.start()
@@ -46,7 +46,7 @@ class DockerEngine:
         container = self._find(handle)
         if container is None:
             return
-        with _translated("read the container's log"), Path(str(handle["log"])).open("ab") as log:
+        with _translated("read the container's log", _run(handle)), Path(str(handle["log"])).open("ab") as log:
             log.truncate(int(str(handle["log_begins"])))
             for chunk in container.logs(stream=True, follow=True):
                 log.write(chunk)
@@ -60,7 +60,7 @@ class DockerEngine:
         container = self._find(handle)
         if container is None:
             return None
-        with _translated("wait for the container"):
+        with _translated("wait for the container", _run(handle)):
             # No time limit: a training run lasts as long as it lasts.
             self._client.api.timeout = None
             code = int(container.wait()["StatusCode"])
@@ -73,7 +73,7 @@ class DockerEngine:
         container = self._find(handle)
         if container is None:
             return
-        with _translated("stop the container"):
+        with _translated("stop the container", _run(handle)):
             try:
                 container.kill(signal="SIGKILL" if force else "SIGTERM")
             except APIError as error:
@@ -86,11 +86,16 @@ class DockerEngine:
     def _find(self, handle: Handle) -> Container | None:
         from docker.errors import NotFound
 
-        with _translated("look for the container"):
+        with _translated("look for the container", _run(handle)):
             try:
                 return self._client.containers.get(handle["container"])
             except NotFound:
                 return None
+
+
+def _run(handle: Handle) -> str:
+    """The id of the run whose container it is: its log lies in the run's directory."""
+    return Path(str(handle["log"])).parent.name
 
 
 def container_name(plan: LaunchPlan) -> str:
@@ -206,7 +211,7 @@ def _mount_flag(mount: Any) -> str:
 
 
 @contextmanager
-def _translated(doing: str) -> Iterator[None]:
+def _translated(doing: str, run: str) -> Iterator[None]:
     """The engine's errors as ours."""
     import requests
     from docker.errors import APIError, DockerException, ImageNotFound
@@ -225,5 +230,5 @@ def _translated(doing: str) -> Iterator[None]:
     except (DockerException, requests.RequestException, HTTPError, OSError) as error:
         raise MachineError(
             f"the engine at {address()} stopped answering (trying to {doing})",
-            remedy="start the engine, then continue from the last checkpoint: radeon-stack run --resume last",
+            remedy=f"start the engine, then continue from the last checkpoint: radeon-stack run --resume {run}",
         ) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 from radeon_stack.errors import MachineError, StackError
@@ -12,20 +11,20 @@ from radeon_stack.host.machine import boot_id
 from radeon_stack.host.signatures import causes, diagnose
 from radeon_stack.host.sysroot import Sysroot
 from radeon_stack.runs.outcome import Outcome
-from radeon_stack.runs.store import Diagnosis, State, Status
+from radeon_stack.runs.store import Diagnosis, Run, State, Status
 
 NEXT_ORDER = 1  # added to the seed of the data's order: a fault comes again at the same step of the same order
 LOG = "log.txt"
 SEED = "config.train.data_seed"
 
 
-def explained(outcome: Outcome, log: Path, *, boot: str, begins: int = 0) -> Outcome:
-    """The outcome with the cause that its log shows nearest, when one is known.
+def explained(outcome: Outcome, run: Run, *, boot: str, begins: int = 0) -> Outcome:
+    """The outcome with the cause that the run's log shows nearest, when one is known.
 
     `boot` in which the attempt was started, `begins` where its part of the log begins: earlier attempts' are before.
     """
     try:
-        with log.open("rb") as stream:
+        with run.log.open("rb") as stream:
             stream.seek(begins)
             found = causes(diagnose(stream))
     except OSError:
@@ -38,7 +37,7 @@ def explained(outcome: Outcome, log: Path, *, boot: str, begins: int = 0) -> Out
     if outcome.where not in ("", LOG) and not fault:
         # The workload knew itself what was wrong and where: that is nearer than what its log looks like.
         return replace(outcome, diagnosis=diagnosis)
-    return replace(outcome, what=known.title, where=LOG, remedy=known.remedy, diagnosis=diagnosis)
+    return replace(outcome, what=known.title, where=LOG, remedy=known.remedy_for(run.id), diagnosis=diagnosis)
 
 
 def refused(error: StackError) -> Outcome:

@@ -174,13 +174,13 @@ def _take_down(run: Run, engine: Engine) -> Outcome:
     code = engine.wait(status.handle)
     recipe = run.read_json(run.config).get("recipe")
     expect = recipe.get("expect") if isinstance(recipe, dict) else None
-    outcome = judge(code, read_events(run.events), expect if isinstance(expect, dict) else {})
+    outcome = judge(code, read_events(run.events), expect if isinstance(expect, dict) else {}, run=run.id)
     if outcome.state is State.FAILED and shutil.disk_usage(run.path).free < FULL_DISK_BYTES:
-        remedy = "free some room, then continue: radeon-stack run --resume last"
+        remedy = f"free some room, then continue: radeon-stack run --resume {run.id}"
         outcome = Outcome(State.FAILED, Exit.WORKLOAD, "the disk is full", str(run.path), remedy)
     elif outcome.state in (State.FAILED, State.LOST) and outcome.exit_code == Exit.WORKLOAD:
         begins = status.handle.get("log_begins", 0)
-        outcome = explained(outcome, run.log, boot=status.boot, begins=begins if isinstance(begins, int) else 0)
+        outcome = explained(outcome, run, boot=status.boot, begins=begins if isinstance(begins, int) else 0)
     return _record(run, outcome)
 
 

@@ -37,8 +37,8 @@ def recorded(status: Status) -> Outcome:
     return Outcome(status.state, status.exit_code or 0, status.what, status.where, status.remedy, status.diagnosis)
 
 
-def judge(exit_code: int | None, events: Iterable[Event], expect: Mapping[str, Any]) -> Outcome:
-    """The outcome of an ended attempt. `exit_code` None: nobody was there to see it."""
+def judge(exit_code: int | None, events: Iterable[Event], expect: Mapping[str, Any], *, run: str) -> Outcome:
+    """The outcome of an ended attempt of the run with that id. `exit_code` None: nobody was there to see it."""
     last = _last_word(events)
     if isinstance(last, Stopped):
         saved = f", saved at step {last.step}" if last.step is not None else ""
@@ -46,7 +46,7 @@ def judge(exit_code: int | None, events: Iterable[Event], expect: Mapping[str, A
             State.STOPPED,
             Exit.INTERRUPTED,
             f"stopped while {last.stage}{saved}",
-            remedy="continue: radeon-stack run --resume last",
+            remedy=f"continue: radeon-stack run --resume {run}",
         )
     if isinstance(last, Error):
         code = last.exit_code if last.exit_code in WORKLOAD_CODES else Exit.WORKLOAD
@@ -58,7 +58,7 @@ def judge(exit_code: int | None, events: Iterable[Event], expect: Mapping[str, A
             State.LOST,
             Exit.WORKLOAD,
             "the workload is gone and left no result",
-            remedy="continue from the last checkpoint: radeon-stack run --resume last",
+            remedy=f"continue from the last checkpoint: radeon-stack run --resume {run}",
         )
     if exit_code in TERMINATED:
         return Outcome(State.STOPPED, Exit.INTERRUPTED, "stopped before it had begun", remedy="run it again")
@@ -68,14 +68,14 @@ def judge(exit_code: int | None, events: Iterable[Event], expect: Mapping[str, A
             Exit.WORKLOAD,
             "the workload was killed (SIGKILL): by somebody, or for want of memory",
             "",
-            "look at dmesg for 'oom'; then continue from the last checkpoint: radeon-stack run --resume last",
+            f"look at dmesg for 'oom'; then continue from the last checkpoint: radeon-stack run --resume {run}",
         )
     return Outcome(
         State.FAILED,
         Exit.WORKLOAD,
         f"the workload ended with exit code {exit_code} and said no reason",
         "log.txt",
-        "see: radeon-stack runs logs last",
+        f"see: radeon-stack runs logs {run}",
     )
 
 

@@ -329,7 +329,7 @@ class TestADeadEngine:
             subprocess.run([*tool, "stop", "--root", str(root)], check=True)
             out, err = attached.communicate(timeout=120)
             assert attached.returncode == Exit.MACHINE, err
-            assert "stopped answering" in err and "--resume last" in err
+            assert "stopped answering" in err and f"--resume {run.id}" in err
             assert json.loads(out)["state"] == "lost"
             assert "no container engine answers" in cli("runs", "show", "last", env=there).out
             subprocess.run([*tool, "start", "--root", str(root)], check=True, capture_output=True)

@@ -192,9 +192,9 @@ def test_the_command_says_by_its_exit_code_whether_a_figure_became_worse(home: P
 
 def test_a_benchmark_with_wrong_numbers_fails_its_run() -> None:
     expect = resolve(read("bench-attention")).recipe.expect.model_dump()
-    found = judge(0, [ev.Result(values={"ok": 3, "wrong": 1})], expect)
+    found = judge(0, [ev.Result(values={"ok": 3, "wrong": 1})], expect, run="r")
     assert found.exit_code == Exit.CHECK and found.what == "wrong is 1, at most 0 was expected"
-    assert judge(0, [ev.Result(values={"ok": 3, "wrong": 0, "crashed": 2})], expect).exit_code == Exit.OK
+    assert judge(0, [ev.Result(values={"ok": 3, "wrong": 0, "crashed": 2})], expect, run="r").exit_code == Exit.OK
 
 
 def test_a_comparison_is_asked_for_before_anything_is_run(home: Path, cli: Cli) -> None:

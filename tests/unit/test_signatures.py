@@ -156,22 +156,23 @@ def test_diagnose_reads_files_and_streams_and_says_what_to_do(cli: Cli, tmp_path
 
 
 def test_a_failed_run_ends_with_the_cause_that_its_log_shows(tmp_path: Path) -> None:
-    log = tmp_path / "log.txt"
-    log.write_bytes(excerpt("RS-ER-014"))
+    run = Run(tmp_path)
+    run.log.write_bytes(excerpt("RS-ER-014"))
     before = Outcome(State.FAILED, Exit.WORKLOAD, "the workload ended with exit code 1 and said no reason")
-    after = explained(before, log, boot=BOOT)
+    after = explained(before, run, boot=BOOT)
     assert after.what == "GPU memory is full" and after.diagnosis is not None and not after.diagnosis.boot
     assert "978.00 MiB" in after.diagnosis.evidence and "batch_size" in after.remedy
-    log.write_text("nothing that we know\n")
-    assert explained(before, log, boot=BOOT) == before
-    assert explained(before, tmp_path / "none", boot=BOOT) == before
+    run.log.write_text("nothing that we know\n")
+    assert explained(before, run, boot=BOOT) == before
+    assert explained(before, Run(tmp_path / "none"), boot=BOOT) == before
 
 
 def test_after_a_gpu_fault_a_reboot_comes_first_and_then_another_order_of_the_data(tmp_path: Path) -> None:
-    log = tmp_path / "log.txt"
-    log.write_bytes(excerpt("RS-ER-001"))
-    fault = explained(Outcome(State.FAILED, Exit.WORKLOAD), log, boot=boot_id(Sysroot()))
+    run = Run(tmp_path)
+    run.log.write_bytes(excerpt("RS-ER-001"))
+    fault = explained(Outcome(State.FAILED, Exit.WORKLOAD), run, boot=boot_id(Sysroot()))
     assert fault.diagnosis is not None and fault.diagnosis.boot
+    assert fault.remedy.endswith(f"radeon-stack run --resume {run.id}")
     status = Status(state=State.FAILED, recipe="train-llama", engine="local", started=0.0, diagnosis=fault.diagnosis)
     with pytest.raises(MachineError, match=r"GPU fault \(RS-ER-001\).*reboot"):
         require_reboot(status, anyway=False)
