@@ -40,6 +40,11 @@ class Layers:
 
 def parse_assignment(text: str) -> Tree:
     """`a.b=v` as a tree. The value is read as TOML (`24`, `5e-4`, `true`, `["q_proj"]`), else as a string."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of another encoding, which the records could not hold
+        key = text.partition("=")[0]
+        raise UsageError(f"the value of {key!a} is not UTF-8", where="--set", remedy="write it in UTF-8") from None
     key, equals, value = text.partition("=")
     parts = [part.strip() for part in key.split(".")]
     if not equals or not all(parts):

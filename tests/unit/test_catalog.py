@@ -89,6 +89,7 @@ def test_a_flag_wins_over_set_which_wins_over_the_preset_which_wins_over_the_rec
         ("train=3", ["config.train", "found 3 (integer)", "allowed: a table"]),
         ("workload=bake", ["workload", "'finetune'"]),
         ("train.steps", ["--set", "is not an assignment", "write --set"]),
+        ("samples.prompt=\udce9", ["--set", "'samples.prompt' is not UTF-8"]),
     ],
 )
 def test_a_bad_value_is_told_with_its_place_and_what_is_allowed(assignment: str, says: list[str]) -> None:
