@@ -55,7 +55,8 @@ def folder_of(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, tup
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text("{}")
-    header = json.dumps({name: {"dtype": "BF16", "shape": sizes} for name, sizes in tensors.items()}).encode()
+    entries = {name: {"dtype": "BF16", "shape": sizes, "data_offsets": (0, 0)} for name, sizes in tensors.items()}
+    header = json.dumps(entries).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     return folder
 

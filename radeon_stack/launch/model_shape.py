@@ -5,7 +5,6 @@ A folder may come from anywhere: every file is bounded, every number checked, an
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,15 +15,13 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from radeon_stack.errors import UsageError
+from radeon_stack.launch.model_files import read_header, read_object, weight_files
 from radeon_stack.text import one_line
 
 MAX_CONFIG_BYTES = 4 << 20
-MAX_HEADER_BYTES = 64 << 20  # of one file; safetensors itself allows 100 MB
-MAX_FILES = 1000
 MAX_TENSORS = 1_000_000
 MAX_DIMENSIONS = 8
 MAX_ELEMENTS = 1 << 50
-LENGTH_BYTES = 8  # a safetensors file begins with the length of its header, little-endian
 
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings)\.weight$")
 _HEAD = re.compile(r"(^|\.)lm_head\.weight$")
@@ -108,7 +105,7 @@ class ModelShape:
 def read_shape(folder: Path) -> ModelShape:
     """The shape of a model folder. UsageError, with the file, for what is none or makes no sense."""
     file = folder / "config.json"
-    return shape_of(_config(_object(_bytes(file, MAX_CONFIG_BYTES), file), file), dict(_tensors(folder)), str(folder))
+    return shape_of(_config(read_object(file, MAX_CONFIG_BYTES), file), dict(_tensors(folder)), str(folder))
 
 
 def shape_of(config: ModelConfig, tensors: Mapping[str, tuple[int, ...]], where: str) -> ModelShape:
@@ -161,12 +158,9 @@ def _config(tree: dict[str, Any], file: Path) -> ModelConfig:
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) > MAX_FILES:
-        raise UsageError(f"more than {MAX_FILES} safetensors files", where=str(folder))
     count = 0
-    for file in files:
-        for name, entry in _header(file).items():
+    for file in weight_files(folder):
+        for name, entry in read_header(file).items():
             if name == "__metadata__":
                 continue
             count += 1
@@ -183,43 +177,3 @@ def _plausible(sizes: Any) -> bool:
 
 def _few(sizes: list[int]) -> bool:
     return prod(sizes) <= MAX_ELEMENTS
-
-
-def _header(file: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file: https://github.com/huggingface/safetensors, "Format"."""
-    _require_file(file)
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
-            if not 2 <= length <= MAX_HEADER_BYTES:
-                raise UsageError("not a safetensors file", where=str(file), remedy="download it again")
-            return _object(stream.read(length), file)
-    except OSError as error:
-        raise UsageError(f"cannot read it: {error.strerror}", where=str(file)) from error
-
-
-def _require_file(file: Path) -> None:
-    if not file.is_file():  # a pipe would be waited for without end
-        raise UsageError("is not a file", where=str(file))
-
-
-def _bytes(file: Path, most: int) -> bytes:
-    _require_file(file)
-    try:
-        with file.open("rb") as stream:
-            found = stream.read(most + 1)
-    except OSError as error:
-        raise UsageError(f"cannot read it: {error.strerror}", where=str(file)) from error
-    if len(found) > most:
-        raise UsageError(f"larger than {most >> 20} MiB", where=str(file))
-    return found
-
-
-def _object(text: bytes, file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError("not readable JSON", where=str(file), remedy="download it again") from error
-    if not isinstance(found, dict):
-        raise UsageError("not a JSON object", where=str(file))
-    return found

@@ -16,6 +16,7 @@ from radeon_stack.launch.access import VISIBLE, container_access, local_env
 from radeon_stack.launch.circumstances import Circumstances
 from radeon_stack.launch.confinement import Reasoned, confined
 from radeon_stack.launch.inputs import data_file, model_folder, require_network
+from radeon_stack.launch.model_files import require_whole
 from radeon_stack.launch.plan import LaunchPlan, Mount
 from radeon_stack.launch.torchrun import started, variables
 
@@ -99,6 +100,7 @@ class _Paths:
         if folder is None:
             self.arguments += ["--model", model]
         else:
+            require_whole(folder)
             self._add("--model", folder, f"{ROOM}/models/{folder.name}", "the model, never written", read_only=True)
 
     def add_data(self, dataset: str, where: str) -> None:

@@ -38,6 +38,7 @@ from tests.engine.conftest import missing
 from tests.engine.debian import HERE, program
 from tests.engine.podman import UID, Podman, service
 from tests.engine.podman import missing as missing_for_podman
+from tests.shapes import folder_of
 from tests.stages import RENDER, STAGES, build, specification
 
 pytestmark = [pytest.mark.engine]
@@ -149,8 +150,7 @@ def plan_on(tree: Sysroot, place: Place, tmp_path: Path) -> LaunchPlan:
     for folder in (model, tmp_path / "run" / "artifacts", tmp_path / "cache"):
         folder.mkdir(parents=True)
         os.chown(folder, place.caller, place.caller)
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        (model / name).write_text("{}")
+    folder_of(model, {}, {})
     for name in ("config.json", "events.jsonl"):
         (tmp_path / "run" / name).touch()
     for folder in (tmp_path, *tmp_path.parents):

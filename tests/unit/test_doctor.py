@@ -24,6 +24,7 @@ from radeon_stack.host.gpus import topology
 from radeon_stack.host.known_issues import Setup, load_issues, met_by, mitigations
 from radeon_stack.host.sysroot import OVERLAY, Sysroot
 from tests.conftest import ROOT, Cli
+from tests.shapes import folder_of
 from tests.stages import ENGINE, R9700, RAPHAEL, RENDER, RX9060XT, STAGES, Stage, build
 from tests.stuck import impossible, stuck
 
@@ -515,10 +516,7 @@ def test_an_issue_is_met_by_its_ranges_and_nothing_is_claimed_without_a_link() -
 
 def test_mitigations_are_in_the_plan_with_their_reason_and_can_be_left_out(cli: Cli, tmp_path: Path) -> None:
     build(STAGES["three-r9700"], tmp_path / "tree")
-    model = tmp_path / "model"
-    model.mkdir()
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        (model / name).write_text("{}")
+    model = folder_of(tmp_path / "model", {}, {})
     words = ("explain", "train-llama", "--model", model, "--engine", "local", "--sysroot", tmp_path / "tree", "--json")
     more = ("--gpus", "0,1")
     told = cli(*words, *more)

@@ -32,6 +32,7 @@ from radeon_stack.launch.circumstances import Circumstances, setup
 from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.launch.planner import plan
 from tests.conftest import Cli
+from tests.shapes import folder_of
 from tests.stages import (
     MI300X,
     R9700,
@@ -68,9 +69,7 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sysroot]:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Effective:
-    model = tmp_path_factory.mktemp("model")
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        (model / name).write_text("{}")
+    model = folder_of(tmp_path_factory.mktemp("model"), {}, {})
     flags = {"--model": {"config": {"model": str(model)}}}
     return resolve(read("train-llama"), None, ["resources.gpus.max=8"], flags)
 

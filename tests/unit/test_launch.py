@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +28,7 @@ from radeon_stack.images.resolve import Image
 from radeon_stack.launch.choose import Choice
 from radeon_stack.launch.circumstances import Circumstances
 from radeon_stack.launch.docker import container_config, run_arguments, run_command
+from radeon_stack.launch.model_files import require_whole
 from radeon_stack.launch.plan import LaunchPlan, Mount
 from radeon_stack.launch.planner import plan
 from tests.conftest import Cli
@@ -55,8 +58,14 @@ def demo_plan(tmp_path: Path, *, image: Image | None = IMAGE, machine: Machine =
 def model_in(folder: Path, *names: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        (folder / name).write_text("{}")
+        (folder / name).write_bytes(weights() if name.endswith(".safetensors") else b"{}")
     return folder
+
+
+def weights(size: int = 0) -> bytes:
+    """A safetensors file of so many bytes of weights."""
+    header = json.dumps({"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(size)
 
 
 def test_every_field_of_the_plan_has_a_reason(tmp_path: Path) -> None:
@@ -162,6 +171,56 @@ def test_an_incomplete_model_folder_is_refused_before_anything_starts(
     with pytest.raises(UsageError, match=says) as caught:
         demo_plan(tmp_path, config__model=json.dumps(str(tmp_path / "m")))
     assert str(caught.value).startswith("--set config.model: config.model: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("model.safetensors", weights(100)[:-30], "cut short: it has 142 bytes of 172"),
+        ("model.safetensors", weights(100) + b"\0", "too long"),
+        ("model.safetensors", weights(100)[:40], "cut short within its header"),
+        ("model.safetensors", b"", "not a safetensors file"),
+        ("model.safetensors", random.Random(1).randbytes(1000), "not a safetensors file"),
+        ("model.safetensors", b"\5\0\0\0\0\0\0\0nojso", "not readable JSON"),
+        ("model.safetensors", b'\x08\0\0\0\0\0\0\0{"a": 1}', "no plausible tensor: a"),
+        ("model.safetensors", weights(100).replace(b"[0, ", b"[-1,"), "no plausible tensor: a"),
+        ("config.json", b"", "not readable JSON"),
+        ("tokenizer.json", b"{", "not readable JSON"),
+        ("tokenizer_config.json", b"\0" * 500, "not readable JSON"),
+        ("generation_config.json", b"[]", "not a JSON object"),
+    ],
+)
+def test_a_damaged_model_is_refused_with_its_file_before_anything_starts(
+    tmp_path: Path, name: str, content: bytes, says: str
+) -> None:
+    model = model_in(tmp_path / "m", "config.json", "tokenizer.json", "model.safetensors")
+    (model / name).write_bytes(content)
+    with pytest.raises(UsageError, match=says) as caught:
+        demo_plan(tmp_path, config__model=json.dumps(str(model)))
+    assert str(caught.value).startswith(f"{model / name}: ") and str(caught.value).endswith("; download it again")
+
+
+@pytest.mark.parametrize("shard", ["b.safetensors", "../b.safetensors"])
+def test_a_shard_that_an_index_names_has_to_be_there_where_the_index_counts(tmp_path: Path, shard: str) -> None:
+    model = model_in(tmp_path / "m", "config.json", "tokenizer.json", "a.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": shard}}))
+    (tmp_path / "b.safetensors").write_bytes(weights())
+    with pytest.raises(UsageError, match=r"index.json: names .*b.safetensors, which is not there; download it again"):
+        demo_plan(tmp_path, config__model=json.dumps(str(model)))
+    (model / "model.safetensors").write_bytes(weights())
+    demo_plan(tmp_path, config__model=json.dumps(str(model)))
+
+
+def test_a_model_of_many_large_files_is_looked_at_in_no_time(tmp_path: Path) -> None:
+    model = model_in(tmp_path / "m", "config.json", "tokenizer.json")
+    header = weights(5 << 20).replace(bytes(5 << 20), b"")
+    for number in range(16):
+        with (model / f"model-{number:05}-of-00016.safetensors").open("wb") as file:
+            file.write(header)
+            file.truncate(len(header) + (5 << 20))  # a hole
+    began = time.process_time()
+    require_whole(model)
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize(
