@@ -62,7 +62,8 @@ def data_file(dataset: str, *, where: str) -> Path | None:
         suffixes = f"{', '.join(DATA_SUFFIXES[:-1])} or {DATA_SUFFIXES[-1]}"
         raise UsageError(f"found '{dataset}'; allowed: '{BIRTHDAY}', or a file ending in {suffixes}", where=where)
     if not path.is_file():
-        raise UsageError(f"no data file {path}", where=where)
+        found = "a folder" if path.is_dir() else "no regular file" if path.exists() else "nothing there"
+        raise UsageError(f"no data file {path} ({found})", where=where, remedy="give one: --data FILE")
     return path
 
 

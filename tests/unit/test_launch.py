@@ -225,9 +225,19 @@ def test_a_model_of_many_large_files_is_looked_at_in_no_time(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("dataset", "says"),
-    [("birthdy", "allowed: 'birthday', or a file ending in .jsonl"), ("none.jsonl", "no data file")],
+    [
+        ("birthdy", "allowed: 'birthday', or a file ending in .jsonl"),
+        ("none.jsonl", r"no data file .*none.jsonl \(nothing there\); give one: --data FILE"),
+        ("folder.jsonl", r"\(a folder\)"),
+        ("pipe.jsonl", r"\(no regular file\)"),
+    ],
 )
-def test_a_missing_data_set_is_refused_before_anything_starts(tmp_path: Path, dataset: str, says: str) -> None:
+def test_a_missing_data_set_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder.jsonl").mkdir()
+    os.mkfifo("pipe.jsonl")
     with pytest.raises(UsageError, match=says):
         demo_plan(tmp_path, data__dataset=dataset)
 
