@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from radeon_stack.catalog.load import Effective
 from radeon_stack.catalog.platforms import CPU, load_platforms
-from radeon_stack.errors import ImageError, MachineError, StackError
+from radeon_stack.errors import ImageError, MachineError, StackError, UsageError
 from radeon_stack.host.engines import EngineProbe, probe_engine, require_engine
 from radeon_stack.host.selection import Selection
 from radeon_stack.images.resolve import Image, find_image, named_image
@@ -30,6 +30,8 @@ class Choice:
 def choose(effective: Effective, selection: Selection, engine: str, reference: str | None) -> Choice:
     """The engine and image for a recipe. MachineError or ImageError says what is missing and how to get it."""
     if engine == "local":
+        if reference is not None:
+            raise UsageError("the local engine takes no image", where="--image", remedy="leave it or the engine out")
         return _local(effective, "local: asked for")
     if engine == "docker":
         probe = require_engine()
@@ -37,6 +39,8 @@ def choose(effective: Effective, selection: Selection, engine: str, reference: s
         return Choice("docker", image, image.why, probe)
     probe = probe_engine()
     if not probe.answers:
+        if reference is not None:
+            raise MachineError(f"an image needs an engine, and {probe.why_not}", where="--image", remedy="leave it out")
         return _local(effective, f"local: {probe.why_not}")
     try:
         image = _image(effective, selection, reference)

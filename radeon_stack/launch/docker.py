@@ -9,11 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from radeon_stack.errors import ImageError, MachineError, StackError, UsageError
+from radeon_stack.errors import ImageError, MachineError, StackError
 from radeon_stack.host.engines import address, client
 from radeon_stack.host.facts import KEEP_GROUPS_ANNOTATION
 from radeon_stack.launch.access import KEEP_GROUPS
-from radeon_stack.launch.engine import Handle
+from radeon_stack.launch.engine import Handle, secret_values
 from radeon_stack.launch.plan import LaunchPlan
 
 if TYPE_CHECKING:
@@ -192,16 +192,6 @@ def run_arguments(plan: LaunchPlan) -> list[str]:
 def is_cdi(device: str) -> bool:
     """`amd.com/gpu=0`, in distinction from a path."""
     return "=" in device and not device.startswith("/")
-
-
-def secret_values(plan: LaunchPlan) -> dict[str, str]:
-    """Values of the plan's secrets, read at the last moment. UsageError for one that is not set."""
-    import os
-
-    missing = [name for name in plan.secrets if name not in os.environ]
-    if missing:
-        raise UsageError(f"{missing[0]} is not set", where="secrets", remedy=f"export {missing[0]}=… and run again")
-    return {name: os.environ[name] for name in plan.secrets}
 
 
 def _mount_flag(mount: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -46,3 +47,11 @@ def engine_named(name: str) -> Engine:
     if name not in engines:
         raise UsageError(f"no engine '{name}'; allowed: {', '.join(engines)}")
     return engines[name]()
+
+
+def secret_values(plan: LaunchPlan) -> dict[str, str]:
+    """Values of the plan's secrets, read at the last moment. UsageError for one that is not set."""
+    missing = [name for name in plan.secrets if name not in os.environ]
+    if missing:
+        raise UsageError(f"{missing[0]} is not set", where="secrets", remedy=f"export {missing[0]}=… and run again")
+    return {name: os.environ[name] for name in plan.secrets}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from radeon_stack.errors import MachineError
 from radeon_stack.host.processes import Process
-from radeon_stack.launch.engine import Handle
+from radeon_stack.launch.engine import Handle, secret_values
 from radeon_stack.launch.plan import LaunchPlan
 
 POLL_SECONDS = 0.05
@@ -26,6 +26,8 @@ class LocalEngine:
         self._children: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self, plan: LaunchPlan) -> Handle:
+        environment = {name: text for name, text in os.environ.items() if name not in plan.unset}
+        environment |= dict(plan.env) | secret_values(plan)
         with (Path(plan.run_dir) / "log.txt").open("ab") as log:
             begins = log.tell()
             try:
@@ -34,7 +36,7 @@ class LocalEngine:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env={k: v for k, v in os.environ.items() if k not in plan.unset} | dict(plan.env),
+                    env=environment,
                     start_new_session=True,
                 )
             except OSError as error:

@@ -79,6 +79,16 @@ def test_a_group_without_a_command_shows_its_help(cli: Cli, words: tuple[str, ..
         (["run", "--resume", ""], Exit.USAGE, "the name is empty"),
         (["run", "train-llama", "--preset", "demo", "--compare", ""], Exit.USAGE, "the name is empty"),
         (["run", "--resume", "last", "--preset", "demo"], Exit.USAGE, "--resume continues a run as it was"),
+        (
+            ["run", "train-llama", "--preset", "demo", "--image", "me/mine", "--engine", "local"],
+            Exit.USAGE,
+            "--image: the local engine takes no image",
+        ),
+        (
+            ["run", "train-llama", "--preset", "demo", "--image", "me/mine"],
+            Exit.MACHINE,
+            "--image: an image needs an engine, and no container engine answers",
+        ),
         (["run", "--resume", "nothing"], Exit.USAGE, "no runs in"),
         (["runs", "show", "last"], Exit.USAGE, "no runs in"),
         (["image", "render", "--arch", "gfx9"], Exit.USAGE, "no platform"),

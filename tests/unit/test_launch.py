@@ -28,6 +28,7 @@ from radeon_stack.images.resolve import Image
 from radeon_stack.launch.choose import Choice
 from radeon_stack.launch.circumstances import Circumstances
 from radeon_stack.launch.docker import container_config, run_arguments, run_command
+from radeon_stack.launch.local import LocalEngine
 from radeon_stack.launch.model_files import require_whole
 from radeon_stack.launch.plan import LaunchPlan, Mount
 from radeon_stack.launch.planner import plan
@@ -145,6 +146,8 @@ def test_a_secret_is_a_name_in_plan_and_command_and_a_value_only_for_the_engine(
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(UsageError, match="HF_TOKEN is not set"):
         container_config(made, "1.41")
+    with pytest.raises(UsageError, match="HF_TOKEN is not set"):
+        LocalEngine().start(made)
 
 
 def test_more_memory_than_the_machine_has_is_refused_with_the_key(tmp_path: Path) -> None:
