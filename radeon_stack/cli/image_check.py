@@ -23,6 +23,7 @@ from radeon_stack.host.engines import require_engine
 from radeon_stack.host.machine import look
 from radeon_stack.images.contents import Contents, exported, image_contents, layers, read_contents
 from radeon_stack.images.labels import GFX
+from radeon_stack.images.references import is_reference
 from radeon_stack.images.resolve import local_image
 from radeon_stack.launch.verification import (
     AUDIT,
@@ -36,6 +37,7 @@ from radeon_stack.text import one_line, print_line
 
 MARKS = {"yes": "✓", "no": "✗", "other": "·", "-": ""}
 TARGETS_SHOWN = 6
+FILES = (".whl", ".so")
 
 
 @click.command("audit")
@@ -68,8 +70,7 @@ def audit_files(thing: str | None, arch: str | None, kernels: bool, as_json: boo
     if path.exists():
         found = audit(entries(path), arch)
     else:
-        require_engine()
-        image = local_image(thing)
+        image = _named_image(thing)
         arch = arch or image.labels.get(GFX)
         with exported(image) as stream:
             found = audit(tar(stream, thing), arch)
@@ -104,8 +105,7 @@ def size(thing: str, arch: str | None, release: str, budget: str | None, top: in
         contents = read_contents(entries(Path(thing)))
         total = sum(contents.files.values())
     else:
-        require_engine()
-        image = local_image(thing)
+        image = _named_image(thing)
         arch = arch or image.labels.get(GFX)
         contents, made, total = image_contents(image), layers(image), int(image.attrs["Size"])
     short = "".join(release.split(".")[:2])
@@ -150,6 +150,14 @@ def verify(image: str, on_gpu: bool, sysroot: str, dry_run: bool, as_json: bool)
         mark = {"ok": "✓", "failed": "✗"}.get(check["state"], "·")
         print_line(f"{mark} {check['name']:<14} {one_line(check['detail'], 160)}")
     require_ok(found, image)
+
+
+def _named_image(thing: str) -> Any:
+    """The engine's image of that name. UsageError for what can only be the name of a file."""
+    if thing.endswith(FILES) or not is_reference(thing):
+        raise UsageError("there is no such file", where=thing, remedy="name a file, a folder or an image")
+    require_engine()
+    return local_image(thing)
 
 
 def _audit_kernels(thing: str | None, arch: str | None, as_json: bool) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from radeon_stack.errors import UsageError
 
 REPOSITORY = re.compile(r"^[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?:/[a-z0-9]+(?:[._-]+[a-z0-9]+)*)*$")
-HOST = re.compile(r"^(?:[A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(?::\d{1,5})?$")
+HOST = re.compile(r"^(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9a-fA-F:]+\])(?::\d{1,5})?$")
 TAG = re.compile(r"^\w[\w.-]{0,127}$")
 DIGEST = re.compile(r"^sha256:[0-9a-f]{64}$")
 
@@ -56,3 +56,16 @@ def split(reference: str) -> tuple[Repository, str]:
             f"'{reference[:120]}' names neither tag nor digest", remedy="host/name:tag or host/name@sha256:…"
         )
     return repository(bare), tag
+
+
+def is_reference(text: str) -> bool:
+    """Could an engine have an image of that name, digest or id?"""
+    name, at, digest = text.partition("@")
+    bare, colon, tag = name.rpartition(":")
+    if colon and "/" not in tag:  # else the port of a registry
+        if not TAG.fullmatch(tag):
+            return False
+        name = bare
+    host, slash, path = name.partition("/")
+    named = REPOSITORY.fullmatch(name) or (slash and HOST.fullmatch(host) and REPOSITORY.fullmatch(path))
+    return bool(named) and (not at or bool(DIGEST.fullmatch(digest)))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from radeon_stack.errors import ImageError
+from radeon_stack.errors import ImageError, UsageError
 from radeon_stack.host.engines import PROBE_SECONDS, client
 from radeon_stack.host.facts import ImageFact
 from radeon_stack.images.labels import DRIVERS, GFX, KIND, PLATFORM, ROCM, TORCH
+from radeon_stack.images.references import is_reference
+from radeon_stack.text import one_line
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,8 @@ def image_facts() -> tuple[ImageFact, ...]:
 
 def named_image(reference: str) -> Image | None:
     """The image a person named, or None when the engine has no such image."""
-    from docker.errors import ImageNotFound
-
-    try:
-        image = client().images.get(reference)
-    except ImageNotFound:
-        return None
-    return _image(image, reference, f"docker: {reference} was asked for")
+    image = _get(reference)
+    return None if image is None else _image(image, reference, f"docker: {reference} was asked for")
 
 
 def _image(found: Any, name: str, why: str) -> Image:
@@ -71,9 +68,18 @@ def _fits(label: str, platform: str) -> bool:
 
 def local_image(reference: str) -> Any:
     """The engine's image of a name, id or digest, as the SDK gives it. ImageError when it has none."""
+    image = _get(reference)
+    if image is None:
+        raise ImageError(f"the engine has no image {reference}", remedy="radeon-stack image list")
+    return image
+
+
+def _get(reference: str) -> Any:
     from docker.errors import ImageNotFound
 
+    if not is_reference(reference):  # an engine answers that with its own "400 Client Error"
+        raise UsageError(f"'{one_line(reference)}' is no name of an image", remedy="see: radeon-stack image list")
     try:
         return client().images.get(reference)
-    except ImageNotFound as error:
-        raise ImageError(f"the engine has no image {reference}", remedy="radeon-stack image list") from error
+    except ImageNotFound:
+        return None

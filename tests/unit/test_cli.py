@@ -93,6 +93,11 @@ def test_a_group_without_a_command_shows_its_help(cli: Cli, words: tuple[str, ..
         (["runs", "show", "last"], Exit.USAGE, "no runs in"),
         (["image", "render", "--arch", "gfx9"], Exit.USAGE, "no platform"),
         (["image", "build", "--arch", "cpu"], Exit.MACHINE, "no container engine answers"),
+        (["image", "audit", "./none.whl"], Exit.USAGE, "./none.whl: there is no such file"),
+        (["image", "audit", "none.so"], Exit.USAGE, "none.so: there is no such file"),
+        (["image", "audit", "/opt/None"], Exit.USAGE, "/opt/None: there is no such file"),
+        (["image", "size", "./none"], Exit.USAGE, "./none: there is no such file"),
+        (["image", "audit", "radeon-stack/train:cpu"], Exit.MACHINE, "no container engine answers"),
         (["image", "list"], Exit.MACHINE, "no container engine answers"),
     ],
 )

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from radeon_stack.errors import CheckError, ImageError, UsageError
 from radeon_stack.images.download import fetch_blob
 from radeon_stack.images.published import Candidate, Wanted, choose
-from radeon_stack.images.references import Repository, repository, split
+from radeon_stack.images.references import Repository, is_reference, repository, split
 from radeon_stack.images.registry import DOCKER_MANIFEST, Manifest, Registry
 from tests.conftest import Cli
 
@@ -120,6 +120,33 @@ def test_what_is_no_name_is_refused_and_never_crashes(text: str) -> None:
 def test_bad_repositories_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is no repository"):
         repository(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "fits"),
+    [
+        ("radeon-stack/train:cpu", True),
+        ("train", True),
+        ("0a1b2c3d4e5f", True),
+        ("sha256:" + "a" * 64, True),
+        ("localhost:5000/Me/x", False),
+        ("localhost:5000/me/x:1", True),
+        ("Registry.example.org/me/x@sha256:" + "a" * 64, True),
+        ("[::1]:5000/x", True),
+        ("x@sha256:abc", False),
+        ("./x", False),
+        ("../x", False),
+        ("/opt/x", False),
+        ("x/", False),
+        ("x:", False),
+        ("Train", False),
+        ("x y", False),
+        ("x\n", False),
+        ("", False),
+    ],
+)
+def test_an_images_name_is_told_from_what_can_be_none(text: str, fits: bool) -> None:
+    assert is_reference(text) is fits
 
 
 class Breaking(http.server.BaseHTTPRequestHandler):
