@@ -17,7 +17,7 @@ from radeon_stack.catalog.kinds import load_kinds
 from radeon_stack.catalog.platforms import Platform, load_platforms
 from radeon_stack.catalog.sizes import format_size, parse_size
 from radeon_stack.host.clients import baking_client
-from radeon_stack.host.engines import client, require_engine
+from radeon_stack.host.engines import client, probe_engine, require_engine
 from radeon_stack.images.bases import base_reference, find_base
 from radeon_stack.images.builder import (
     BuildSettings,
@@ -251,7 +251,7 @@ def build_wheels(
 @click.option("--json", "as_json", is_flag=True, help="One JSON array on stdout.")
 def list_images(as_json: bool) -> None:
     """The images of ours that the engine has, and the platforms there are."""
-    require_engine()
+    probe = require_engine() if as_json else probe_engine()  # an empty array would say that it has none
     rows = [
         {
             "tags": found.tags,
@@ -261,7 +261,7 @@ def list_images(as_json: bool) -> None:
             "key": found.labels.get(KEY, ""),
             "size": found.attrs["Size"],
         }
-        for found in client().images.list(filters={"label": [KIND]})
+        for found in (client().images.list(filters={"label": [KIND]}) if probe.answers else ())
     ]
     if as_json:
         click.echo(json.dumps(rows, indent=2))
@@ -269,6 +269,8 @@ def list_images(as_json: bool) -> None:
     for row in rows:
         size = format_size(int(row["size"]))
         print_line(f"{row['kind']:<8} {row['platform']:<20} {size:>9}  {', '.join(row['tags']) or row['id']}")
+    if not probe.answers:
+        print_line(f"{probe.why_not}: which images it has is not known", sys.stderr)
     known = load_platforms()
     archs: dict[str, list[str]] = {}
     for platform in known.values():

@@ -119,15 +119,15 @@ def _list(told: Any) -> list[Any]:
     return told if isinstance(told, list) else []
 
 
-def require_engine() -> EngineProbe:
-    """The engine's probe. MachineError with the way out when none answers."""
+def require_engine(where: str = "", without: str = "") -> EngineProbe:
+    """The engine's probe. MachineError with the way out when none answers.
+
+    `where` is the option that asks for it, if one does, and `without` how the same goes without.
+    """
     probe = probe_engine()
     if not probe.answers:
-        raise MachineError(
-            probe.why_not,
-            where="--engine docker",
-            remedy="start Docker (sudo systemctl start docker), set DOCKER_HOST, or run without it: --engine local",
-        )
+        ways = ["start Docker (sudo systemctl start docker)", "set DOCKER_HOST", *([without] if without else [])]
+        raise MachineError(probe.why_not, where=where, remedy=f"{', '.join(ways[:-1])} or {ways[-1]}")
     return probe
 
 

@@ -34,7 +34,7 @@ def choose(effective: Effective, selection: Selection, engine: str, reference: s
             raise UsageError("the local engine takes no image", where="--image", remedy="leave it or the engine out")
         return _local(effective, "local: asked for")
     if engine == "docker":
-        probe = require_engine()
+        probe = require_engine("--engine docker", "run without it: --engine local")
         image = _image(effective, selection, reference)
         return Choice("docker", image, image.why, probe)
     probe = probe_engine()

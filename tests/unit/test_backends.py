@@ -66,7 +66,7 @@ def test_several_cards_are_refused(tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_it_runs_in_the_kind_of_image_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
-    monkeypatch.setattr(choose, "require_engine", lambda: None)
+    monkeypatch.setattr(choose, "require_engine", lambda *_: None)
     monkeypatch.setattr(choose, "find_image", lambda kind, platform: asked.append((kind, platform)))
     with pytest.raises(ImageError) as caught:
         choose.choose(unsloth(preset="demo"), NO_GPU, "docker", None)

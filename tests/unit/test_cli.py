@@ -92,13 +92,13 @@ def test_a_group_without_a_command_shows_its_help(cli: Cli, words: tuple[str, ..
         (["run", "--resume", "nothing"], Exit.USAGE, "no runs in"),
         (["runs", "show", "last"], Exit.USAGE, "no runs in"),
         (["image", "render", "--arch", "gfx9"], Exit.USAGE, "no platform"),
-        (["image", "build", "--arch", "cpu"], Exit.MACHINE, "no container engine answers"),
+        (["image", "build", "--arch", "cpu"], Exit.MACHINE, "radeon-stack: no container engine answers"),
         (["image", "audit", "./none.whl"], Exit.USAGE, "./none.whl: there is no such file"),
         (["image", "audit", "none.so"], Exit.USAGE, "none.so: there is no such file"),
         (["image", "audit", "/opt/None"], Exit.USAGE, "/opt/None: there is no such file"),
         (["image", "size", "./none"], Exit.USAGE, "./none: there is no such file"),
         (["image", "audit", "radeon-stack/train:cpu"], Exit.MACHINE, "no container engine answers"),
-        (["image", "list"], Exit.MACHINE, "no container engine answers"),
+        (["image", "list", "--json"], Exit.MACHINE, "radeon-stack: no container engine answers"),
     ],
 )
 def test_a_mistake_is_one_line_on_stderr_with_its_remedy_and_exit_code(
@@ -110,6 +110,13 @@ def test_a_mistake_is_one_line_on_stderr_with_its_remedy_and_exit_code(
     assert len(result.err.strip().splitlines()) == 1
     assert result.err.startswith("radeon-stack: ")
     assert result.out == ""
+
+
+def test_the_platforms_are_listed_without_an_engine_too(cli: Cli) -> None:
+    told = cli("image", "list", env=NO_ENGINE)
+    assert told.code == Exit.OK and not told.out
+    assert "no container engine answers" in told.err.splitlines()[0]
+    assert "platforms: cpu" in told.err and "gfx1201" in told.err and "--engine" not in told.err
 
 
 def test_debug_shows_the_traceback(cli: Cli) -> None:
