@@ -62,7 +62,7 @@ class Effective:
 
 def recipe_paths(folder: Path | None = None) -> Iterator[Path]:
     """The recipe files there are, by name."""
-    yield from sorted((folder or data_folder("recipes")).glob("*.toml"))
+    yield from sorted((folder or data_folder("recipes")).glob("*.toml"), key=lambda path: path.stem)
 
 
 def read(wanted: str, folder: Path | None = None) -> RecipeFile:

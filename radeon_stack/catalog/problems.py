@@ -106,8 +106,20 @@ def _allowed(entry: Mapping[str, Any]) -> str:
 
 def _shown(value: object) -> str:
     kind = {str: "string", bool: "true/false", int: "integer", float: "number", dict: "table", list: "array"}
-    text = repr(value)
+    text = _written(value)
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({kind.get(type(value), type(value).__name__)})"
+
+
+def _written(value: object) -> str:
+    """As a recipe would have it."""
+    match value:
+        case Mapping():
+            return "{ " + ", ".join(f"{key} = {_written(item)}" for key, item in value.items()) + " }"
+        case list() | tuple():
+            return "[" + ", ".join(map(_written, value)) + "]"
+        case bool():
+            return str(value).lower()
+    return repr(value)
 
 
 def _fields_at(model: type[BaseModel], location: Location) -> list[str]:

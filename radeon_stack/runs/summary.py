@@ -15,6 +15,7 @@ from radeon_stack.runs.outcome import Outcome
 from radeon_stack.runs.store import Run
 
 PHASES = ("before", "after", "merged")
+NARROW, WIDE = 9, 20  # the column of names; an artifact's may be of any length
 
 
 def summary(run: Run, outcome: Outcome) -> dict[str, Any]:
@@ -76,7 +77,8 @@ def lines(run: Run, outcome: Outcome) -> list[str]:
     rows += told["artifacts"].items()
     if told["report"]:
         rows.append(("report", told["report"]))
-    return [f"{told['state']}  {run.id}", *(f"  {name:<9} {text}" for name, text in rows)]
+    width = min(max([NARROW, *(len(name) for name, _ in rows)]), WIDE)
+    return [f"{told['state']}  {run.id}", *(f"  {name:<{width}} {text}" for name, text in rows)]
 
 
 def last_result(events: list[Event]) -> dict[str, JsonValue]:

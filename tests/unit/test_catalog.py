@@ -37,6 +37,7 @@ def refusal(*sets: str) -> str:
 def test_every_recipe_and_every_preset_that_we_ship_is_valid() -> None:
     paths = list(recipe_paths())
     assert {"bench-attention", "probe", "train-llama"} <= {path.stem for path in paths}
+    assert [path.stem for path in paths] == sorted(path.stem for path in paths)
     for path in paths:
         source = read(path.stem)
         for preset in (None, *source.presets):
@@ -85,7 +86,11 @@ def test_a_flag_wins_over_set_which_wins_over_the_preset_which_wins_over_the_rec
         ("resources.memory=lots", ["resources.memory", "a size with its unit"]),
         ("resources.network=host", ["resources.network", "found 'host'", "'none' or 'bridge'"]),
         ("resources.ipc=host", ["resources.ipc", "found 'host'", "'private'"]),
-        ("resources.gpus.min=3", ["resources.gpus", "min not above max"]),
+        (
+            "resources.gpus.min=3",
+            ["resources.gpus", "found { min = 3, max = 0, default = 1 } (table)", "min not above max"],
+        ),
+        ("train.steps=[true, {a = 1}]", ["config.train.steps", "found [true, { a = 1 }] (array)"]),
         ("train=3", ["config.train", "found 3 (integer)", "allowed: a table"]),
         ("workload=bake", ["workload", "'finetune'"]),
         ("train.steps", ["--set", "is not an assignment", "write --set"]),

@@ -178,6 +178,15 @@ def test_an_empty_and_a_damaged_run_directory_are_still_summed_up(tmp_path: Path
     assert lines(run, LOST)[0].startswith("lost")
 
 
+def test_a_long_name_does_not_break_the_summarys_column(tmp_path: Path) -> None:
+    run = made(RunStore(tmp_path))
+    for name in ("adapter", "tensorboard"):
+        ev.EventWriter(run.events)(ev.Artifact(name=name, path=f"artifacts/{name}"))
+    assert len({line.index(str(tmp_path)) for line in lines(run, LOST)[1:]}) == 1
+    ev.EventWriter(run.events)(ev.Artifact(name="x" * 500, path="x"))
+    assert lines(run, LOST)[1].index(str(tmp_path)) < 30
+
+
 def test_a_status_record_is_replaced_whole(tmp_path: Path) -> None:
     run = made(RunStore(tmp_path))
     status = Status(state=State.RUNNING, recipe="r", engine="local", started=1.0)
