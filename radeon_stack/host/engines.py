@@ -15,6 +15,7 @@ PROBE_SECONDS = 5
 SOCKET = "unix://"
 STANDARD = "unix:///var/run/docker.sock"
 PODMAN_CDI = "5.4"
+SYSTEMD = "/run/systemd/system"  # there where it is the init system
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,16 @@ def require_engine(where: str = "", without: str = "") -> EngineProbe:
     """
     probe = probe_engine()
     if not probe.answers:
-        ways = ["start Docker (sudo systemctl start docker)", "set DOCKER_HOST", *([without] if without else [])]
+        start = service("start", systemd=os.path.exists(SYSTEMD), root=os.getuid() == 0)
+        ways = [f"start Docker ({start})", "set DOCKER_HOST", *([without] if without else [])]
         raise MachineError(probe.why_not, where=where, remedy=f"{', '.join(ways[:-1])} or {ways[-1]}")
     return probe
+
+
+def service(verb: str, *, systemd: bool, root: bool) -> str:
+    """The command that starts or stops Docker, as this user has to type it."""
+    command = f"systemctl {verb} docker" if systemd else f"service docker {verb}"
+    return command if root else f"sudo {command}"
 
 
 def _unreachable(reason: str) -> tuple[str]:

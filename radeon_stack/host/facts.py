@@ -14,7 +14,7 @@ from typing import Any
 from radeon_stack.catalog.load import read, recipe_paths, resolve
 from radeon_stack.host.boxed import together
 from radeon_stack.host.cdi import CdiDevice, cdi_devices
-from radeon_stack.host.engines import SOCKET, STANDARD, EngineProbe, described, probe_engine
+from radeon_stack.host.engines import SOCKET, STANDARD, SYSTEMD, EngineProbe, described, probe_engine
 from radeon_stack.host.gpus import PCI, pci_gpus
 from radeon_stack.host.machine import WSL_FILES, Machine, probe
 from radeon_stack.host.sysroot import Sysroot, as_number
@@ -189,7 +189,7 @@ def from_files(sysroot: Sysroot) -> dict[str, Any]:
         "module": (sysroot.text("/sys/module/amdgpu/initstate") or "live") if _has_module(sysroot) else "",
         "cmdline": tuple((sysroot.text("/proc/cmdline") or "").split()),
         "distribution": _distribution(sysroot.text("/etc/os-release") or ""),
-        "systemd": not sysroot.live or sysroot.exists("/run/systemd/system"),
+        "systemd": not sysroot.live or sysroot.exists(SYSTEMD),
         "vendor": sysroot.text("/sys/class/dmi/id/sys_vendor") or "",
         "groups": _groups(sysroot.text("/etc/group") or ""),
         "cdi": cdi_devices(sysroot),

@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 
 from radeon_stack.catalog.versions import clauses, version, within
-from radeon_stack.errors import Exit, UsageError
+from radeon_stack.errors import Exit, MachineError, UsageError
+from radeon_stack.host import engines
 from radeon_stack.host.boxed import together
 from radeon_stack.host.bundle import opened, pack
 from radeon_stack.host.checks import CHECKS, State, examine
+from radeon_stack.host.engines import require_engine
 from radeon_stack.host.facts import Clock, gather
 from radeon_stack.host.gpus import topology
 from radeon_stack.host.known_issues import Setup, load_issues, met_by, mitigations
@@ -109,6 +111,22 @@ def test_what_is_installed_is_started_and_what_is_not_is_installed_first(
     stage = replace(STAGES["r9700"], overlay={"engine": {"why_not": why_not}, "programs": programs})
     told = cli("doctor", "--json", "--sysroot", build(stage, tmp_path))
     assert next(check["remedy"] for check in told.json["checks"] if check["code"] == "RS201") == remedy
+
+
+@pytest.mark.parametrize("systemd", [True, False])
+def test_docker_is_started_alike_by_doctors_word_and_by_that_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, systemd: bool
+) -> None:
+    user = {"uid": os.getuid(), "gid": os.getgid(), "groups": [], "name": "me"}
+    engine = {"why_not": ABSENT}
+    overlay = {"engine": engine, "programs": ["dockerd"], "systemd": systemd, "user": user}
+    facts = gather(Sysroot(build(replace(STAGES["r9700"], overlay=overlay), tmp_path)), tmp_path)
+    (command,) = next(finding.remedy for check, finding in examine(facts) if check.code == "RS201")
+    monkeypatch.setenv("DOCKER_HOST", "unix:///none")
+    monkeypatch.setattr(engines, "SYSTEMD", str(tmp_path if systemd else tmp_path / "none"))
+    with pytest.raises(MachineError) as caught:
+        require_engine()
+    assert f"start Docker ({command})" in caught.value.remedy and ("systemctl" in command) is systemd
 
 
 @pytest.mark.parametrize(

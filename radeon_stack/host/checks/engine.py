@@ -5,7 +5,7 @@ from __future__ import annotations
 from radeon_stack.catalog.sizes import format_size
 from radeon_stack.catalog.versions import version
 from radeon_stack.host.checks.finding import Check, Finding, Fix, as_root, fail, ok, skipped, warn
-from radeon_stack.host.engines import STANDARD, EngineProbe
+from radeon_stack.host.engines import STANDARD, EngineProbe, service
 from radeon_stack.host.facts import Facts
 from radeon_stack.host.gpus import Gpu
 from radeon_stack.host.machine import KFD
@@ -226,7 +226,7 @@ def _install(facts: Facts, package: str = "") -> tuple[str, ...]:
 
 
 def _service(facts: Facts, verb: str) -> tuple[str, ...]:
-    return (as_root(facts, f"systemctl {verb} docker" if facts.systemd else f"service docker {verb}"),)
+    return (service(verb, systemd=facts.systemd, root=facts.machine.user.uid == 0),)
 
 
 def _fixes(facts: Facts) -> tuple[Fix, ...]:
