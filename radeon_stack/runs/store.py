@@ -162,7 +162,8 @@ class RunStore:
         """
         if len(wanted) < least:
             what = f"'{wanted}' is too little of an id" if wanted else "the name is empty"
-            raise UsageError(what, where="RUN", remedy=f"give {least} characters or more; see: radeon-stack runs list")
+            more = f"give {least} characters of it or more" if wanted else "give an id, or last"
+            raise UsageError(what, where="RUN", remedy=f"{more}; see: radeon-stack runs list")
         runs = list(self)
         if not runs:
             raise UsageError(

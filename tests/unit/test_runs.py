@@ -154,9 +154,9 @@ def test_a_run_is_found_by_last_by_id_and_by_either_end_of_it(tmp_path: Path) ->
 def test_an_empty_name_is_no_runs_and_what_deletes_wants_more_of_one(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     (store.folder / "20260101-000000-train-llama-aaaa").mkdir(parents=True)
-    with pytest.raises(UsageError, match="RUN: the name is empty"):
+    with pytest.raises(UsageError, match="RUN: the name is empty; give an id, or last"):
         store.find("")
-    with pytest.raises(UsageError, match="'202' is too little of an id; give 4 characters or more"):
+    with pytest.raises(UsageError, match="'202' is too little of an id; give 4 characters of it or more"):
         store.find("202", least=4)
     assert store.find("202") == store.find("aaaa", least=4) == store.find("last", least=4)
 
