@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
+
+GONE = (errno.EPIPE, errno.EIO)  # of a pipe whose reader ended, of a terminal that was closed
 
 
 def printable(text: str) -> str:
@@ -20,3 +26,28 @@ def one_line(text: str, limit: int = 100) -> str:
 def print_line(text: str, stream: TextIO | None = None) -> None:
     """Print it, made harmless."""
     print(printable(text), file=stream or sys.stdout)
+
+
+@contextmanager
+def even_unheard() -> Iterator[None]:
+    """Print what can be printed: a reader that has gone does not keep us from what follows."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in GONE:
+            raise
+    finally:
+        silence_unheard()
+
+
+def silence_unheard() -> None:
+    """What a stdout or stderr without a reader still gets, at the interpreter's exit too, goes nowhere."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from typing import Any
 
 import click
 
 from radeon_stack import __version__
 from radeon_stack.errors import Exit, StackError
-from radeon_stack.text import print_line
+from radeon_stack.text import even_unheard, print_line, silence_unheard
 
 # command → (module:attribute, help). The help stands here too, so that listing it imports nothing;
 # a test holds it equal to the command's own.
@@ -61,6 +62,14 @@ class LazyGroup(click.Group):
             raise click.UsageError(f"no command '{args[0]}'; {hint}")
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # `… | head`: it has read what it wanted; click would end with 1
+            return Exit.OK
+        finally:
+            silence_unheard()
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, help_) for name, (_, help_) in COMMANDS.items()])
@@ -101,9 +110,6 @@ def main() -> None:
         code = fail(error.format_message(), Exit.USAGE)
     except (click.Abort, KeyboardInterrupt):
         code = fail("interrupted", Exit.INTERRUPTED)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader has gone; nothing more can be told
-        code = Exit.OK
     except OSError as error:
         if debug:
             raise
@@ -114,5 +120,6 @@ def main() -> None:
 def fail(what: str, code: int, remedy: str = "", where: str = "") -> int:
     """Tell an error on stderr, one line; returns the exit code."""
     place = f"{where}: " if where else ""
-    print_line("radeon-stack: " + " ".join(f"{place}{what}{f'; {remedy}' if remedy else ''}".split()), sys.stderr)
+    with even_unheard():
+        print_line("radeon-stack: " + " ".join(f"{place}{what}{f'; {remedy}' if remedy else ''}".split()), sys.stderr)
     return code

@@ -26,7 +26,7 @@ from radeon_stack.runs.outcome import Outcome, recorded
 from radeon_stack.runs.store import Run, RunStore, home
 from radeon_stack.runs.summary import lines, summary
 from radeon_stack.runs.view import view_for
-from radeon_stack.text import print_line
+from radeon_stack.text import even_unheard, print_line
 
 Command = Callable[..., Any]
 
@@ -207,17 +207,19 @@ def _side(run: Run) -> Side:
 def end(run: Run, outcome: Outcome, as_json: bool, old: Side | None = None) -> int:
     """Print what a run came to; the exit code is the run's, or 7 where it is worse than the `old` one."""
     comparison = compare(old, _side(run)) if old and outcome.exit_code == Exit.OK else None
-    if as_json:
-        compared = {"comparison": as_data(comparison)} if comparison else {}
-        click.echo(json.dumps(summary(run, outcome) | compared, indent=2))
-    else:
-        for line in [*lines(run, outcome), *(comparison_lines(comparison) if comparison else [])]:
-            print_line(line)
-    if outcome.diagnosis and not as_json:
-        print_line(f"  {outcome.diagnosis.signature}  {outcome.diagnosis.evidence}", sys.stderr)
-        print_line(f"  cause: {outcome.diagnosis.cause}", sys.stderr)
-    if outcome.what:
-        place = f"{outcome.where}: " if outcome.where else ""
-        remedy = f"; {outcome.remedy}" if outcome.remedy else ""
-        print_line(f"radeon-stack: {place}{outcome.what}{remedy}", sys.stderr)
+    with even_unheard():
+        if as_json:
+            compared = {"comparison": as_data(comparison)} if comparison else {}
+            click.echo(json.dumps(summary(run, outcome) | compared, indent=2))
+        else:
+            for line in [*lines(run, outcome), *(comparison_lines(comparison) if comparison else [])]:
+                print_line(line)
+    with even_unheard():
+        if outcome.diagnosis and not as_json:
+            print_line(f"  {outcome.diagnosis.signature}  {outcome.diagnosis.evidence}", sys.stderr)
+            print_line(f"  cause: {outcome.diagnosis.cause}", sys.stderr)
+        if outcome.what:
+            place = f"{outcome.where}: " if outcome.where else ""
+            remedy = f"; {outcome.remedy}" if outcome.remedy else ""
+            print_line(f"radeon-stack: {place}{outcome.what}{remedy}", sys.stderr)
     return int(Exit.CHECK if comparison and comparison.worse else outcome.exit_code)

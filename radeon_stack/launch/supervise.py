@@ -37,10 +37,11 @@ def carry_out(run: Run, plan: LaunchPlan, watch: Watcher, say: Speaker) -> Outco
     """Start a run and watch it to its end. Nothing of it is left behind, however it ends."""
     engine = engine_named(plan.engine)
     begins = run.events.stat().st_size if run.events.exists() else 0  # a resumed run has told its first part before
+    audience = _Audience(watch, say)
     with _interrupts() as interrupts, _leased(run, plan):
         handle = _start(run, plan, engine)
         reader = EventReader(run.events, offset=begins)
-        _watch_to_the_end(engine, handle, reader, watch, say, interrupts, plan.stop_seconds)
+        _watch_to_the_end(engine, handle, reader, audience, interrupts, plan.stop_seconds)
         return _settle(run, engine)
 
 
@@ -134,26 +135,25 @@ def _watch_to_the_end(
     engine: Engine,
     handle: Handle,
     reader: EventReader,
-    watch: Watcher,
-    say: Speaker,
+    audience: _Audience,
     interrupts: _Interrupts,
     stop_seconds: float,
 ) -> None:
-    """The first SIGINT or SIGTERM to us asks the workload to stop; another one, or time run out, ends it."""
+    """The first signal to us asks the workload to stop; another one, or time run out, ends it."""
     answered, deadline = 0, float("inf")
     pump = _Pump(lambda: engine.logs(handle))
     while pump.running():
         for event in reader.poll():
-            watch(event)
+            audience.show(event)
         late = time.monotonic() > deadline
         if interrupts.count > answered or late:
             force = answered > 0
-            say("ending it now" if force else "stopping: it saves first (Ctrl-C again ends it now)")
+            audience.say("ending it now" if force else "stopping: it saves first (Ctrl-C again ends it now)")
             engine.stop(handle, force=force)
             answered = max(interrupts.count, 1)
             deadline = float("inf") if force else time.monotonic() + stop_seconds
     for event in reader.finish():
-        watch(event)
+        audience.show(event)
 
 
 def _settle(run: Run, engine: Engine) -> Outcome:
@@ -224,19 +224,48 @@ class _Pump:
         return self._thread.is_alive()
 
 
+class _Audience:
+    """Who watches a run. One that cannot be told is told nothing more: the run is kept all the same."""
+
+    def __init__(self, watch: Watcher, say: Speaker) -> None:
+        self._watch: Watcher | None = watch
+        self._say: Speaker | None = say
+
+    def show(self, event: Event) -> None:
+        try:
+            if self._watch:
+                self._watch(event)
+        except OSError:  # its pipe or terminal has gone: nobody looks
+            self._watch = None
+        except Exception as error:
+            self._watch = None
+            self.say(f"cannot show the run's progress any more ({type(error).__name__}: {error}); it goes on")
+
+    def say(self, text: str) -> None:
+        try:
+            if self._say:
+                self._say(text)
+        except Exception:
+            self._say = None
+
+
 @dataclass
 class _Interrupts:
     count: int = 0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
+        # A closed terminal is told by the kernel and by its shell: that is one wish, not two.
+        if number != signal.SIGHUP or not self.count:
+            self.count += 1
 
 
 @contextmanager
 def _interrupts() -> Iterator[_Interrupts]:
-    """Counts SIGINT and SIGTERM instead of dying of them."""
+    """Counts SIGINT, SIGTERM and SIGHUP instead of dying of them; under nohup SIGHUP stays ignored."""
     counter = _Interrupts()
-    old = {number: signal.signal(number, counter) for number in (signal.SIGINT, signal.SIGTERM)}
+    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    numbers = (signal.SIGINT, signal.SIGTERM, *(() if nohup else (signal.SIGHUP,)))
+    old = {number: signal.signal(number, counter) for number in numbers}
     try:
         yield counter
     finally:

@@ -21,7 +21,7 @@ from rich.progress import (
 
 from radeon_stack.figures import figure_line
 from radeon_stack.runs import events as ev
-from radeon_stack.text import one_line, printable
+from radeon_stack.text import even_unheard, one_line, printable
 
 PLAIN_EVERY_SECONDS = 2.0
 ANSWER = 200  # characters of an answer
@@ -129,7 +129,8 @@ class BarView:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        with even_unheard():
+            self._progress.stop()
 
     def __call__(self, event: ev.Event) -> None:
         if isinstance(event, ev.Progress):
@@ -181,7 +182,8 @@ class LineView:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stream.flush()
+        with even_unheard():
+            self._stream.flush()
 
     def __call__(self, event: ev.Event) -> None:
         line = self._line(event)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +168,22 @@ def test_runs_are_listed_shown_logged_reported_and_removed(cli: Cli, home: Path)
     assert run.path.exists()
     assert cli("runs", "rm", "last").code == 0
     assert not run.path.exists()
+
+
+@pytest.mark.parametrize("words", [("list", "--json"), ("show", "last"), ("show", "last", "--json")])
+def test_a_reader_that_went_away_is_no_failure(home: Path, words: tuple[str, ...]) -> None:
+    finished_run(home)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "radeon_stack", "runs", *words],
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (Exit.OK, "")
 
 
 def test_a_run_that_has_ended_cannot_be_stopped(cli: Cli, home: Path) -> None:

@@ -132,14 +132,15 @@ def killed_and_resumed(cli: Cli, run_it: Sequence[str], expected: dict[int, floa
     assert (begun[1] or 0) >= 3 * (step // 3) - 3 and (begun[1] or 0) % 3 == 0
 
 
-def test_ctrl_c_saves_writes_the_last_event_and_leaves_no_process(
-    cli: Cli, tiny_run: tuple[str, ...], home: Path
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_and_a_closed_terminal_save_write_the_last_event_and_leave_no_process(
+    tiny_run: tuple[str, ...], home: Path, number: signal.Signals
 ) -> None:
     attached = started([*tiny_run, *LOCAL, "--set", "train.steps=500"])
     run = the_run(home)
     process = workload(run)
     wait_for(lambda: step_reached(run, 4), what="step 4")
-    attached.send_signal(signal.SIGINT)
+    attached.send_signal(number)
     out, err = attached.communicate(timeout=120)
     assert attached.returncode == Exit.INTERRUPTED, err
     told = json.loads(out)
@@ -158,6 +159,20 @@ def test_ctrl_c_while_loading_stops_at_once(tiny_run: tuple[str, ...], home: Pat
     attached.communicate(timeout=60)
     assert attached.returncode == Exit.INTERRUPTED
     assert not workload(run).alive
+
+
+def test_a_run_whose_reader_goes_away_is_kept_to_its_end(tiny_run: tuple[str, ...], home: Path) -> None:
+    words = [word for word in tiny_run if word != "--json"]
+    attached = started([*words, *LOCAL, "--set", "expect.final_loss_max=1e-6", "--set", "train.steps=2"])
+    assert attached.stdout is not None and attached.stderr is not None
+    attached.stdout.readline()
+    attached.stdout.close()
+    err = attached.stderr.read()
+    assert attached.wait() == Exit.CHECK, err  # the run's own
+    status = the_run(home).status()
+    assert status is not None and status.state is State.FAILED
+    assert "Broken pipe" not in err and "BrokenPipe" not in err
+    assert err.splitlines()[-1].startswith("radeon-stack: expect.final_loss_max")
 
 
 def test_a_detached_run_is_watched_from_its_beginning_and_stopped(
