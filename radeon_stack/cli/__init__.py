@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from importlib import import_module
 from typing import Any
@@ -113,7 +114,8 @@ def main() -> None:
     except OSError as error:
         if debug:
             raise
-        code = fail(f"{error.strerror or error}", Exit.MACHINE, where=str(error.filename or ""))
+        remedy = "free some room" if error.errno == errno.ENOSPC else ""
+        code = fail(f"{error.strerror or error}", Exit.MACHINE, remedy, where=str(error.filename or ""))
     sys.exit(int(code or 0))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import shutil
 import signal
 import threading
@@ -25,10 +26,12 @@ from radeon_stack.launch.probing import keep_answers
 from radeon_stack.runs.events import Event, EventReader, read_events
 from radeon_stack.runs.outcome import Outcome, judge, recorded
 from radeon_stack.runs.report import write as write_report
-from radeon_stack.runs.store import Run, State, Status
+from radeon_stack.runs.store import Run, State, Status, cannot_write
 
 POLL_SECONDS = 0.1
 FULL_DISK_BYTES = 16 << 20
+FULL_DISK = "the disk is full"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 Watcher = Callable[[Event], None]
 Speaker = Callable[[str], None]
 
@@ -110,7 +113,12 @@ def _start(run: Run, plan: LaunchPlan, engine: Engine) -> Handle:
     except StackError as error:
         _record(run, refused(error))
         raise
-    run.write_status(status.model_copy(update={"state": State.RUNNING, "handle": dict(handle)}))
+    try:
+        _write(run, status.model_copy(update={"state": State.RUNNING, "handle": dict(handle)}))
+    except MachineError:
+        engine.stop(handle, force=True)  # without its handle on record nobody could stop it later
+        engine.wait(handle)
+        raise
     return handle
 
 
@@ -127,8 +135,15 @@ def _begun(run: Run, keeper: dict[str, int]) -> Status:
         started=time.time(),
         keeper=keeper,
     )
-    run.write_status(begun)
+    _write(run, begun)
     return begun
+
+
+def _write(run: Run, status: Status) -> None:
+    try:
+        run.write_status(status)
+    except OSError as error:
+        raise cannot_write(run.path, error) from error
 
 
 def _watch_to_the_end(
@@ -175,13 +190,19 @@ def _take_down(run: Run, engine: Engine) -> Outcome:
     recipe = run.read_json(run.config).get("recipe")
     expect = recipe.get("expect") if isinstance(recipe, dict) else None
     outcome = judge(code, read_events(run.events), expect if isinstance(expect, dict) else {}, run=run.id)
-    if outcome.state is State.FAILED and shutil.disk_usage(run.path).free < FULL_DISK_BYTES:
+    if _for_want_of_room(run, outcome):
         remedy = f"free some room, then continue: radeon-stack run --resume {run.id}"
-        outcome = Outcome(State.FAILED, Exit.WORKLOAD, "the disk is full", str(run.path), remedy)
+        outcome = Outcome(State.FAILED, Exit.WORKLOAD, FULL_DISK, str(run.path), remedy)
     elif outcome.state in (State.FAILED, State.LOST) and outcome.exit_code == Exit.WORKLOAD:
         begins = status.handle.get("log_begins", 0)
         outcome = explained(outcome, run, boot=status.boot, begins=begins if isinstance(begins, int) else 0)
     return _record(run, outcome)
+
+
+def _for_want_of_room(run: Run, outcome: Outcome) -> bool:
+    """Did it fail of a full disk that it has not told itself? An expectation that did not hold has its own reason."""
+    untold = outcome.exit_code == Exit.WORKLOAD and not outcome.what.startswith(FULL_DISK)
+    return outcome.state is State.FAILED and untold and shutil.disk_usage(run.path).free < FULL_DISK_BYTES
 
 
 def _record(run: Run, outcome: Outcome) -> Outcome:
@@ -200,9 +221,23 @@ def _record(run: Run, outcome: Outcome) -> Outcome:
             "remedy": outcome.remedy,
             "diagnosis": outcome.diagnosis,
         }
-        run.write_status(status.model_copy(update=end))
-        write_report(run)
+        try:
+            run.write_status(status.model_copy(update=end))
+            write_report(run)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            return _unrecorded(run, outcome)
     return outcome
+
+
+def _unrecorded(run: Run, outcome: Outcome) -> Outcome:
+    """The outcome that a full disk has no room for: it is found again, and recorded, by whoever asks next."""
+    if outcome.what.startswith(FULL_DISK):
+        return outcome
+    what = f"{outcome.what}; {FULL_DISK}" if outcome.what else f"{FULL_DISK}: this end is not recorded yet"
+    remedy = f"free some room, then {outcome.remedy}" if outcome.remedy else "free some room"
+    return dataclasses.replace(outcome, what=what, where=outcome.where or str(run.path), remedy=remedy)
 
 
 class _Pump:
