@@ -132,7 +132,7 @@ def run(dry_run: bool, only_estimate: bool, detached: bool, earlier: str | None,
         click.echo(json.dumps({"run": drafted.run.id}) if as_json else drafted.run.id)
         return Exit.OK
     with view_for(sys.stderr if as_json else sys.stdout) as view:
-        outcome = carry_out(drafted.run, drafted.plan, view, lambda text: click.echo(text, err=True))
+        outcome = carry_out(drafted.run, drafted.plan, view, view.say)
     return end(drafted.run, outcome, as_json, old)
 
 

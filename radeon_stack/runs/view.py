@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.constrain import Constrain
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from radeon_stack.figures import figure_line
 from radeon_stack.runs import events as ev
-from radeon_stack.text import even_unheard, one_line, printable
+from radeon_stack.text import even_unheard, one_line, print_line, printable
 
 PLAIN_EVERY_SECONDS = 2.0
+WIDE = 110  # columns of a terminal in which bars, all times and a step's figures have room
+CTRL_C = 3  # and those left free beside the bars: `^C`, echoed by the terminal, would break a full line in two
 ANSWER = 200  # characters of an answer
 COLOURS = {"works": "green", "missing": "dim", "not asked": "dim"}  # of an answer; what is bad is red
 MEASUREMENT_LENGTH = 240
@@ -44,6 +51,9 @@ class View(AbstractContextManager["View"], Protocol):
     """Takes events in order, between `with` and its end."""
 
     def __call__(self, event: ev.Event) -> None: ...
+
+    def say(self, text: str) -> None:
+        """Tell something that is no event, where it stays to be read."""
 
 
 def view_for(stream: TextIO) -> View:
@@ -105,20 +115,39 @@ def count_text(count: float) -> str:
     return f"{count / unit:.3g} {name}".rstrip()
 
 
+class _Bars(Progress):
+    """Laid out for the terminal's width at each refresh: figures are whole, and notes have what these leave."""
+
+    def __init__(self, console: Console) -> None:
+        self._terminal = console  # laid out once before Progress has its own
+        self._wide = _columns(name=22, bar=28, elapsed=True)
+        self._narrow = _columns(name=14, bar=8, elapsed=False)
+        super().__init__(console=console, expand=True)
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        width = self._terminal.width
+        self.columns = self._wide if width >= WIDE else self._narrow
+        yield Constrain(self.make_tasks_table(self.tasks), width - CTRL_C)
+
+
+def _columns(*, name: int, bar: int, elapsed: bool) -> tuple[ProgressColumn, ...]:
+    whole = Column(no_wrap=True)
+    return (
+        TextColumn("{task.description}", table_column=Column(width=name, no_wrap=True)),
+        BarColumn(bar_width=bar, table_column=whole),
+        MofNCompleteColumn(table_column=whole),
+        *((TimeElapsedColumn(table_column=whole),) if elapsed else ()),
+        TimeRemainingColumn(compact=True, table_column=whole),
+        TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True)),
+    )
+
+
 class BarView:
     """A bar a stage, with time left and the current loss; samples above the bars as they come."""
 
     def __init__(self, stream: TextIO) -> None:
         self._console = Console(file=stream, highlight=False)
-        self._progress = Progress(
-            TextColumn("{task.description:<22}"),
-            BarColumn(bar_width=28),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[note]}"),
-            console=self._console,
-        )
+        self._progress = _Bars(self._console)
         self._tasks: dict[str, TaskID] = {}
         self._phase = ""
 
@@ -158,6 +187,9 @@ class BarView:
         elif isinstance(event, ev.Attempt) and event.resumed_step is not None:
             self._say(f"resumed from step {event.resumed_step}")
 
+    def say(self, text: str) -> None:
+        self._say(escape(printable(text)))  # above the bars: another's print would be drawn over
+
     def _task(self, stage: str) -> TaskID:
         if stage not in self._tasks:
             name = escape(one_line(stage, 22))
@@ -189,6 +221,9 @@ class LineView:
         line = self._line(event)
         if line:
             print(line, file=self._stream, flush=True)
+
+    def say(self, text: str) -> None:
+        print_line(text, sys.stderr)
 
     def _line(self, event: ev.Event) -> str:
         if isinstance(event, ev.Progress):
