@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,13 @@ def print_line(text: str, stream: TextIO | None = None) -> None:
     print(printable(text), file=stream or sys.stdout)
 
 
+def replace_unencodable() -> None:
+    """Where stdout and stderr are not UTF-8, what they cannot tell becomes a question mark and not an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 @contextmanager
 def even_unheard() -> Iterator[None]:
     """Print what can be printed: a reader that has gone does not keep us from what follows."""
@@ -42,7 +50,7 @@ def even_unheard() -> Iterator[None]:
 
 def silence_unheard() -> None:
     """What a stdout or stderr without a reader still gets, at the interpreter's exit too, goes nowhere."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed before we began
         try:
             stream.flush()
         except OSError as error:

@@ -170,6 +170,18 @@ def test_runs_are_listed_shown_logged_reported_and_removed(cli: Cli, home: Path)
     assert not run.path.exists()
 
 
+@pytest.mark.parametrize(
+    "encoding", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+def test_a_terminal_without_utf_8_is_told_what_it_can_show(cli: Cli, home: Path, encoding: dict[str, str]) -> None:
+    finished_run(home)
+    listed = cli("runs", "list", env={**os.environ, **encoding})
+    assert listed.code == Exit.OK, listed.err
+    assert "0 ? 5 of 5 right" in listed.out
+    assert cli("runs", "show", "last", env={**os.environ, **encoding}).code == Exit.OK
+    assert cli("runs", "show", "größe", env={**os.environ, **encoding}).error.startswith("radeon-stack: no run 'gr")
+
+
 @pytest.mark.parametrize("words", [("list", "--json"), ("show", "last"), ("show", "last", "--json")])
 def test_a_reader_that_went_away_is_no_failure(home: Path, words: tuple[str, ...]) -> None:
     finished_run(home)
