@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
@@ -27,6 +29,16 @@ def one_line(text: str, limit: int = 100) -> str:
 def print_line(text: str, stream: TextIO | None = None) -> None:
     """Print it, made harmless."""
     print(printable(text), file=stream or sys.stdout)
+
+
+def print_wrapped(text: str) -> None:
+    """Print a line, made harmless; on a terminal that is too narrow it goes on, indented, at a word."""
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        text = textwrap.fill(
+            printable(text), width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+        )
+    print_line(text)
 
 
 def replace_unencodable() -> None:

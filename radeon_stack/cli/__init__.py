@@ -107,7 +107,7 @@ def main() -> None:
         code = Exit.USAGE
     except click.UsageError as error:
         usage = error.ctx.command_path if error.ctx else "radeon-stack"
-        code = fail(error.format_message(), Exit.USAGE, f"see: {usage} --help")
+        code = fail(error.format_message().rstrip("."), Exit.USAGE, f"see: {usage} --help")
     except click.ClickException as error:
         code = fail(error.format_message(), Exit.USAGE)
     except (click.Abort, KeyboardInterrupt):

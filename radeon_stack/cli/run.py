@@ -123,7 +123,7 @@ def run(dry_run: bool, only_estimate: bool, detached: bool, earlier: str | None,
         click.echo(json.dumps(record, indent=2) if as_json else "\n".join(paste_lines(drafted, store)))
         return Exit.OK
     write_records(drafted, store)
-    click.echo(f"{drafted.run.id}\nengine {why}", err=True)
+    click.echo(f"engine {why}" if detached else f"{drafted.run.id}\nengine {why}", err=True)  # detached: on stdout
     if detached:
         detach(drafted.run)
         status = drafted.run.status()

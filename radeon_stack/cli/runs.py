@@ -21,7 +21,7 @@ from radeon_stack.runs.report import write as write_report
 from radeon_stack.runs.store import Run, RunStore, State, home
 from radeon_stack.runs.summary import last_result, lines, summary
 from radeon_stack.runs.view import view_for
-from radeon_stack.text import print_line
+from radeon_stack.text import print_line, print_wrapped
 
 FOLLOW_SECONDS = 0.2
 TO_DELETE = 4  # characters of an id
@@ -47,14 +47,16 @@ def _store() -> RunStore:
 @click.option("--json", "as_json", is_flag=True, help="One JSON array on stdout.")
 def list_runs(as_json: bool) -> None:
     """All runs, the newest last."""
-    rows = [_row(run) for run in _store()]
+    found = list(_store())
+    rows = [_row(run) for run in found]
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
     if not rows:
         click.echo("no runs yet; start one: radeon-stack run train-llama --preset demo", err=True)
+    widest = max((len(run.id) for run in found), default=0)
     for row in rows:
-        print_line(f"{row['run']:<42} {row['state']:<9} {row['engine']:<7} {row['note']}".rstrip())
+        print_wrapped(f"{row['run']:<{widest}}  {row['state']:<9} {row['engine']:<7} {row['note']}".rstrip())
 
 
 @runs.command()

@@ -54,6 +54,8 @@ def test_a_group_without_a_command_shows_its_help(cli: Cli, words: tuple[str, ..
     ("arguments", "code", "says"),
     [
         (["run", "train-lama"], Exit.USAGE, "no recipe 'train-lama'; did you mean 'train-llama'?"),
+        (["runs", "nope"], Exit.USAGE, "No such command 'nope'; see: "),
+        (["runs", "sho"], Exit.USAGE, "Did you mean 'show'?"),
         (["rnu"], Exit.USAGE, "no command 'rnu'; did you mean 'run'?"),
         (["run"], Exit.USAGE, "which recipe?"),
         (["run", "train-llama", "--prest", "demo"], Exit.USAGE, "--preset"),
@@ -209,6 +211,21 @@ def test_a_finished_run_is_not_resumed(cli: Cli, home: Path) -> None:
     result = cli("run", "--resume", "last")
     assert result.code == Exit.USAGE
     assert "is done; there is nothing to continue" in result.error
+
+
+def test_on_a_narrow_terminal_a_listed_run_goes_on_at_a_word(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished_run(home)
+    why = "right_after is 0, at least 1 was expected of the answers"
+    run.write_status(run.status().model_copy(update={"state": State.FAILED, "what": why}))
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    program.main(["runs", "list"], standalone_mode=False)
+    told = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in told.splitlines())
+    assert " ".join(told.split()) == f"{run.id} failed local {why}"
+    assert told.splitlines()[1].startswith("    ")
 
 
 def test_a_response_cannot_drive_the_terminal(cli: Cli, home: Path) -> None:

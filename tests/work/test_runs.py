@@ -181,6 +181,7 @@ def test_a_detached_run_is_watched_from_its_beginning_and_stopped(
     begun = cli(*tiny_run, *LOCAL, "--detach", "--set", "train.steps=500")
     assert begun.code == Exit.OK
     run = RunStore(home).find(begun.json["run"])
+    assert run.id not in begun.err  # it is told once
     wait_for(lambda: step_reached(run, 3), what="step 3")
     assert cli("runs", "list", "--json").json[0]["state"] == "running"
     assert cli("runs", "rm", "last").code == Exit.USAGE
