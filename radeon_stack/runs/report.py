@@ -21,6 +21,7 @@ from radeon_stack.runs.summary import PHASES, answers_of, last_result, samples_o
 CHARTS = (("loss", "Loss"), ("grad_norm", "Gradient norm"), ("learning_rate", "Learning rate"))
 TOLD_APART = ("lora_before", "lora_after", "data", "batches", "prompt", "environment", "model", "merge", "card")
 LOG_SPAN = 100.0  # a curve that falls by more than this is shown on a logarithmic axis too
+TILES_ACROSS = 6  # that the page has room for
 STATISTICS = ("mean", "std", "min", "q25", "median", "q75", "max")
 
 
@@ -81,6 +82,7 @@ def contents(run: Run) -> dict[str, Any]:
     config = _table(run.read_json(run.config).get("recipe"))
     measurements = measurements_of(events)
     card, floor = _table(facts.get("card")), _table(facts.get("floor"))
+    key_figures = [*tiles(metrics, result, facts), *bench_report.tiles(card, floor)]
     environment = _table(facts.get("environment")) or ({"device": card["name"], **card} if "name" in card else {})
     return {
         "run": run.id,
@@ -89,7 +91,8 @@ def contents(run: Run) -> dict[str, Any]:
         "verdict": verdict(result, status, measurements, answers_of(events)),
         "header": header(status, plan, environment),
         "attempts": [event for event in events if isinstance(event, Attempt)],
-        "tiles": [*tiles(metrics, result, facts), *bench_report.tiles(card, floor)],
+        "tiles": key_figures,
+        "across": across(len(key_figures)),
         "suites": bench_report.sections(measurements),
         "charts": list(curves(metrics)),
         "columns": columns(events),
@@ -184,6 +187,11 @@ def tiles(
         found.append(("trained parameters", f"{model['trainable']:,} ({model.get('trainable_percent', '?')} %)", ""))
     found.append(("peak memory", result.get("peak_memory_bytes") and size(result["peak_memory_bytes"]), ""))
     return [(name, f"{number(value)}{unit}") for name, value, unit in found if value is not None]
+
+
+def across(count: int) -> int:
+    """How many tiles to a row, so that none is left alone in the last one."""
+    return math.ceil(count / math.ceil(count / TILES_ACROSS)) if count else 1
 
 
 def curves(metrics: Mapping[int, Mapping[str, float]]) -> Iterator[Chart]:

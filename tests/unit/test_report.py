@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from radeon_stack.runs import bench_report, charts
 from radeon_stack.runs import events as ev
-from radeon_stack.runs.report import render, stages, verdict, write
+from radeon_stack.runs.report import TILES_ACROSS, across, render, stages, verdict, write
 from radeon_stack.runs.store import Run, RunStore, State, Status
 
 STATISTICS = {"shape": [4, 8], "mean": 0.0, "std": 0.1, "min": -1.0, "q25": -0.1, "median": 0.0, "q75": 0.1, "max": 1.0}
@@ -154,6 +154,21 @@ def test_a_benchmark_is_told_with_its_floor_and_the_reason_of_what_is_not_there(
     ):
         assert text in page, text
     assert page.count('class="bar"') == 1 and page.count('class="bar unsure"') == 1 and page.count('class="mark"') == 1
+
+
+def test_a_run_that_failed_before_its_first_step_has_not_learnt_from_its_data(run: Run) -> None:
+    run.write_status(status(State.FAILED, exit_code=6, what="out of memory"))
+    data = ev.Fact(name="data", value={"name": "birthday", "rows": 1000})
+    page = told(run, data)
+    assert "What it was to learn from" in page and '<th scope="row">rows</th><td>1,000</td>' in page
+    assert "What it learnt from" in told(run, ev.Metric(step=1, values={"loss": 1.0}))
+
+
+@pytest.mark.parametrize(("tiles", "rows"), [(0, 0), (1, 1), (6, 1), (7, 2), (8, 2), (12, 2), (13, 3), (14, 3)])
+def test_no_tile_stands_alone_in_its_row(tiles: int, rows: int) -> None:
+    beside = across(tiles)
+    assert beside <= TILES_ACROSS and -(-tiles // beside) == rows
+    assert tiles < 2 or tiles % beside != 1
 
 
 def test_a_report_of_training_says_nothing_of_benchmarks(run: Run) -> None:
