@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import IntEnum
 
 
@@ -32,6 +33,11 @@ class StackError(Exception):
     def __str__(self) -> str:
         line = f"{self.where}: {self.what}" if self.where else self.what
         return f"{line}; {self.remedy}" if self.remedy else line
+
+
+def about_run(remedy: str, run: str) -> str:
+    """A remedy with the run's id: where it was written that was not known, and it says RUN."""
+    return re.sub(r"(?<=--resume )RUN\b|(?<=runs logs )RUN\b", lambda _: run, remedy)
 
 
 class UsageError(StackError):

@@ -14,7 +14,7 @@ from typing import Annotated, BinaryIO
 from pydantic import AfterValidator, Field
 
 from radeon_stack.catalog.tables import Table, read_table, typed
-from radeon_stack.errors import UsageError
+from radeon_stack.errors import UsageError, about_run
 from radeon_stack.host.known_issues import Link
 
 PIECE = 1 << 20
@@ -22,7 +22,6 @@ LONGEST_LINE = 4096  # what is around a text is looked at this far
 SHOWN = 300
 MANY = 64  # of one text in one piece: a flood is a flood
 HARMLESS = 90  # ranks from here on are warnings
-RESUME = "--resume RUN"  # in a remedy
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\x20-\x7e\u00a0-\uffff]")
 
 
@@ -51,7 +50,7 @@ class Signature(Table):
 
     def remedy_for(self, run: str) -> str:
         """The remedy with the id of the run that it is about."""
-        return self.remedy.replace(RESUME, RESUME.replace("RUN", run))
+        return about_run(self.remedy, run)
 
 
 class SignatureFile(Table):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from radeon_stack.errors import Exit
+from radeon_stack.errors import Exit, about_run
 from radeon_stack.runs.events import Error, Event, Result, Stopped
 from radeon_stack.runs.store import Diagnosis, State, Status
 
@@ -50,7 +50,7 @@ def judge(exit_code: int | None, events: Iterable[Event], expect: Mapping[str, A
         )
     if isinstance(last, Error):
         code = last.exit_code if last.exit_code in WORKLOAD_CODES else Exit.WORKLOAD
-        return Outcome(State.FAILED, code, last.what, last.where, last.remedy)
+        return Outcome(State.FAILED, code, last.what, last.where, about_run(last.remedy, run))
     if isinstance(last, Result) and exit_code in (0, None):
         return _expected(last.values, expect)
     if exit_code is None:

@@ -209,7 +209,7 @@ def _failure(error: Exception, job: Job) -> ev.Error:
         return ev.Error(
             what=f"another of the run's {job.rank.count} processes ended while {job.stage}",
             where="log.txt",
-            remedy="see why: radeon-stack runs logs last; then continue: radeon-stack run --resume last",
+            remedy="see why: radeon-stack runs logs RUN; then continue: radeon-stack run --resume RUN",
             exit_code=Exit.WORKLOAD,
         )
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in str(error):
@@ -217,7 +217,7 @@ def _failure(error: Exception, job: Job) -> ev.Error:
         return ev.Error(
             what=f"the disk is full while {job.stage} ({free.f_bavail * free.f_frsize >> 20} MiB left)",
             where=str(job.arguments.run),
-            remedy="free some room, then continue: radeon-stack run --resume last",
+            remedy="free some room, then continue: radeon-stack run --resume RUN",
             exit_code=Exit.WORKLOAD,
         )
     if _wants_memory(error):
@@ -231,7 +231,7 @@ def _failure(error: Exception, job: Job) -> ev.Error:
     return ev.Error(
         what=f"{type(error).__name__} while {job.stage}: {_words(error)}",
         where="log.txt",
-        remedy="the whole traceback: radeon-stack runs logs last",
+        remedy="the whole traceback: radeon-stack runs logs RUN",
         exit_code=Exit.WORKLOAD,
     )
 

@@ -98,7 +98,7 @@ def test_the_diagnosis_has_step_last_losses_norm_and_rate() -> None:
 def test_the_remedy_names_a_lower_rate_and_the_checkpoint_to_go_on_from() -> None:
     _, watch = seen([2.0, 1.5, math.nan])
     assert remedy(config(), watch, checkpoint=2, amd=False) == (
-        "lower the rate: --resume last (from step 2) with --set train.learning_rate=1e-05"
+        "lower the rate: --resume RUN (from step 2) with --set train.learning_rate=1e-05"
     )
     assert "a new run with --set train.learning_rate=1e-05" in remedy(config(), watch, checkpoint=None, amd=False)
 

@@ -114,6 +114,8 @@ RESULT = ev.Result(values={"right_after": 0.8, "final_loss": 0.5})
         (130, [ev.Stopped(stage="training", step=3)], {}, State.STOPPED, Exit.INTERRUPTED),
         (143, [], {}, State.STOPPED, Exit.INTERRUPTED),
         (2, [ev.Error(what="w", exit_code=2)], {}, State.FAILED, Exit.USAGE),
+        (6, [ev.Error(what="w", remedy="radeon-stack runs logs RUN", exit_code=6)], {}, State.FAILED, Exit.WORKLOAD),
+        (6, [ev.Error(what="w", remedy="radeon-stack run --resume RUN", exit_code=6)], {}, State.FAILED, Exit.WORKLOAD),
         (1, [ev.Error(what="w", exit_code=99)], {}, State.FAILED, Exit.WORKLOAD),
         (137, [], {}, State.FAILED, Exit.WORKLOAD),
         (-9, [ev.Metric(step=1, values={})], {}, State.FAILED, Exit.WORKLOAD),

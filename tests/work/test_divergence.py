@@ -46,7 +46,7 @@ def test_nan_ends_training_at_its_step_with_the_checkpoint_before_it(tiny_model:
     with pytest.raises(WorkloadError) as caught:
         training.train(job, trained, None)
     assert caught.value.what.startswith("the loss is nan at step 10; before it ")
-    assert "--resume last (from step 5) with --set train.learning_rate=0.0002" in caught.value.remedy
+    assert "--resume RUN (from step 5) with --set train.learning_rate=0.0002" in caught.value.remedy
     saved = last_checkpoint(job.artifacts)
     assert saved is not None and saved.step == 5
     metrics = [event for event in told if isinstance(event, ev.Metric)]

@@ -122,7 +122,7 @@ def remedy(config: FinetuneConfig, watch: Watch, *, checkpoint: int | None, amd:
     advice = []
     if watch.sound:
         rate = float(f"{train.learning_rate / SLOWER:.0e}")
-        where = f"--resume last (from step {checkpoint})" if checkpoint else "a new run"
+        where = f"--resume RUN (from step {checkpoint})" if checkpoint else "a new run"
         advice.append(f"lower the rate: {where} with --set train.learning_rate={rate:g}")
         if train.warmup * train.steps < IN_A_ROW:
             advice.append(f"warm up longer: --set train.warmup={max(0.1, min(0.5, IN_A_ROW / train.steps)):.2g}")
