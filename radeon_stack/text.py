@@ -41,8 +41,10 @@ def print_wrapped(text: str) -> None:
     print_line(text)
 
 
-def replace_unencodable() -> None:
-    """Where stdout and stderr are not UTF-8, what they cannot tell becomes a question mark and not an error."""
+def prepare_streams() -> None:
+    """What a stdout or stderr that is not UTF-8 cannot tell becomes a question mark; a closed one leads nowhere."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - for as long as we live
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - for as long as we live
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -62,7 +64,7 @@ def even_unheard() -> Iterator[None]:
 
 def silence_unheard() -> None:
     """What a stdout or stderr without a reader still gets, at the interpreter's exit too, goes nowhere."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed before we began
+    for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError as error:

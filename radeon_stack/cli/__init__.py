@@ -11,7 +11,7 @@ import click
 
 from radeon_stack import __version__
 from radeon_stack.errors import Exit, StackError
-from radeon_stack.text import even_unheard, print_line, replace_unencodable, silence_unheard
+from radeon_stack.text import even_unheard, prepare_streams, print_line, silence_unheard
 
 # command → (module:attribute, help). The help stands here too, so that listing it imports nothing;
 # a test holds it equal to the command's own.
@@ -95,7 +95,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
 def main() -> None:
     """The console script: errors become one line on stderr and an exit code."""
     debug = "--debug" in sys.argv[1:]
-    replace_unencodable()
+    prepare_streams()
     try:
         code = cli.main(standalone_mode=False)
     except StackError as error:

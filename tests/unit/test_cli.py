@@ -200,6 +200,12 @@ def test_a_reader_that_went_away_is_no_failure(home: Path, words: tuple[str, ...
     assert (done.returncode, done.stderr) == (Exit.OK, "")
 
 
+@pytest.mark.parametrize("closed", [1, 2])
+def test_a_closed_stdout_or_stderr_is_no_failure(cli: Cli, home: Path, closed: int) -> None:
+    finished_run(home)
+    assert cli("runs", "list", preexec_fn=lambda: os.close(closed)).code == Exit.OK
+
+
 def test_a_run_that_has_ended_cannot_be_stopped(cli: Cli, home: Path) -> None:
     run = finished_run(home)
     result = cli("runs", "stop", "last")
