@@ -40,12 +40,12 @@ def explained(outcome: Outcome, run: Run, *, boot: str, begins: int = 0) -> Outc
     return replace(outcome, what=known.title, where=LOG, remedy=known.remedy_for(run.id), diagnosis=diagnosis)
 
 
-def refused(error: StackError) -> Outcome:
+def refused(error: StackError, run: Run) -> Outcome:
     """The outcome of a run that its engine did not start; the error is given the remedy that its text has."""
     found = causes(diagnose(BytesIO(error.what.encode())))
     diagnosis = Diagnosis(found[0].signature.id, found[0].signature.cause, found[0].line) if found else None
     if found and not error.remedy:
-        error.remedy = found[0].signature.remedy
+        error.remedy = found[0].signature.remedy_for(run.id)
     return Outcome(State.FAILED, error.exit_code, error.what, error.where, error.remedy, diagnosis)
 
 

@@ -111,7 +111,7 @@ def _start(run: Run, plan: LaunchPlan, engine: Engine) -> Handle:
     try:
         handle = engine.start(plan)
     except StackError as error:
-        _record(run, refused(error))
+        _record(run, refused(error, run))
         raise
     try:
         _write(run, status.model_copy(update={"state": State.RUNNING, "handle": dict(handle)}))

@@ -235,9 +235,11 @@ def test_a_fault_that_took_the_machine_down_is_known_by_the_boot_before(tmp_path
     require_reboot(run.status(), anyway=False)
 
 
-def test_what_an_engine_refuses_has_its_remedy_too() -> None:
+def test_what_an_engine_refuses_has_its_remedy_too(tmp_path: Path) -> None:
+    run = Run(tmp_path / "20260101-000000-train-llama-aaaa")
     error = MachineError(f"the engine refused to start the container: {excerpt('RS-ER-007').decode().strip()}")
-    outcome = refused(error)
+    outcome = refused(error, run)
     assert outcome.exit_code == Exit.MACHINE and "radeon-stack doctor" in outcome.remedy == error.remedy
     assert outcome.diagnosis is not None and outcome.diagnosis.signature == "RS-ER-007"
-    assert refused(MachineError("something else", remedy="ours")).remedy == "ours"
+    assert refused(MachineError("something else", remedy="ours"), run).remedy == "ours"
+    assert run.id in refused(MachineError(excerpt("RS-ER-031").decode().strip()), run).remedy
