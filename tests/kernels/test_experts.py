@@ -82,7 +82,7 @@ def test_output_and_every_gradient_are_the_definitions(dtype: torch.dtype, nf4: 
         assert distance(found, wanted) < LIMIT[dtype]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.data())
 def test_any_shape_and_any_routing_is_right(data: st.DataObject) -> None:
     experts = data.draw(st.integers(1, 9))

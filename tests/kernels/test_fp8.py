@@ -61,7 +61,7 @@ def test_a_layer_and_its_gradient_are_the_definitions(way: Way, rows: int, scale
     check(dtype, rows, MADE[scales](192, 320), way, bias=True)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.data())
 def test_any_shape_is_right(data: st.DataObject) -> None:
     n, k = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 300))

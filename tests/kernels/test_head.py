@@ -37,7 +37,7 @@ def with_gradient(how: Any, given_: dict[str, Any], dtype: torch.dtype) -> tuple
     return scores, hidden.grad
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 40), st.integers(2, 300), st.floats(0.01, 30), st.integers(0, 9))
 def test_scores_and_the_way_back_are_those_of_the_definition(rows: int, words: int, spread: float, seed: int) -> None:
     torch.manual_seed(seed)

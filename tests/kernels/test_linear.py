@@ -42,7 +42,7 @@ def test_a_layer_and_its_gradients_are_the_definitions(dtype: torch.dtype, rank:
     check(dtype, rows, 128, 192, rank, double=True, bias=True)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.data())
 def test_any_shape_is_right(data: st.DataObject) -> None:
     check(

@@ -12,7 +12,7 @@ from radeon_stack.kernels.routing import combine, combine_reference, route, rout
 from tests.kernels.helpers import DEVICE, HALVES, ULP, distance
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_slots_are_sorted_by_expert_and_stay_in_order_within_one(data: st.DataObject) -> None:
     experts = data.draw(st.integers(1, 40))
@@ -56,7 +56,7 @@ def test_combine_adds_a_tokens_slots_and_the_parts_beside_them(dtype: torch.dtyp
     assert distance(sums, parts.sum(1)) <= 2 * ULP[dtype]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_the_router_chooses_weighs_and_gives_gradients_as_its_definition(data: st.DataObject) -> None:
     experts = data.draw(st.integers(2, 70))

@@ -97,7 +97,7 @@ def test_bundles_one_after_another_are_all_found(parts: list[tuple[dict[str, byt
     assert [dict(b.targets) for b in found] == [{n: len(c) for n, c in code.items()} for code, _ in parts]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(TARGETS, st.sampled_from(FORMS), st.data())
 def test_a_damaged_bundle_gives_a_result_or_an_error_and_never_hangs(
     code: dict[str, bytes], form: str, data: st.DataObject
@@ -122,7 +122,7 @@ def test_a_library_whose_bundle_is_refused_is_let_go(tmp_path: Path) -> None:
         looked(path)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(TARGETS, st.data())
 def test_a_damaged_library_gives_a_result_or_an_error(
     tmp_path: Path, code: dict[str, bytes], data: st.DataObject
@@ -339,7 +339,7 @@ class TestHostileArchives:
         with pytest.raises(UsageError, match=r"bad\.whl"):
             looked(path)
 
-    @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(data=st.data())
     def test_any_damage(self, tmp_path: Path, data: st.DataObject) -> None:
         path = self.wheel(tmp_path, data=elf(packed({"gfx1201": b"123"}, "zlib-2")))
@@ -350,7 +350,7 @@ class TestHostileArchives:
         with contextlib.suppress(UsageError):
             looked(path)
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(data=st.data())
     def test_a_damaged_file_system(self, data: st.DataObject) -> None:
         raw = io.BytesIO()

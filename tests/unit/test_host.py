@@ -386,7 +386,7 @@ CARDS = st.builds(
 ASKED = st.sampled_from([None, "all", "0", "0,1", "1,2", "gfx1201", "gfx942", ">=16GiB", "7"])
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(CARDS, max_size=5), ASKED, st.sampled_from(sorted(ENGINES)), st.booleans())
 def test_any_mixture_of_cards_gives_a_plan_of_the_chosen_devices_or_a_named_refusal(
     tmp_path_factory: pytest.TempPathFactory, cards: list[Card], asked: str | None, engine: str, usable: bool

@@ -118,7 +118,7 @@ WORDS = st.from_regex(r"[a-z][a-z0-9./-]{0,12}[a-z0-9]", fullmatch=True)
 
 
 @pytest.mark.parametrize("name", PLATFORM)
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_fact_of_the_platform_moves_the_keys_that_depend_on_it_and_no_other(name: str, data: st.DataObject) -> None:
     platform = load_platforms()[NAME]
@@ -129,7 +129,7 @@ def test_a_fact_of_the_platform_moves_the_keys_that_depend_on_it_and_no_other(na
 
 
 @pytest.mark.parametrize("name", SPEC)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(value=WORDS)
 def test_what_the_base_was_found_to_be_moves_everything_and_its_name_the_image_alone(name: str, value: str) -> None:
     before = spec()
