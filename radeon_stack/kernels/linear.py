@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from radeon_stack.errors import UsageError
+from radeon_stack.kernels import low_rank
 from radeon_stack.kernels.configs import (
-    ADAPTER_STAGES,
     LOW_RANK_TILE,
-    LOW_RANK_WARPS,
     MAX_RANK,
     Tile,
     adapter_by_torch,
@@ -22,22 +21,18 @@ from radeon_stack.kernels.configs import (
     full_precision_tile,
     linear_tile,
     low_rank_split,
-    low_rank_step,
 )
 from radeon_stack.kernels.grouped import family, weight_arguments
 from radeon_stack.kernels.launch import launch
 from radeon_stack.kernels.nf4 import (
     NF4,
     decode,
-    decode_constants,
-    decode_programs,
     decode_reference,
     decoding,
     lookup_of,
-    pointers,
 )
 from radeon_stack.kernels.siblings import hand_on, rows_of
-from radeon_stack.kernels.sizes import cdiv, next_power, padded_rank
+from radeon_stack.kernels.sizes import cdiv, padded_rank
 
 
 @dataclass(frozen=True)
@@ -160,7 +155,7 @@ class _NF4Linear(torch.autograd.Function):
             d_x, g = None, d_out @ b.to(d_out.dtype)
         if a is None:
             return d_x, None, None, None, None
-        gradients = gradients_by_torch if adapter_by_torch(x.shape[0]) else adapter_gradients
+        gradients = low_rank.gradients_by_torch if adapter_by_torch(x.shape[0]) else low_rank.gradients
         return d_x, *gradients(x, d_out, u, g, frozen.scale, *ctx.dtypes), None, None
 
 
@@ -215,7 +210,7 @@ def by_torch(
     elif bias is not None:
         out = torch.addmm(bias.to(x.dtype), u, up, alpha=scale)
     else:
-        out = _scaled(u, up, scale)
+        out = low_rank.scaled(u, up, scale)
     # The small product first: the large one reads it while it computes, and it is not read and written once more.
     return out.addmm_(x, matrix), u
 
@@ -237,13 +232,13 @@ def decoded(
         return by_torch(x, weight, first, second, scale, bias, over_columns=over_columns, onto=onto)
     if u is None:
         rank = first.shape[0 if over_columns else 1]
-        matrix, partials = _decode_and_low_rank(x, weight, first, rank, over_columns=over_columns)
+        matrix, partials = low_rank.decode_and_partials(x, weight, first, rank, over_columns=over_columns)
         u = torch.empty((x.shape[0], rank), dtype=x.dtype, device=x.device)
     else:
         matrix, partials = decode(weight, x.dtype), None
     matrix = matrix.T if over_columns else matrix
     out = x.new_empty(x.shape[0], matrix.shape[1]) if onto is None else onto
-    _low_rank_product(partials, second, scale, bias, u, out, onto=onto is not None, over_columns=over_columns)
+    low_rank.product(partials, second, scale, bias, u, out, onto=onto is not None, over_columns=over_columns)
     return out.addmm_(x, matrix), u
 
 
@@ -272,7 +267,7 @@ def product(
     if first is not None:
         rank, split = first.shape[0 if over_columns else 1], low_rank_split(rows)
         u = torch.empty((rows, rank), dtype=x.dtype, device=x.device)
-        partials = _low_rank_partials(x, first, rank, split, over_columns=over_columns)
+        partials = low_rank.partials(x, first, rank, split, over_columns=over_columns)
     if tile is None:
         wide = x.dtype == torch.float32
         tile = full_precision_tile() if wide else linear_tile(family(x.device), rows)
@@ -308,117 +303,14 @@ def product(
     return out, u
 
 
-def _low_rank_partials(x: Tensor, factor: Tensor, rank: int, split: int, *, over_columns: bool) -> Tensor:
-    from radeon_stack.kernels.jit.linear import low_rank_partials
-
-    rows, k = x.shape
-    partials, constants = _partials(x, rank, split, over_columns=over_columns)
-    launch(
-        low_rank_partials,
-        (cdiv(rows, constants["BLOCK_M"]), split, 1),
-        (x, factor, partials, rows, k, rank),
-        constants,
-        warps=LOW_RANK_WARPS,
-        stages=ADAPTER_STAGES,
-    )
-    return partials
-
-
-def _decode_and_low_rank(
-    x: Tensor, weight: NF4, factor: Tensor, rank: int, *, over_columns: bool
-) -> tuple[Tensor, Tensor]:
-    """(the matrix in x's dtype, the partials) by one launch."""
-    from radeon_stack.kernels.jit.linear import decode_and_low_rank
-
-    (rows, k), split = x.shape, low_rank_split(x.shape[0])
-    matrix = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
-    partials, constants = _partials(x, rank, split, over_columns=over_columns)
-    launch(
-        decode_and_low_rank,
-        (cdiv(rows, constants["BLOCK_M"]) * split + decode_programs(matrix.numel()), 1, 1),
-        (x, factor, partials, *pointers(weight), matrix, rows, k, rank, matrix.numel()),
-        {**constants, **decode_constants(weight)},
-        warps=LOW_RANK_WARPS,
-        stages=ADAPTER_STAGES,
-        fp_fusion=False,
-    )
-    return matrix, partials
-
-
-def _partials(x: Tensor, rank: int, split: int, *, over_columns: bool) -> tuple[Tensor, dict[str, Any]]:
-    """(where they go, the constants of the kernels that make them)"""
-    rows, padded = x.shape[0], padded_rank(rank)
-    partials = torch.empty((split, rows, padded), dtype=torch.float32, device=x.device)
-    block = min(64, max(16, next_power(rows)))
-    sizes = {"RANK": padded, "SPLIT": split, "BLOCK_M": block, "BLOCK_K": low_rank_step(padded)}
-    return partials, {"OVER_COLUMNS": over_columns, **sizes}
-
-
-def _low_rank_product(
-    partials: Tensor | None,
-    factor: Tensor,
-    scale: float,
-    bias: Tensor | None,
-    u: Tensor,
-    out: Tensor,
-    *,
-    onto: bool = False,
-    over_columns: bool,
-) -> None:
-    """out, [rows, n]: scale · u · factor + bias, onto what it holds or not. u, [rows, rank], is written, or known."""
-    from radeon_stack.kernels.jit.linear import low_rank_product
-
-    (rows, rank), n, (m, width) = u.shape, out.shape[1], LOW_RANK_TILE
-    constants = {
-        "OVER_COLUMNS": over_columns,
-        "BIAS": bias is not None,
-        "ONTO": onto,
-        "RANK": padded_rank(rank),
-        "SPLIT": 0 if partials is None else partials.shape[0],
-        "BLOCK_M": m,
-        "BLOCK_N": width,
-    }
-    spare = u if partials is None else partials
-    arguments = (spare, factor, u if bias is None else bias, u, out, rows, n, rank, float(scale))
-    launch(low_rank_product, (cdiv(rows, m), cdiv(n, width), 1), arguments, constants, warps=LOW_RANK_WARPS)
-
-
 def _low_rank(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """x·aᵀ as `decoded` makes it, which writes it with its first columns."""
     rows, rank = x.shape[0], a.shape[0]
-    partials = _low_rank_partials(x, a, rank, low_rank_split(rows), over_columns=True)
+    partials = low_rank.partials(x, a, rank, low_rank_split(rows), over_columns=True)
     u = torch.empty((rows, rank), dtype=x.dtype, device=x.device)
     columns = torch.empty((rows, min(LOW_RANK_TILE[1], b.shape[0])), dtype=x.dtype, device=x.device)
-    _low_rank_product(partials, b, 1.0, None, u, columns, over_columns=True)
+    low_rank.product(partials, b, 1.0, None, u, columns, over_columns=True)
     return u
-
-
-def gradients_by_torch(
-    x: Tensor, d_out: Tensor, u: Tensor, g: Tensor, scale: float, a: torch.dtype, b: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """(d_a, d_b) in these dtypes, rounded to x's."""
-    return _scaled(g.T, x, scale).to(a), _scaled(d_out.T, u, scale).to(b)
-
-
-def _scaled(one: Tensor, other: Tensor, scale: float) -> Tensor:
-    """scale · one·other, by one launch."""
-    return one @ other if scale == 1 else torch.addmm(one.new_empty(1), one, other, beta=0, alpha=scale)
-
-
-def adapter_gradients(
-    x: Tensor, d_out: Tensor, u: Tensor, g: Tensor, scale: float, a: torch.dtype, b: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """(d_a, d_b) in these dtypes, summed in float32."""
-    from radeon_stack.kernels.jit.linear import adapter_gradients as kernel
-
-    (rows, k), n, rank = x.shape, d_out.shape[1], u.shape[1]
-    d_a = torch.empty((rank, k), dtype=a, device=x.device)
-    d_b = torch.empty((n, rank), dtype=b, device=x.device)
-    block = 64
-    constants = {"RANK": padded_rank(rank), "BLOCK_M": min(64, max(16, next_power(rows))), "BLOCK_C": block}
-    arguments = (x, d_out, u, g, d_a, d_b, rows, n, k, rank, float(scale))
-    launch(kernel, (cdiv(k, block) + cdiv(n, block), 1, 1), arguments, constants, stages=ADAPTER_STAGES)
-    return d_a, d_b
 
 
 PRODUCT = Way(product, decodes=False)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radeon_stack.errors import UsageError
-from radeon_stack.kernels import linear
+from radeon_stack.kernels import linear, low_rank
 from radeon_stack.kernels.linear import Given, nf4_linear, nf4_linear_reference
 from radeon_stack.kernels.nf4 import decode_reference, quantize
 from tests.kernels.helpers import DEVICE, HALVES, Operations, distance
@@ -108,7 +108,8 @@ def test_launches_of_a_layer_there_and_back_are_few_while_the_host_is_waited_for
     monkeypatch: pytest.MonkeyPatch, rows: int, ours: int, torchs: int
 ) -> None:
     launched = []
-    monkeypatch.setattr(linear, "launch", lambda kernel, *_, **__: launched.append(kernel))
+    for module in (linear, low_rank):
+        monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: launched.append(kernel))
     monkeypatch.setattr("radeon_stack.kernels.launch.launch", lambda kernel, *_, **__: launched.append(kernel))
     x = torch.zeros(rows, 64, device=DEVICE, dtype=torch.float16, requires_grad=True)
     weight = quantize(torch.randn(64, 64, device=DEVICE).half())

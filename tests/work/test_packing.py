@@ -338,7 +338,7 @@ def test_a_run_in_packs_says_so_beforehand_and_in_its_report(
     line = next(n for n, line in enumerate(result.err.splitlines()) if line.startswith("batches "))
     assert f"in {batches['packs']} packs" in result.err.splitlines()[line]
     assert line < next(n for n, line in enumerate(result.err.splitlines()) if line.startswith("step 1/"))
-    assert "padding_unpacked" in Path(told["report"]).read_text()
+    assert "padding unpacked" in Path(told["report"]).read_text()
     steps = [metric for metric in told["metrics"] if "loss" in metric]
     assert len(steps) == 4 and not any("num_tokens" in step for step in steps)
     assert ("eval_loss" in told["result"]) == ("data.eval_share=0.2" in more)
