@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from radeon_stack.kernels import linear, nf4, siblings
+from radeon_stack.kernels import linear, low_rank, nf4, siblings
 from tests.kernels.helpers import DEVICE, Adds, distance
 
 ROWS, WIDTH, OUT, RANK = 6, 128, 64, 4
@@ -178,7 +178,8 @@ def test_where_there_is_nothing_to_add_up_nothing_is_handed_on(why: str, monkeyp
 def test_the_tensor_is_gone_with_its_last_reader(
     goes_back: bool, uncollected: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "launch", lambda *_, **__: None)  # Triton's interpreter has circles of its own
+    for module in (linear, low_rank):
+        monkeypatch.setattr(module, "launch", lambda *_, **__: None)  # Triton's interpreter has circles of its own
     layers = [Layer(), Layer(), Layer()]
     _, x = given()
     outs = [layer(x) for layer in layers]
