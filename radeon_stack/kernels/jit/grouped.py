@@ -65,7 +65,7 @@ def slots_at(slots, position, READ: tl.constexpr):
 
 @triton.jit
 def token_of(slot, top_k):
-    """The slot's token, int64. Slots have 32 bits: a division of 64 is a loop of its own on every GPU."""
+    """The slot's token, int64. Slots have 32 bits; of 64 a division is a routine, where no compiler sees that."""
     return (slot.to(tl.int32) // top_k).to(tl.int64)
 
 
