@@ -18,6 +18,7 @@ class Tile:
     turned: NF4 goes from registers to the matrix units, where nf4.decoding says so (jit.turned; CUDA's).
     pairs: and, over columns, x is loaded by pairs.
     tail: over experts' rows, the last tile of an expert takes up to so many rows more, in place of one for them alone.
+    registers: the most a thread may have, so that a program more fits on a multiprocessor (CUDA's); 0: as many as wanted.
     """
 
     m: int
@@ -29,6 +30,7 @@ class Tile:
     turned: bool = False
     pairs: bool = False
     tail: int = 0
+    registers: int = 0
 
 
 Kind = Literal["gated_forward", "forward", "gated_backward", "backward"]

@@ -381,4 +381,5 @@ def _launch(
         warps=tile.warps,
         stages=tile.stages,
         fp_fusion=not isinstance(weight, NF4),
+        registers=tile.registers,
     )
