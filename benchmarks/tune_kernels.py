@@ -55,15 +55,23 @@ SAVED_EVERY = 20
 
 # (accumulators' columns, k, warps, stages) that are tried
 HIP = ((32, 64, 4, 2), (32, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 4, 1))
-CUDA = ((64,64,4,3,0),(128,64,8,3,0),(128,64,8,4,128),(256,64,16,3,0),(256,64,8,3,0),(128,128,8,2,128),(128,64,4,4,0))
-CUDA_FEW = ()  # for up to FEW rows too
+CUDA = (
+    *((128, 64, 8, stages, 128) for stages in (3, 4)),
+    *((128, 64, 4, stages, 0) for stages in (3, 4)),
+    *((256, 64, 8, stages, 0) for stages in (3, 4)),
+    (64, 64, 4, 4, 128),
+    (64, 64, 4, 3, 168),
+    (128, 128, 8, 3, 128),
+)
+CUDA_TALL = (*((128, 64, 8, stages, 0) for stages in (3, 4, 5)), (128, 128, 8, 2, 0), (64, 64, 4, 3, 0))
+CUDA_FEW = ((128, 64, 4, 3, 0), (256, 64, 4, 3, 0), (64, 128, 4, 3, 0), (128, 64, 8, 3, 0), (256, 64, 8, 3, 0))
 FEW = 64
 # (rows, tail) by row block. Whose rows are a little over a tile's, a tail spares the next one.
 HEIGHTS = {
     16: ((16, 0),),
     32: ((16, 16), (32, 0)),
     64: ((32, 16), (64, 0)),
-    96: ((64, 32), (128, 0)),
+    96: ((64, 32),),
     288: ((128, 32),),
     384: ((128, 32), (256, 32)),
 }
@@ -81,22 +89,12 @@ def tiles(block: int, kind: Kind, *, nf4: bool) -> Iterator[Tile]:
         return
     used = TILES["cuda", nf4, kind]
     yield used[row_block(block, used)]
-    shapes = CUDA + CUDA_FEW if block <= FEW else CUDA
-    for (m, tail), (columns, k, warps, stages, registers) in itertools.product(HEIGHTS[block], shapes):
-        if (m + tail) * columns <= MOST * 32 * warps and not (registers and m > 128):
+    for m, tail in HEIGHTS[block]:
+        for columns, k, warps, stages, registers in CUDA_FEW if block <= FEW else CUDA_TALL if m > 128 else CUDA:
             tile = Tile(m, columns // 2 if gated else columns, k, warps, stages, tail=tail, turned=nf4, registers=registers)
             yield tile
-            if not registers and warps == 8 and m <= 128:
-                yield replace(tile, registers=128)
-                if m == 128:
-                    yield replace(tile, registers=128, tail=0)
-            if not registers and warps == 4 and m <= 128:
-                yield replace(tile, registers=168)
-            continue
             if nf4 and along and m == 16:  # with more rows they were never the quickest
                 yield replace(tile, pairs=True)
-            if nf4 and not along and m >= 128:
-                yield replace(tile, turned=False)
 
 
 def linear_tiles(block: int, *, along: bool) -> Iterator[Tile]:

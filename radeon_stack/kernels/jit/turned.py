@@ -66,7 +66,24 @@ def multiply_turned(
         acc = tl.dot(tile, tl.trans(rows), acc, input_precision="ieee")
         if HAS_TAIL:
             acc_tail = tl.dot(tile, tl.trans(tl.load(tail_at + k)), acc_tail, input_precision="ieee")
+            acc_tail = _awaited(acc_tail, NF4)
+        else:
+            acc = _awaited(acc, NF4)
     return _turn_back(acc, ACROSS), _turn_back(acc_tail, ACROSS) if HAS_TAIL else acc_tail
+
+
+@triton.jit
+def _awaited(acc, NF4: tl.constexpr):
+    """acc, when the products that go into it and all before them have ended.
+
+    They read the decoded values from registers while the thread goes on. Triton lets a step's products run on into the
+    next step, and NVIDIA's assembler before 13.3 has the next step's values written into the same registers meanwhile
+    (triton-lang/triton issue 9433): with two programs a multiprocessor that gave wrong sums. A use ends the products.
+    """
+    if NF4 == SHUFFLE:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return acc
 
 
 @triton.jit
