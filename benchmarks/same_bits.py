@@ -1,63 +1,109 @@
-"""Do packed products of experts give the same bits each time, all of them written?"""
-import json, os, sys, multiprocessing, itertools
-sys.path.insert(0,os.getcwd()); sys.path.insert(0,os.path.join(os.getcwd(),"benchmarks"))
-from dataclasses import replace
-import torch, tune_kernels as T
-from radeon_stack.kernels.configs import TILES, Tile
-t=lambda m,n,k,w,s,tail=32,**o:Tile(m,n,k,w,s,tail=tail,turned=True,**o)
-BAD=[t(128,64,64,4,3),t(128,128,64,8,4,registers=128),t(128,128,64,8,3),t(128,128,64,8,3,registers=128)]
-BEST={"gated_forward":t(256,64,64,8,3),"forward":t(256,128,64,8,3),"gate_apart":t(256,128,64,8,3),"backward":t(256,128,64,8,3)}
-WIDE={"gated_forward":t(128,128,64,8,3),"forward":t(128,256,64,8,3),"gate_apart":t(128,256,64,8,3),"backward":t(128,256,64,8,3)}
-def plan():
-    for tokens,block in ((2048,288),(4096,384)):
-        for kind in ("gated_forward","forward","gate_apart","backward"):
-            which="backward" if kind=="gate_apart" else kind
-            tl=[TILES["cuda",True,which][T.row_block(block,TILES["cuda",True,which])],WIDE[kind]]
-            if kind in("gate_apart","backward"): tl+=BAD
-            if tokens==4096:
-                b=BEST[kind]; tl+=[replace(b,group=g) for g in (1,2,4,16)]+[replace(b,stages=4),replace(b,stages=2)]+[b]
-                if kind=="gate_apart": tl+=[t(256,256,64,8,3)] if 0 else []
-            else: tl+=[replace(WIDE[kind],group=g) for g in (2,16)]
-            for x in dict.fromkeys(tl): yield tokens,kind,x
-    yield 128,"gated_backward",TILES["cuda",True,"gated_backward"][16]
-    yield 512,"gated_backward",TILES["cuda",True,"gated_backward"][64]
-    yield 1024,"gated_backward",TILES["cuda",True,"gated_backward"][96]
-    for tokens,b in ((128,16),(256,32),(512,64),(1024,96)):
-        for kind in ("gated_forward","forward","backward"): yield tokens,kind,TILES["cuda",True,kind][b]
-def compile_(share):
-    e=T.Experts(8); e.batch(8,8)
-    for _,kind,tile in share:
-        try: e.call(kind,True,tile); torch.cuda.synchronize()
-        except Exception as x: print("compile",kind,tile,str(x)[:60])
-def outs(o): return [o] if torch.is_tensor(o) else [x for x in o if x.numel()]
-if __name__=="__main__":
-    P=list(plan()); W=16; print(len(P),"to look at",flush=True)
-    c=multiprocessing.get_context("spawn"); ws=[c.Process(target=compile_,args=(P[i::W],)) for i in range(W)]
-    [w.start() for w in ws]; [w.join() for w in ws]
-    e=T.Experts(128); last=None; base={}; rec=[]
-    for tokens,kind,tile in P:
-        if tokens!=last: e.batch(tokens,128); last=tokens; base={}
-        try:
-            secs=T.device_seconds(lambda:e.call(kind,True,tile))
-            ref=base.setdefault(kind,[o.clone() for o in outs(e.call(kind,True,tile))])
-            wrong=0; nan=0; where=None
-            for i in range(40):
-                o=outs(e.call(kind,True,tile)); 
-                for x in o: x.fill_(float("nan"))
-                del o,x
-                o=outs(e.call(kind,True,tile))
-                bad=[(a!=b) for a,b in zip(o,ref) if a.shape==b.shape]
-                if any(b.any().item() for b in bad):
-                    wrong+=1; nan+=int(any(x.isnan().any().item() for x in o))
-                    if where is None:
-                        b=next(b for b in bad if b.any().item()); r,cc=b.nonzero(as_tuple=True)
-                        where=[int(b.sum()),int(r.min()),int(r.max()),len(r.unique()),int(cc.min()),int(cc.max()),len(cc.unique())]
-                        pos=torch.empty_like(e.routing.slots); pos[e.routing.slots.long()]=torch.arange(pos.numel(),device=pos.device,dtype=pos.dtype)
-                        p=pos[r.unique()[:8]].long(); off=e.routing.offsets; ex=torch.searchsorted(off,p.int(),right=True)-1
-                        where.append([(int(a),int(b-off[a]),int(off[a+1]-off[a])) for a,b in zip(ex,p)])
-                del o,bad
-            rec.append((tokens,kind,str(tile),secs,wrong,nan,where))
-            g=tile; print(f"{tokens} {kind:14s} m{g.m} n{g.n} k{g.k} w{g.warps} s{g.stages} g{g.group} tail{g.tail} r{g.registers}: {1e3*secs:.4f} ms, wrong {wrong} nan {nan} {where}",flush=True)
-        except Exception as x:
-            torch.cuda.synchronize(); print(tokens,kind,tile,"ERR",str(x)[:100],flush=True)
-    json.dump(rec,open(os.environ["OUT"]+"/race.json","w"))
+"""Do packed products of experts give the same bits each time, and are all of them written? On the GPU that is here.
+
+    PYTHONPATH=. python benchmarks/same_bits.py [--out FILE] [--commit HASH]
+
+Tiles in use, and the three that once did not (same_bits_before_h200.json: products read registers that were written
+over meanwhile; `jit/turned.py`). What a call writes is first filled with NaN. Exit 7 where bits differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":  # in the place of this folder: its file names are none of a library's business
+    sys.path[0] = str(ROOT)
+
+import torch  # noqa: E402
+
+from benchmarks.tune_kernels import APART, EXPERTS, TOKENS, TOP_K, Experts, compile_share, named  # noqa: E402
+from radeon_stack.kernels.configs import TILES, Tile, row_block  # noqa: E402
+
+ONCE_WRONG = (
+    Tile(128, 64, 64, 4, 3, turned=True, tail=32),
+    Tile(128, 128, 64, 8, 3, turned=True, tail=32),
+    Tile(128, 128, 64, 8, 4, turned=True, tail=32),
+)
+REPEATS = 40
+
+
+def jobs() -> Iterator[tuple[str, Any, bool, int, Tile]]:
+    """As tune_kernels.py has them: (part, what, packed, row block, tile)."""
+    for block in TOKENS:
+        for (family, packed, kind), tiles in TILES.items():
+            if (family, packed) == ("cuda", True):
+                yield "experts", kind, True, block, tiles[row_block(block, tiles)]
+                if kind == "backward" and block > 96:
+                    yield "experts", APART, True, block, tiles[row_block(block, tiles)]
+                    for tile in ONCE_WRONG:
+                        yield "experts", kind, True, block, tile
+
+
+def results(made: Any) -> list[torch.Tensor]:
+    return [one for one in ((made,) if torch.is_tensor(made) else made) if one.numel()]
+
+
+def different(experts: Experts, kind: Any, tile: Tile) -> tuple[int, int]:
+    """(calls of REPEATS that gave other bits than the first, those that left or made NaN)"""
+    first = [one.clone() for one in results(experts.call(kind, True, tile))]
+    other = undone = 0
+    for _ in range(REPEATS):
+        poisoned = [one.fill_(float("nan")) for one in results(experts.call(kind, True, tile))]
+        del poisoned  # the next call is given the same memory
+        again = results(experts.call(kind, True, tile))
+        other += not all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+        undone += any(one.isnan().any().item() for one in again)
+    return other, undone
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", default="", help="of the tree, where it is no repository")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 2)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("a GPU is needed: what is looked at are its bits")
+    planned = list(jobs())
+    context = multiprocessing.get_context("spawn")
+    shares = [planned[first :: arguments.workers] for first in range(arguments.workers)]
+    workers = [context.Process(target=compile_share, args=(share,)) for share in shares]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    experts, rows = Experts(EXPERTS), []
+    for block, (tokens, *_) in TOKENS.items():
+        experts.batch(tokens, EXPERTS)
+        for job in planned:
+            if job[3] == block:
+                other, undone = different(experts, job[1], job[4])
+                told = {"different": other, "nan": undone}
+                rows.append({"kind": job[1], "tokens": tokens, "tile": asdict(job[4]), **told})
+                print(f"{named(*job):<70} {other} of {REPEATS} different, {undone} with NaN")
+    record = {
+        "card": torch.cuda.get_device_name(0),
+        "versions": {name: version(name) for name in ("torch", "triton")},
+        "commit": arguments.commit,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "shape": {"experts": EXPERTS, "top_k": TOP_K},
+        "repeats": REPEATS,
+        "rows": rows,
+    }
+    if arguments.out:
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 7 if any(row["different"] or row["nan"] for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -48,7 +48,6 @@ APART: Literal["gate_apart"] = "gate_apart"  # gated_backward in two launches: t
 TORCH = Tile(0, 0, 0, 0, 0)  # in a tile's place: decoded once, and multiplied by torch
 RANK = 64
 REPEATS = 4
-BASE = {}
 HELD = 4_000_000  # the device's cycles, some 2 ms: longer than the host takes for REPEATS calls
 SAVED_EVERY = 20
 
@@ -56,22 +55,18 @@ SAVED_EVERY = 20
 # (accumulators' columns, k, warps, stages) that are tried
 HIP = ((32, 64, 4, 2), (32, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 4, 1))
 CUDA = (
-    *((128, 64, 8, stages, 128) for stages in (3, 4)),
-    *((128, 64, 4, stages, 0) for stages in (3, 4)),
-    *((256, 64, 8, stages, 0) for stages in (3, 4)),
-    (64, 64, 4, 4, 128),
-    (64, 64, 4, 3, 168),
-    (128, 128, 8, 3, 128),
+    (64, 64, 4, 3),
+    *((128, 64, warps, stages) for warps, stages in ((4, 3), (4, 4), (8, 3), (8, 4))),
+    (256, 64, 8, 3),
 )
-CUDA_TALL = (*((128, 64, 8, stages, 0) for stages in (3, 4, 5)), (128, 128, 8, 2, 0), (64, 64, 4, 3, 0))
-CUDA_FEW = ((128, 64, 4, 3, 0), (256, 64, 4, 3, 0), (64, 128, 4, 3, 0), (128, 64, 8, 3, 0), (256, 64, 8, 3, 0))
+CUDA_FEW = ((64, 128, 4, 3), (256, 64, 4, 3))  # for up to FEW rows too
 FEW = 64
 # (rows, tail) by row block. Whose rows are a little over a tile's, a tail spares the next one.
 HEIGHTS = {
     16: ((16, 0),),
     32: ((16, 16), (32, 0)),
     64: ((32, 16), (64, 0)),
-    96: ((64, 32),),
+    96: ((64, 32), (128, 0)),
     288: ((128, 32),),
     384: ((128, 32), (256, 32)),
 }
@@ -89,12 +84,15 @@ def tiles(block: int, kind: Kind, *, nf4: bool) -> Iterator[Tile]:
         return
     used = TILES["cuda", nf4, kind]
     yield used[row_block(block, used)]
-    for m, tail in HEIGHTS[block]:
-        for columns, k, warps, stages, registers in CUDA_FEW if block <= FEW else CUDA_TALL if m > 128 else CUDA:
-            tile = Tile(m, columns // 2 if gated else columns, k, warps, stages, tail=tail, turned=nf4, registers=registers)
+    shapes = CUDA + CUDA_FEW if block <= FEW else CUDA
+    for (m, tail), (columns, k, warps, stages) in itertools.product(HEIGHTS[block], shapes):
+        if (m + tail) * columns <= MOST * 32 * warps:
+            tile = Tile(m, columns // 2 if gated else columns, k, warps, stages, tail=tail, turned=nf4)
             yield tile
             if nf4 and along and m == 16:  # with more rows they were never the quickest
                 yield replace(tile, pairs=True)
+            if nf4 and not along and m >= 128:
+                yield replace(tile, turned=False)
 
 
 def linear_tiles(block: int, *, along: bool) -> Iterator[Tile]:
@@ -185,7 +183,7 @@ def jobs(parts: list[str], blocks: list[int]) -> Iterator[tuple[Any, ...]]:
     for block in blocks:
         if "experts" in parts and block in TOKENS:
             yield "experts", DECODE, True, block, TORCH
-            for packed, kind in itertools.product((True,), KINDS):
+            for packed, kind in itertools.product((True, False), KINDS):
                 for tile in dict.fromkeys(tiles(block, kind, nf4=packed)):
                     yield "experts", kind, packed, block, tile
                     if kind == "backward" and block > FEW:
@@ -250,13 +248,7 @@ def _row(part: str, what: Any, flag: bool, tokens: int, tile: Tile, call: Callab
         "tile": asdict(tile),
     }
     try:
-        out = call()
-        out = out if torch.is_tensor(out) else out[0]
-        key = (what, flag, tokens)
-        base = BASE.setdefault(key, out.float())
-        off = ((out.float() - base).abs().max() / base.abs().max()).item()
-        del out
-        return {**row, "seconds": device_seconds(call), "off": off}
+        return {**row, "seconds": device_seconds(call)}
     except Exception as error:
         torch.cuda.synchronize()
         return {**row, "seconds": None, "error": str(error)[:120]}
@@ -281,7 +273,6 @@ def _tile(tile: dict[str, Any]) -> str:
     sizes = ",".join(str(tile[name]) for name in ("m", "n", "k", "warps", "stages"))
     more = [name for name in ("turned", "pairs") if tile[name]]
     more += [f"tail {tile['tail']}"] if tile["tail"] else []
-    more += [f"registers {tile['registers']}"] if tile["registers"] else []
     return f"({','.join([sizes, *more])})"
 
 

@@ -18,7 +18,6 @@ class Tile:
     turned: NF4 goes from registers to the matrix units, where nf4.decoding says so (jit.turned; CUDA's).
     pairs: and, over columns, x is loaded by pairs.
     tail: over experts' rows, the last tile of an expert takes up to so many rows more, in place of one for them alone.
-    registers: the most a thread may have, so that a program more fits on a multiprocessor (CUDA's); 0: as many as wanted.
     """
 
     m: int
@@ -30,7 +29,6 @@ class Tile:
     turned: bool = False
     pairs: bool = False
     tail: int = 0
-    registers: int = 0
 
 
 Kind = Literal["gated_forward", "forward", "gated_backward", "backward"]
@@ -87,9 +85,10 @@ def decode_experts_once(family: str, mean_rows: float) -> bool:
     """Whether packed experts are decoded to 16 bit before a product, since many tiles would each decode them again.
 
     One matrix of the layer is then in 16 bit for the time of one product. Measured on an H200 with 128 experts of
-    2048 × 768 (benchmarks/tune_gate_h200.json): to decode both matrices takes 0.39 ms. At 256 rows an expert the
-    products over columns take 0.95 ms packed and 0.67 in 16 bit, those down the rows 1.03 and 0.74. Growing with the
-    rows, these win decoding back from 350 to 370 rows on: counted, not timed. On AMD there is nothing to go by: never.
+    2048 × 768 (benchmarks/tune_awaited_h200.json, tune_gate_h200.json): to decode both matrices takes 0.39 ms. At 256
+    rows an expert the products over columns take 0.90 ms packed and 0.67 in 16 bit, those down the rows 1.04 and 0.74.
+    Growing with the rows, these win decoding back from 340 and from 440 rows on: counted, not timed, and one bound
+    between them. On AMD there is nothing to go by: never.
     """
     return mean_rows > DECODE_EXPERTS_ONCE_ROWS[family]
 
@@ -130,7 +129,7 @@ FEW_SLOTS, SLOTS_CHUNK = 8192, 1024
 HEAD_BLOCK, HEAD_WARPS = 2048, 8  # words at once, of a row of logits
 GATE_BLOCK = (8, 256)  # rows and columns at once, of the gate alone; no others were tried
 GATE_APART_ROWS = {"cuda": 96.0, "hip": float("inf")}
-DECODE_EXPERTS_ONCE_ROWS = {"cuda": 352.0, "hip": float("inf")}
+DECODE_EXPERTS_ONCE_ROWS = {"cuda": 384.0, "hip": float("inf")}
 # From here torch's products. They take twice as many launches, and until here a step waits for the host, not for the
 # device: at 300 rows an H200 takes 0.17 ms for a packed product of Llama-8B (benchmarks/train_speed_llama.json: 1280 in
 # a step, of whose 816 ms under the profiler 555 are idle), where a decoded one takes 0.05 to 0.11 at 256 rows
@@ -179,8 +178,9 @@ FP8 = {  # compiled and audited, not timed yet
         128: Tile(128, 64, 32, 8, 2),
     },
 }
-# CUDA's: as an H200 timed them with 128 experts of 2048 × 768 (benchmarks/tune_*_h200.json; from 64 rows on tune_rows
-# and tune_512, from 288 on tune_gate). Those below 288 before the ends of products went by halves (`jit/grouped.py`).
+# CUDA's: as an H200 timed them with 128 experts of 2048 × 768: packed ones in benchmarks/tune_awaited_h200.json, those
+# in 16 bit in tune_*_h200.json (from 64 rows on tune_rows and tune_512, from 288 on tune_gate; those below 288 before
+# the ends of products went by halves, `jit/grouped.py`).
 TILES: dict[tuple[str, bool, Kind], dict[int, Tile]] = {
     ("cuda", False, "gated_forward"): {
         16: Tile(16, 32, 128, 4, 2),
@@ -214,9 +214,10 @@ TILES: dict[tuple[str, bool, Kind], dict[int, Tile]] = {
     ("cuda", True, "gated_forward"): {
         16: Tile(16, 64, 128, 4, 3, turned=True, pairs=True),
         32: Tile(32, 64, 64, 4, 3, turned=True),
-        64: Tile(32, 32, 128, 4, 3, turned=True, tail=16),
+        64: Tile(32, 64, 64, 4, 3, turned=True, tail=16),
         96: Tile(64, 64, 64, 4, 3, turned=True, tail=32),
         288: Tile(128, 64, 64, 4, 3, turned=True, tail=32),
+        384: Tile(256, 64, 64, 8, 4, turned=True, tail=32),
     },
     ("cuda", True, "forward"): {
         16: Tile(16, 128, 64, 4, 3, turned=True),
@@ -224,11 +225,12 @@ TILES: dict[tuple[str, bool, Kind], dict[int, Tile]] = {
         64: Tile(32, 128, 64, 4, 3, turned=True, tail=16),
         96: Tile(64, 128, 64, 4, 3, turned=True, tail=32),
         288: Tile(128, 128, 64, 4, 3, turned=True, tail=32),
+        384: Tile(256, 64, 64, 4, 3, turned=True, tail=32),
     },
     ("cuda", True, "gated_backward"): {
-        16: Tile(16, 256, 64, 4, 3, turned=True),
-        32: Tile(32, 256, 64, 4, 3, turned=True),
-        64: Tile(32, 128, 64, 4, 4, turned=True, tail=16),
+        16: Tile(16, 128, 64, 4, 3, turned=True),
+        32: Tile(32, 128, 64, 4, 3, turned=True),
+        64: Tile(32, 128, 64, 4, 3, turned=True, tail=16),
         96: Tile(64, 128, 64, 4, 3, turned=True, tail=32),
         288: Tile(128, 64, 64, 4, 3, tail=32),
     },
@@ -237,8 +239,8 @@ TILES: dict[tuple[str, bool, Kind], dict[int, Tile]] = {
         32: Tile(32, 256, 64, 4, 3, turned=True),
         64: Tile(32, 256, 64, 4, 3, turned=True, tail=16),
         96: Tile(64, 128, 64, 4, 3, turned=True, tail=32),
-        288: Tile(128, 256, 64, 8, 3, turned=True, tail=32),
-        384: Tile(256, 128, 64, 8, 3, turned=True, tail=32),
+        288: Tile(128, 128, 64, 4, 3, turned=True, tail=32),
+        384: Tile(256, 128, 64, 8, 4, turned=True, tail=32),
     },
 }
 # For AMD: chosen by what the compiler makes of them (no spills, 64 KiB of LDS), never timed.

@@ -381,5 +381,4 @@ def _launch(
         warps=tile.warps,
         stages=tile.stages,
         fp_fusion=not isinstance(weight, NF4),
-        registers=tile.registers,
     )

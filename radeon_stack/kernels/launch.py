@@ -43,7 +43,6 @@ class Launcher:
         warps: int = 4,
         stages: int = 1,
         fp_fusion: bool = True,
-        registers: int = 0,
     ) -> None:
         """Launch on the first argument's device; an empty grid is nothing to do.
 
@@ -57,14 +56,13 @@ class Launcher:
             return
         if device != torch.cuda.current_device():
             with torch.cuda.device(device):
-                options = {"warps": warps, "stages": stages, "fp_fusion": fp_fusion, "registers": registers}
-                self(kernel, grid, arguments, constants, **options)
+                self(kernel, grid, arguments, constants, warps=warps, stages=stages, fp_fusion=fp_fusion)
             return
         values = constants.values()
         # Addresses in the tensors' place: the launcher would ask each for its own, and the driver for its device.
         passed, told, aligned = _looked_at(arguments)
         # The function in the kernel's place, whose hash is its key in Triton's cache: see settle.
-        exact = (kernel.fn, device, warps, stages, fp_fusion, registers, *values, *told)
+        exact = (kernel.fn, device, warps, stages, fp_fusion, *values, *told)
         compiled = self._exact.get(exact) if aligned else None
         if compiled is None:
             key = (*exact[: -len(told)], *map(_specialised, told, passed))
@@ -72,8 +70,6 @@ class Launcher:
             if compiled is None:
                 settle(kernel)
                 options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fp_fusion}
-                if registers:
-                    options["maxnreg"] = registers
                 self._compiled[key] = kernel[grid](*arguments, **constants, **options)
                 return
             if aligned:

@@ -42,14 +42,24 @@ def variants(arch: str) -> tuple[Variant, ...]:
     return (*_experts(), *_gradients(), *_dense(), *_fp8(), *_routing(), *_head())
 
 
-def _experts() -> Iterator[Variant]:
-    kinds: dict[Kind, tuple[Any, dict[str, Any]]] = {
+def packed_product(kind: Kind, tile: Tile) -> Variant:
+    """A product of NF4 experts with another tile than an AMD GPU's."""
+    kernel, constants = _kinds()[kind]
+    return _grouped(f"experts {kind} nf4", kernel, "nf4", tile, {**constants, "RANK": 0})
+
+
+def _kinds() -> dict[Kind, tuple[Any, dict[str, Any]]]:
+    """Of experts' products the kernel, and its constants besides a tile's."""
+    return {
         "gated_forward": (grouped.gated_forward, {"SAVE": True}),
         "forward": (grouped.grouped_matmul, {**_flags(scatter=True, over_columns=True), **_extras(weighted=True)}),
         "gated_backward": (grouped.gated_backward, {"SAVE": False}),
         "backward": (grouped.grouped_matmul, {**_flags(scatter=True, over_columns=False), **_extras()}),
     }
-    for kind, (kernel, constants) in kinds.items():
+
+
+def _experts() -> Iterator[Variant]:
+    for kind, (kernel, constants) in _kinds().items():
         for stored in ("16 bit", "nf4"):
             tiles = configs.TILES[FAMILY, stored != "16 bit", kind]
             for rows, tile in tiles.items():

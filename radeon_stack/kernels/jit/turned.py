@@ -165,28 +165,32 @@ def _along(
     NF4: tl.constexpr,
     NESTED: tl.constexpr,
     PAIRS: tl.constexpr,
-    SHARES: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """[N, BLOCK_K]: columns k … of the rows `row` (int64 [N])."""
+    """[N, BLOCK_K]: columns k … of the rows `row` (int64 [N]).
+
+    PARTS of a block load its scale each: of fewer than there are threads Triton makes loads of 32 lanes for one scale.
+    """
     n: tl.constexpr = row.shape[0]
     wide: tl.constexpr = BLOCK_K // NF4_BLOCK
     blocks = columns // NF4_BLOCK  # of a row; a block is eight words of eight values
     words = w.to(tl.pointer_type(tl.int32)) + (row * (blocks * 8))[:, None] + tl.arange(0, wide * 8)[None, :]
     word = tl.load(words + k // 8)
-    index = (row * blocks)[:, None] + (tl.arange(0, wide * SHARES) // SHARES + k // NF4_BLOCK)[None, :]
+    index = (row * blocks)[:, None] + (tl.arange(0, wide * PARTS) // PARTS + k // NF4_BLOCK)[None, :]
     factor = _factor(absmax, nested_absmax, nested_code, nested_offset, index, NESTED)
     if PAIRS:
         # Thread t's words are 2t and 2t + 1: (block, t, word, 4, 2, 2) → (block, word, 4, 2, t, 2).
         values = _eight(table, word, NF4)  # [N, words, 2, 2, 2], the number's lowest bit first
-        values = tl.reshape(values, (n, wide * SHARES, 4 // SHARES, 2, 2, 2, 2)) * factor[:, :, None, None, None, None, None]
-        values = tl.permute(tl.reshape(values.to(dtype), (n, wide, 4, 2, 2, 2, 2)), (0, 1, 3, 6, 5, 2, 4))
+        values = tl.reshape(values, (n, wide * PARTS, 4 // PARTS, 2, 2, 2, 2))
+        values = (values * factor[:, :, None, None, None, None, None]).to(dtype)
+        values = tl.permute(tl.reshape(values, (n, wide, 4, 2, 2, 2, 2)), (0, 1, 3, 6, 5, 2, 4))
         return tl.reshape(values, (n, BLOCK_K))
     else:
         byte = word[:, :, None] >> (8 * tl.arange(0, 4))[None, None, :]
         values = tl.join(_value(table, byte, 4, NF4), _value(table, byte, 0, NF4))
-        values = tl.reshape(values, (n, wide * SHARES, NF4_BLOCK // SHARES)) * factor[:, :, None]
+        values = tl.reshape(values, (n, wide * PARTS, NF4_BLOCK // PARTS)) * factor[:, :, None]
         return tl.reshape(values, (n, BLOCK_K)).to(dtype)
 
 
