@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
+
+from radeon_stack.kernels.sizes import SIZES
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Tile:
 Kind = Literal["gated_forward", "forward", "gated_backward", "backward"]
 
 
+@lru_cache(SIZES)
 def grouped_tile(family: str, kind: Kind, *, mean_rows: float, nf4: bool, shared: int | None = None) -> Tile:
     """For products over experts' rows; mean_rows: slots over experts. family: 'cuda' or 'hip'.
 

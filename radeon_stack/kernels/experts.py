@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from radeon_stack.errors import UsageError
 from radeon_stack.kernels import grouped
@@ -15,6 +14,7 @@ from radeon_stack.kernels.configs import MAX_RANK
 from radeon_stack.kernels.grouped import LowRank, Weight, row_major
 from radeon_stack.kernels.launch import can_run_on
 from radeon_stack.kernels.nf4 import NF4, decode_reference
+from radeon_stack.kernels.once import once_differentiable
 from radeon_stack.kernels.routing import Routing, combine, route
 
 
@@ -92,8 +92,7 @@ def gated_experts(
     return out
 
 
-@dataclass(frozen=True)
-class _Frozen:
+class _Frozen(NamedTuple):
     """What has no gradient of its own; `training`: what the way back needs is kept; `needed`: and the values."""
 
     routing: Routing
@@ -217,8 +216,7 @@ def grouped_linear(
     return out
 
 
-@dataclass(frozen=True)
-class _Layer:
+class _Layer(NamedTuple):
     routing: Routing
     weight: Weight
     transposed: bool
@@ -275,6 +273,9 @@ def _check_shapes(
     down_adapter: Adapter | None,
 ) -> None:
     experts, rows, width = gate_up.shape
+    fits = x.shape == (index.shape[0], width) and slot_weight.shape == index.shape
+    if fits and down.shape == (experts, width, rows // 2) and gate_up_adapter is down_adapter is None:
+        return  # as nearly always, and sooner known
     wanted = {
         "x": (x, (index.shape[0], width)),
         "slot_weight": (slot_weight, index.shape),

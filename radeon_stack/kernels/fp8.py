@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from radeon_stack.errors import UsageError
 from radeon_stack.kernels.configs import FP8_DECODE_BLOCK, Tile, decode_once, fp8_tile, full_precision_tile
 from radeon_stack.kernels.grouped import family
 from radeon_stack.kernels.launch import launch
+from radeon_stack.kernels.once import once_differentiable
 from radeon_stack.kernels.sizes import cdiv
 
 E4M3 = torch.float8_e4m3fn

@@ -6,9 +6,8 @@ torch.nn.Linear stores it), else over its rows (x · w: the way back, or a trans
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from radeon_stack.kernels.configs import (
     grouped_tile,
 )
 from radeon_stack.kernels.launch import launch
-from radeon_stack.kernels.nf4 import NF4, decode, decoding, lookup_of, pointers
+from radeon_stack.kernels.nf4 import NF4, decode, decoding
 from radeon_stack.kernels.routing import Routing
 from radeon_stack.kernels.sizes import cdiv, next_power, padded_rank
 
@@ -32,8 +31,7 @@ Weight: TypeAlias = Tensor | NF4
 DENSE = {"TURNED": 0, "PAIRS": False}  # in the place of nf4.decoding
 
 
-@dataclass(frozen=True)
-class LowRank:
+class LowRank(NamedTuple):
     """scale · u · v on top of a product.
 
     u: [positions, rank] in sorted order. v: [experts, N, rank] over columns, [experts, rank, N] else.
@@ -50,6 +48,7 @@ class LowRank:
         return cls(spare, spare, 1.0, 0)
 
 
+@cache
 def family(device: torch.device) -> str:
     """Whose tiles: 'hip' or 'cuda' (also for the interpreter on a CPU)."""
     return "hip" if torch.version.hip is not None and device.type == "cuda" else "cuda"
@@ -142,8 +141,8 @@ def gated_forward(
     n, k = weight.shape[1] // 2, x.shape[1]
     tile = tile or tile_for("gated_forward", weight, routing, x.dtype)
     tiles = m_tiles(routing, tile)
-    gate_up = torch.empty((routing.size if save else 0, 2 * n), dtype=x.dtype, device=x.device)
-    hidden = torch.empty((routing.size, n), dtype=x.dtype, device=x.device)
+    gate_up = x.new_empty(routing.size if save else 0, 2 * n)
+    hidden = x.new_empty(routing.size, n)
     low = low_rank or LowRank.none(x)
     _launch(
         kernel,
@@ -299,17 +298,16 @@ def outer(
 
 def _gradients(routing: Routing, gate_up: Tensor, *, parts: int, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Room for what gated_backward gives."""
-    make = torch.zeros if routing.partial else torch.empty  # a slot of no expert is written by nobody
-    d_weight = make((routing.size, parts), dtype=torch.float32, device=gate_up.device)
-    size = (routing.size if save else 0, gate_up.shape[1] // 2)
-    weighted = torch.empty(size, dtype=gate_up.dtype, device=gate_up.device)
+    make = gate_up.new_zeros if routing.partial else gate_up.new_empty  # a slot of no expert is written by nobody
+    d_weight = make((routing.size, parts), dtype=torch.float32)
+    weighted = gate_up.new_empty(routing.size if save else 0, gate_up.shape[1] // 2)
     return torch.empty_like(gate_up), d_weight, weighted
 
 
 def _rows(routing: Routing, width: int, like: Tensor) -> Tensor:
     # A slot of no expert is written by nobody, and has to count as zero.
-    make = torch.zeros if routing.partial else torch.empty
-    return make((routing.size, width), dtype=like.dtype, device=like.device)
+    make = like.new_zeros if routing.partial else like.new_empty
+    return make((routing.size, width))
 
 
 def for_rows(weight: Weight, routing: Routing, dtype: torch.dtype) -> Weight:
@@ -340,7 +338,7 @@ def row_major(weight: Weight) -> Weight:
 
 def weight_arguments(weight: Weight) -> tuple[Tensor, ...]:
     """The six pointers by which every kernel is handed a weight."""
-    return pointers(weight) if isinstance(weight, NF4) else (weight,) * 6
+    return weight.pointers if isinstance(weight, NF4) else (weight,) * 6
 
 
 def _launch(
@@ -358,19 +356,15 @@ def _launch(
     after: dict[str, Any],
 ) -> None:
     """The constants that all of them have, with a kernel's own before and after NF4's; the rest as nf4.decoding's."""
+    packed = isinstance(weight, NF4)
+    stored = {"NF4": weight.lookup, "NESTED": weight.nested} if packed else {"NF4": 0, "NESTED": False}
     constants = {
-        "EXPERTS": routing.experts,
-        "PADDED": next_power(routing.experts),
+        **_experts(routing.experts),
         **(before or {}),
-        "NF4": lookup_of(weight) if isinstance(weight, NF4) else 0,
-        "NESTED": isinstance(weight, NF4) and weight.nested,
+        **stored,
         **after,
-        "BLOCK_M": tile.m,
-        "TAIL": tile.tail,
-        "BLOCK_N": tile.n,
-        "BLOCK_K": tile.k,
-        "GROUP": tile.group,
-        **(decoding(weight, tile, k, width, over_columns=over_columns) if isinstance(weight, NF4) else DENSE),
+        **_blocks(tile),
+        **(decoding(weight, tile, k, width, over_columns=over_columns) if packed else DENSE),
     }
     # Without fused multiply-add decoded values are bitsandbytes' to the bit.
     launch(
@@ -380,5 +374,15 @@ def _launch(
         constants,
         warps=tile.warps,
         stages=tile.stages,
-        fp_fusion=not isinstance(weight, NF4),
+        fp_fusion=not packed,
     )
+
+
+@cache
+def _experts(experts: int) -> dict[str, int]:
+    return {"EXPERTS": experts, "PADDED": next_power(experts)}
+
+
+@cache
+def _blocks(tile: Tile) -> dict[str, int]:
+    return {"BLOCK_M": tile.m, "TAIL": tile.tail, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": tile.group}

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from radeon_stack.kernels.configs import HEAD_BLOCK, HEAD_WARPS
 from radeon_stack.kernels.launch import launch
+from radeon_stack.kernels.once import once_differentiable
 from radeon_stack.kernels.sizes import cdiv
 
 TILE_BYTES = 256 << 20  # of logits at once

@@ -92,17 +92,18 @@ def _looked_at(arguments: Sequence[Any]) -> tuple[list[Any], list[Any], bool]:
     amd = torch.version.hip is not None
     passed: list[Any] = []
     told: list[Any] = []
+    hand, tell = passed.append, told.append
     addresses = 0
     for argument in arguments:
         kind = type(argument)
         if kind is int or kind is float:  # asked much sooner than whether it is a tensor
-            passed.append(argument)
-            told.append(argument)
+            hand(argument)
+            tell(argument)
         else:
             address = argument.data_ptr()
             addresses |= address
-            passed.append(address)
-            told.append((argument.dtype, argument.untyped_storage().size() >> 31 == 0) if amd else argument.dtype)
+            hand(address)
+            tell((argument.dtype, argument.untyped_storage().size() >> 31 == 0) if amd else argument.dtype)
     return passed, told, addresses % ALIGNMENT == 0
 
 

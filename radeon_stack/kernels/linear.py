@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from radeon_stack.errors import UsageError
 from radeon_stack.kernels import low_rank
@@ -22,15 +22,15 @@ from radeon_stack.kernels.configs import (
     linear_tile,
     low_rank_split,
 )
-from radeon_stack.kernels.grouped import family, weight_arguments
+from radeon_stack.kernels.grouped import family
 from radeon_stack.kernels.launch import launch
 from radeon_stack.kernels.nf4 import (
     NF4,
     decode,
     decode_reference,
     decoding,
-    lookup_of,
 )
+from radeon_stack.kernels.once import once_differentiable
 from radeon_stack.kernels.siblings import hand_on, rows_of
 from radeon_stack.kernels.sizes import cdiv, padded_rank
 
@@ -85,18 +85,20 @@ def nf4_linear(
     if a is not None and b is not None and a.shape[0] > MAX_RANK:  # more than a tile's registers hold
         low = (x @ a.to(x.dtype).T) @ b.to(x.dtype).T
         return nf4_linear(x, weight, bias=bias) + scale * low
-    a, b, bias = (None if tensor is None else tensor.contiguous() for tensor in (a, b, bias))
+    a = None if a is None else a.contiguous()
+    b = None if b is None else b.contiguous()
+    bias = None if bias is None else bias.contiguous()
     frozen = _Frozen(weight, bias, scale)
     if torch.is_grad_enabled():
         out, handed = _NF4Linear.apply(rows_of(x), a, b, frozen, given)
         if handed is not None:
             hand_on(x, handed)
     else:  # the first pass of a layer that is computed again: the host has enough to do
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        rows = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
         out, u = _values(_way(rows, a), rows, a, b, frozen, given)
         if keep is not None:
             keep(out, u)
-    return out.view(*x.shape[:-1], out.shape[-1])
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,7 @@ class Way:
     """x·aᵀ of x, a and b, where it alone is wanted; of many rows in the bits that `multiply` gives it."""
 
 
-@dataclass(frozen=True)
-class _Frozen:
+class _Frozen(NamedTuple):
     weight: NF4
     bias: Tensor | None
     scale: float
@@ -233,7 +234,7 @@ def decoded(
     if u is None:
         rank = first.shape[0 if over_columns else 1]
         matrix, partials = low_rank.decode_and_partials(x, weight, first, rank, over_columns=over_columns)
-        u = torch.empty((x.shape[0], rank), dtype=x.dtype, device=x.device)
+        u = x.new_empty(x.shape[0], rank)
     else:
         matrix, partials = decode(weight, x.dtype), None
     matrix = matrix.T if over_columns else matrix
@@ -261,19 +262,19 @@ def product(
 
     rows, k = x.shape
     n = weight.shape[0] if over_columns else weight.shape[1]
-    out = torch.empty((rows, n), dtype=x.dtype, device=x.device)
+    out = x.new_empty(rows, n)
     u = partials = None
     rank = split = 0
     if first is not None:
         rank, split = first.shape[0 if over_columns else 1], low_rank_split(rows)
-        u = torch.empty((rows, rank), dtype=x.dtype, device=x.device)
+        u = x.new_empty(rows, rank)
         partials = low_rank.partials(x, first, rank, split, over_columns=over_columns)
     if tile is None:
         wide = x.dtype == torch.float32
         tile = full_precision_tile() if wide else linear_tile(family(x.device), rows)
     arguments = (
         x,
-        *weight_arguments(weight),
+        *weight.pointers,
         x if bias is None else bias,
         x if partials is None else partials,
         x if second is None else second,
@@ -285,22 +286,23 @@ def product(
         rank,
         float(scale),
     )
-    constants = {
+    flags = {
         "OVER_COLUMNS": over_columns,
-        "NF4": lookup_of(weight),
+        "NF4": weight.lookup,
         "NESTED": weight.nested,
         "BIAS": bias is not None,
         "RANK": padded_rank(rank),
         "SPLIT": split,
-        "BLOCK_M": tile.m,
-        "BLOCK_N": tile.n,
-        "BLOCK_K": tile.k,
-        "GROUP": tile.group,
-        **decoding(weight, tile, k, tile.n, over_columns=over_columns),
     }
+    constants = {**flags, **_blocks(tile), **decoding(weight, tile, k, tile.n, over_columns=over_columns)}
     grid = (cdiv(rows, tile.m) * cdiv(n, tile.n), 1, 1)
     launch(linear, grid, arguments, constants, warps=tile.warps, stages=tile.stages, fp_fusion=False)
     return out, u
+
+
+@cache
+def _blocks(tile: Tile) -> dict[str, Any]:
+    return {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": tile.group}
 
 
 def _low_rank(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from radeon_stack.kernels.configs import (
     low_rank_step,
 )
 from radeon_stack.kernels.launch import launch
-from radeon_stack.kernels.nf4 import NF4, decode_constants, decode_programs, pointers
-from radeon_stack.kernels.sizes import cdiv, next_power, padded_rank
+from radeon_stack.kernels.nf4 import NF4, decode_constants, decode_programs
+from radeon_stack.kernels.sizes import SIZES, cdiv, next_power, padded_rank
 
 
 def partials(x: Tensor, factor: Tensor, rank: int, split: int, *, over_columns: bool) -> Tensor:
@@ -27,10 +28,11 @@ def partials(x: Tensor, factor: Tensor, rank: int, split: int, *, over_columns: 
     from radeon_stack.kernels.jit.linear import low_rank_partials
 
     rows, k = x.shape
-    made, constants = _room(x, rank, split, over_columns=over_columns)
+    programs, constants = _parts(rows, rank, split, over_columns=over_columns)
+    made = x.new_empty(split, rows, constants["RANK"], dtype=torch.float32)
     launch(
         low_rank_partials,
-        (cdiv(rows, constants["BLOCK_M"]), split, 1),
+        (programs, split, 1),
         (x, factor, made, rows, k, rank),
         constants,
         warps=LOW_RANK_WARPS,
@@ -46,13 +48,15 @@ def decode_and_partials(
     from radeon_stack.kernels.jit.linear import decode_and_low_rank
 
     (rows, k), split = x.shape, low_rank_split(x.shape[0])
-    matrix = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
-    made, constants = _room(x, rank, split, over_columns=over_columns)
+    programs, parts = _parts(rows, rank, split, over_columns=over_columns)
+    matrix = x.new_empty(weight.shape)
+    made = x.new_empty(split, rows, parts["RANK"], dtype=torch.float32)
+    values = matrix.numel()
     launch(
         decode_and_low_rank,
-        (cdiv(rows, constants["BLOCK_M"]) * split + decode_programs(matrix.numel()), 1, 1),
-        (x, factor, made, *pointers(weight), matrix, rows, k, rank, matrix.numel()),
-        {**constants, **decode_constants(weight)},
+        (programs * split + decode_programs(values), 1, 1),
+        (x, factor, made, *weight.pointers, matrix, rows, k, rank, values),
+        {**parts, **decode_constants(weight)},
         warps=LOW_RANK_WARPS,
         stages=ADAPTER_STAGES,
         fp_fusion=False,
@@ -60,13 +64,12 @@ def decode_and_partials(
     return matrix, made
 
 
-def _room(x: Tensor, rank: int, split: int, *, over_columns: bool) -> tuple[Tensor, dict[str, Any]]:
-    """(where the partials go, the constants of the kernels that make them)"""
-    rows, padded = x.shape[0], padded_rank(rank)
-    room = torch.empty((split, rows, padded), dtype=torch.float32, device=x.device)
-    block = min(64, max(16, next_power(rows)))
+@lru_cache(SIZES)
+def _parts(rows: int, rank: int, split: int, *, over_columns: bool) -> tuple[int, dict[str, Any]]:
+    """(programs a part of the reduction, the constants of the kernels that make u's summands)"""
+    padded, block = padded_rank(rank), min(64, max(16, next_power(rows)))
     sizes = {"RANK": padded, "SPLIT": split, "BLOCK_M": block, "BLOCK_K": low_rank_step(padded)}
-    return room, {"OVER_COLUMNS": over_columns, **sizes}
+    return cdiv(rows, block), {"OVER_COLUMNS": over_columns, **sizes}
 
 
 def product(
@@ -83,19 +86,23 @@ def product(
     """out, [rows, n]: scale · u · factor + bias, onto what it holds or not. u, [rows, rank], is written, or known."""
     from radeon_stack.kernels.jit.linear import low_rank_product
 
-    (rows, rank), n, (m, width) = u.shape, out.shape[1], LOW_RANK_TILE
-    constants = {
-        "OVER_COLUMNS": over_columns,
-        "BIAS": bias is not None,
-        "ONTO": onto,
-        "RANK": padded_rank(rank),
-        "SPLIT": 0 if partials is None else partials.shape[0],
-        "BLOCK_M": m,
-        "BLOCK_N": width,
-    }
+    (rows, rank), n = u.shape, out.shape[1]
+    split = 0 if partials is None else partials.shape[0]
+    programs, constants = _product(rows, n, rank, split, over_columns=over_columns, bias=bias is not None, onto=onto)
     spare = u if partials is None else partials
     arguments = (spare, factor, u if bias is None else bias, u, out, rows, n, rank, float(scale))
-    launch(low_rank_product, (cdiv(rows, m), cdiv(n, width), 1), arguments, constants, warps=LOW_RANK_WARPS)
+    launch(low_rank_product, programs, arguments, constants, warps=LOW_RANK_WARPS)
+
+
+@lru_cache(SIZES)
+def _product(
+    rows: int, n: int, rank: int, split: int, *, over_columns: bool, bias: bool, onto: bool
+) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """(programs, constants)"""
+    m, width = LOW_RANK_TILE
+    flags = {"OVER_COLUMNS": over_columns, "BIAS": bias, "ONTO": onto}
+    sizes = {"RANK": padded_rank(rank), "SPLIT": split, "BLOCK_M": m, "BLOCK_N": width}
+    return (cdiv(rows, m), cdiv(n, width), 1), {**flags, **sizes}
 
 
 def gradients(
@@ -105,13 +112,20 @@ def gradients(
     from radeon_stack.kernels.jit.linear import adapter_gradients as kernel
 
     (rows, k), n, rank = x.shape, d_out.shape[1], u.shape[1]
-    d_a = torch.empty((rank, k), dtype=a, device=x.device)
-    d_b = torch.empty((n, rank), dtype=b, device=x.device)
-    block = 64
-    constants = {"RANK": padded_rank(rank), "BLOCK_M": min(64, max(16, next_power(rows))), "BLOCK_C": block}
+    d_a = x.new_empty(rank, k, dtype=a)
+    d_b = x.new_empty(n, rank, dtype=b)
+    programs, constants = _gradients(rows, n, k, rank)
     arguments = (x, d_out, u, g, d_a, d_b, rows, n, k, rank, float(scale))
-    launch(kernel, (cdiv(k, block) + cdiv(n, block), 1, 1), arguments, constants, stages=ADAPTER_STAGES)
+    launch(kernel, programs, arguments, constants, stages=ADAPTER_STAGES)
     return d_a, d_b
+
+
+@lru_cache(SIZES)
+def _gradients(rows: int, n: int, k: int, rank: int) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """(programs, constants)"""
+    block = 64
+    sizes = {"RANK": padded_rank(rank), "BLOCK_M": min(block, max(16, next_power(rows))), "BLOCK_C": block}
+    return (cdiv(k, block) + cdiv(n, block), 1, 1), sizes
 
 
 def gradients_by_torch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from radeon_stack.errors import UsageError
 from radeon_stack.kernels.configs import NF4_DECODE_BLOCK, Tile
+from radeon_stack.kernels.sizes import SIZES
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -36,6 +38,18 @@ class NF4:
     @property
     def nested(self) -> bool:
         return self.nested_absmax is not None
+
+    @cached_property
+    def lookup(self) -> int:
+        """The kernels' NF4 constant (`jit.weights`): 2, by warp shuffle, on CUDA; 1, by selects, anywhere else."""
+        return 2 if self.device.type == "cuda" and torch.version.hip is None else 1
+
+    @cached_property
+    def pointers(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What every kernel that reads NF4 takes, in its order; what is not there is stood in for and never read."""
+        nested = (self.nested_absmax, self.nested_code, self.nested_offset)
+        first, second, third = (self.code if part is None else part for part in nested)
+        return self.packed, self.absmax, self.code, first, second, third
 
     @property
     def device(self) -> torch.device:
@@ -108,10 +122,10 @@ def decode(matrix: NF4, dtype: torch.dtype | None = None) -> Tensor:
     from radeon_stack.kernels.jit.decode import decode_blocks
     from radeon_stack.kernels.launch import launch
 
-    out = torch.empty(matrix.shape, dtype=dtype or matrix.dtype, device=matrix.device)
+    out = matrix.packed.new_empty(matrix.shape, dtype=dtype or matrix.dtype)
     values = out.numel()
     grid = (decode_programs(values), 1, 1)
-    launch(decode_blocks, grid, (*pointers(matrix), out, values), decode_constants(matrix), fp_fusion=False)
+    launch(decode_blocks, grid, (*matrix.pointers, out, values), decode_constants(matrix), fp_fusion=False)
     return out
 
 
@@ -122,29 +136,19 @@ def decode_programs(values: int) -> int:
 
 def decode_constants(matrix: NF4) -> dict[str, Any]:
     """The kernels' constants for decoding all of it."""
-    return {"NF4": lookup_of(matrix), "NESTED": matrix.nested, "BLOCK": NF4_DECODE_BLOCK}
-
-
-def lookup_of(matrix: NF4) -> int:
-    """The kernels' NF4 constant (`jit.weights`): 2, by warp shuffle, on CUDA; 1, by selects, anywhere else."""
-    return 2 if matrix.device.type == "cuda" and torch.version.hip is None else 1
+    return {"NF4": matrix.lookup, "NESTED": matrix.nested, "BLOCK": NF4_DECODE_BLOCK}
 
 
 def decoding(matrix: NF4, tile: Tile, k: int, width: int, *, over_columns: bool) -> dict[str, Any]:
     """The kernels' constants for how a product decodes: over k, into tiles of `width` columns of accumulators."""
+    aligned = matrix.packed.data_ptr() % 4 == 0  # it reads words
+    return _turned(tile, k, width, over_columns=over_columns, aligned=aligned)
+
+
+@lru_cache(SIZES)
+def _turned(tile: Tile, k: int, width: int, *, over_columns: bool, aligned: bool) -> dict[str, Any]:
     across = min(16 * tile.warps, width)
     # Down the rows a thread takes a word, a half or a byte of one.
     fits = k % tile.k == 0 and (tile.k >= BLOCK if over_columns else width // (16 * tile.warps) in (1, 2, 4))
-    turned = tile.turned and fits and matrix.packed.data_ptr() % 4 == 0  # it reads words
-    return {
-        "TURNED": across if turned else 0,
-        "PAIRS": tile.pairs and turned,
-    }
-
-
-def pointers(matrix: NF4) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What every kernel that reads NF4 takes, in its order; what is not there is stood in for and never read."""
-    spare = matrix.code
-    nested = (matrix.nested_absmax, matrix.nested_code, matrix.nested_offset)
-    first, second, third = (spare if part is None else part for part in nested)
-    return matrix.packed, matrix.absmax, matrix.code, first, second, third
+    turned = tile.turned and fits and aligned
+    return {"TURNED": across if turned else 0, "PAIRS": tile.pairs and turned}

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from radeon_stack.kernels.kept import Keeper, Pass, count_rows
+from radeon_stack.kernels.once import once_differentiable
 
 SPARES = "radeon_spares"  # a layer's attribute: [the module whose values its second pass does without, or None]
 SPARED = "radeon_spared"  # that module's, meanwhile

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from radeon_stack.kernels.launch import launch
-from radeon_stack.kernels.sizes import cdiv, next_power
+from radeon_stack.kernels.once import once_differentiable
+from radeon_stack.kernels.sizes import SIZES, cdiv, next_power
 
 
 def router_reference(logits: Tensor, top_k: int, *, normalise: bool = True) -> tuple[Tensor, Tensor]:
@@ -46,7 +47,6 @@ class _Router(torch.autograd.Function):
         weight, index = _chosen(logits, top_k, normalise)
         ctx.save_for_backward(logits, index)
         ctx.normalise = normalise
-        ctx.mark_non_differentiable(index)
         return weight, index
 
     @staticmethod
@@ -59,11 +59,10 @@ class _Router(torch.autograd.Function):
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
-        logits = x @ matrix.T
+        logits = torch.nn.functional.linear(x, matrix)
         weight, index = _chosen(logits, top_k, normalise)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, matrix, logits, index)
         ctx.normalise = normalise
-        ctx.mark_non_differentiable(index)
         return weight, index
 
     @staticmethod
@@ -79,18 +78,10 @@ def _chosen(logits: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor
     from radeon_stack.kernels.jit.routing import router_forward
 
     tokens, experts = logits.shape
-    weight = torch.empty((tokens, top_k), dtype=logits.dtype, device=logits.device)
-    index = torch.empty((tokens, top_k), dtype=torch.int64, device=logits.device)
-    block = rows(tokens)
-    constants = {
-        "EXPERTS": experts,
-        "PADDED": next_power(experts),
-        "TOP_K": top_k,
-        "TOP_PADDED": next_power(top_k),
-        "NORMALISE": normalise,
-        "BLOCK_T": block,
-    }
-    launch(router_forward, (cdiv(tokens, block), 1, 1), (logits, weight, index, tokens), constants)
+    weight = logits.new_empty(tokens, top_k)
+    index = logits.new_empty(tokens, top_k, dtype=torch.int64)
+    programs, constants = _sizes(tokens, experts, top_k, normalise)
+    launch(router_forward, programs, (logits, weight, index, tokens), constants)
     return weight, index
 
 
@@ -99,17 +90,20 @@ def _d_logits(logits: Tensor, index: Tensor, d_weight: Tensor, normalise: bool) 
 
     tokens, experts = logits.shape
     d_logits = torch.empty_like(logits)
-    block = rows(tokens)
-    constants = {
-        "EXPERTS": experts,
-        "PADDED": next_power(experts),
-        "TOP_K": index.shape[1],
-        "NORMALISE": normalise,
-        "BLOCK_T": block,
-    }
-    arguments = (logits, index, d_weight.contiguous(), d_logits, tokens)
-    launch(router_backward, (cdiv(tokens, block), 1, 1), arguments, constants)
+    programs, constants = _sizes(tokens, experts, index.shape[1], normalise, back=True)
+    launch(router_backward, programs, (logits, index, d_weight.contiguous(), d_logits, tokens), constants)
     return d_logits
+
+
+@lru_cache(SIZES)
+def _sizes(
+    tokens: int, experts: int, top_k: int, normalise: bool, *, back: bool = False
+) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """(programs, constants) of a launch."""
+    block = rows(tokens)
+    choices = {} if back else {"TOP_PADDED": next_power(top_k)}
+    sizes = {"EXPERTS": experts, "PADDED": next_power(experts), "TOP_K": top_k, **choices}
+    return (cdiv(tokens, block), 1, 1), {**sizes, "NORMALISE": normalise, "BLOCK_T": block}
 
 
 def rows(tokens: int) -> int:

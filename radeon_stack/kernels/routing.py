@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,7 @@ from radeon_stack.kernels.launch import launch
 from radeon_stack.kernels.sizes import cdiv, next_power
 
 
-@dataclass(frozen=True)
-class Routing:
+class Routing(NamedTuple):
     """Slots sorted by expert, stable.
 
     slots: int32 [slots], the slot at each sorted position; after offsets[-1] it holds 0.
@@ -49,8 +48,8 @@ def route(index: Tensor, experts: int, *, partial: bool = False) -> Routing:
 
     index = index.contiguous()
     size, padded = index.numel(), next_power(experts)
-    slots = (torch.zeros if partial else torch.empty)(size, dtype=torch.int32, device=index.device)
-    offsets = torch.empty(experts + 1, dtype=torch.int32, device=index.device)
+    slots = (index.new_zeros if partial else index.new_empty)(size, dtype=torch.int32)
+    offsets = index.new_empty(experts + 1, dtype=torch.int32)
     routing = Routing(slots, offsets, index.shape[0], index.shape[1], experts, partial)
     if size <= FEW_SLOTS:
         launch(sort_few_slots, (experts, 1, 1), (index, slots, offsets, size, experts), {"CHUNK": SLOTS_CHUNK})
@@ -58,7 +57,7 @@ def route(index: Tensor, experts: int, *, partial: bool = False) -> Routing:
     block = 512
     chunk = max(16, min(128, 4096 // padded))  # so many slots' choices at a time fit in registers
     blocks = cdiv(size, block)
-    counts = torch.empty((blocks, padded), dtype=torch.int32, device=index.device)
+    counts = index.new_empty(blocks, padded, dtype=torch.int32)
     sizes = {"PADDED": padded, "BLOCK": block, "CHUNK": chunk}
     launch(count_experts, (blocks, 1, 1), (index, counts, size), sizes, warps=8)
     constants = {"EXPERTS": experts, **sizes, "BLOCKS": chunk}
@@ -78,8 +77,8 @@ def combine(
     from radeon_stack.kernels.jit.routing import combine as kernel
 
     tokens, width = y.shape[0] // top_k, y.shape[1]
-    out = torch.empty((tokens, width), dtype=y.dtype, device=y.device)
-    sums = None if parts is None else torch.empty(y.shape[0], dtype=dtype or parts.dtype, device=y.device)
+    out = y.new_empty(tokens, width)
+    sums = None if parts is None else parts.new_empty(y.shape[0], dtype=dtype or parts.dtype)
     count = 0 if parts is None else parts.shape[1]
     rows, columns = 4, 512
     constants = {"TOP_K": top_k, "PARTS": next_power(count) if count else 0, "BLOCK_T": rows, "BLOCK_H": columns}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+SIZES = 4096  # of batches whose launches' grids and constants are remembered: a step waits for the host
+
 
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""

@@ -1,0 +1,23 @@
+"""Gradients that have none of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable as guarded_by_torch
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's, whose guard is entered only where gradients of gradients are recorded: elsewhere it does nothing, and
+    at every layer of a step it takes some of the time that the host has for it.
+    """
+    guarded = guarded_by_torch(backward)
+
+    @wraps(backward)
+    def gradient(ctx: Any, *gradients: Any) -> Any:
+        return guarded(ctx, *gradients) if torch.is_grad_enabled() else backward(ctx, *gradients)
+
+    return gradient
