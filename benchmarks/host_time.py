@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         b = torch.randn(out, RANK, device="cuda", requires_grad=True)
         for rows in ROWS:
             y, d_y = torch.randn(rows, wide, **half, requires_grad=True), torch.randn(rows, out, **half)
-            layer = (lambda y=y, weight=weight, a=a, b=b: nf4_linear(y, weight, a, b))  # fmt: skip
+            layer = partial(nf4_linear, y, weight, a, b)
             found[f"NF4 layer {out} × {wide}, {rows} rows"] = there_and_back(layer, (y, a, b), d_y)
     return found
 
@@ -96,13 +97,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("a GPU is needed: a CPU computes while it is timed")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, call in calls().items():
         with torch.autograd.set_multithreading_enabled(True):
             apart = microseconds(call)
         with torch.autograd.set_multithreading_enabled(False):
-            rows.append({"what": name, "thread": apart, "here": microseconds(call)})
-        print(f"{name:<36} {apart['median']:7.1f} µs, here {rows[-1]['here']['median']:7.1f} µs")
+            here = microseconds(call)
+        rows.append({"what": name, "thread": apart, "here": here})
+        print(f"{name:<36} {apart['median']:7.1f} µs, here {here['median']:7.1f} µs")
     record = {
         "card": torch.cuda.get_device_name(0),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
