@@ -37,7 +37,7 @@ ROWS = (512, 1024)
 WARM_UP, SAMPLES = 20, 200
 
 
-class Nothing(torch.autograd.Function):
+class Nothing(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.view_as(x)
