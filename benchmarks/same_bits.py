@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python benchmarks/same_bits.py [--out FILE] [--commit HASH]
 
-Tiles in use, and the three that once did not (same_bits_before_h200.json: products read registers that were written
-over meanwhile; `jit/turned.py`). What a call writes is first filled with NaN. Exit 7 where bits differ.
+Tiles in use, and those that once did not (same_bits_before_h200.json: products read registers that were written over
+meanwhile, `jit/turned.py`; there the wider two had their registers bounded to 128 as well). What a call writes is first filled with NaN. Exit 7 where bits differ.
 """
 
 from __future__ import annotations
