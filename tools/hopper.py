@@ -2,7 +2,7 @@
 
 Decoded values go from registers to the matrix units (kernels/jit/turned.py). Exit 7 when a loop writes such a register
 before the product that reads it has ended: its sums would be wrong where a multiprocessor has more to do than it had
-when they were looked at.
+when they were looked at. Compiled are those without adapters, with scales in float32.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import triton
-from sass import written_while_read
+from sass import products_of_registers, written_while_read
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -81,7 +81,7 @@ def hoppers(kind: Kind, tile: Tile) -> Variant:
 
 
 def look(variant: Variant) -> dict[str, Any]:
-    """Its registers, bytes that it spills, and what it overwrites."""
+    """Its registers, bytes that it spills, products that read registers, and what is overwritten of these."""
     place = {parameter: number for number, parameter in enumerate(variant.kernel.arg_names)}
     source = ASTSource(
         fn=variant.kernel,
@@ -93,10 +93,11 @@ def look(variant: Variant) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(triton.compile(source, target=HOPPER, options=options).asm["cubin"])
         cubin.flush()
-        told = _told("cuobjdump", "--dump-resource-usage", cubin.name)
+        resources = _told("cuobjdump", "--dump-resource-usage", cubin.name)
         sass = _told("nvdisasm", "-c", cubin.name)
-    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", told)[0]
-    return {"registers": int(registers), "stack": int(stack), "overwritten": written_while_read(sass)}
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", resources)[0]
+    told = {"registers": int(registers), "stack": int(stack), "products": products_of_registers(sass)}
+    return {**told, "overwritten": written_while_read(sass)}
 
 
 def _told(tool: str, *arguments: str) -> str:

@@ -40,6 +40,12 @@ def written_while_read(sass: str) -> list[str]:
     return list(found)
 
 
+def products_of_registers(sass: str) -> int:
+    """Instructions that are products and read their left operand from registers."""
+    parts = [_parts(instruction) for instruction in _read(sass)[0]]
+    return sum(operation.startswith("HGMMA") and _register(operands[1]) is not None for operation, operands in parts)
+
+
 def _read(sass: str) -> tuple[list[str], dict[str, int]]:
     """(instructions, label → the place of the one after it)"""
     instructions: list[str] = []

@@ -30,10 +30,10 @@ model.set_experts_implementation("radeon_nf4")  # read packed, decoded tile by t
 - `kernels/linear.py`: an NF4 linear layer with a LoRA adapter.
 - `kernels/nf4.py`: decoded values are bitsandbytes' to the bit.
 - `kernels/jit/turned.py`: on CUDA, decoded values go from registers to the matrix units. NVIDIA's assembler before 13.3
-  has such registers written over while a product still reads them (triton-lang/triton issue 9433): of three tiles that
-  were tried, two of them with their registers bounded, 1 to 40 of 40 calls gave other sums
-  (`benchmarks/same_bits_before_h200.json`; those in use gave none). Products now end within their step, and no tile
-  does (`same_bits_h200.json`); `tools/hopper.py` reads it off the machine code. AMD's kernels have no such products.
+  has such registers written over while a product still reads them (triton-lang/triton issue 9433): a tile that was
+  tried and not chosen gave other sums in 40 of 40 calls (`benchmarks/same_bits_before_h200.json`; those in use gave
+  none). Products now end within their step, and it gives none (`same_bits_h200.json`); `tools/hopper.py` reads it off
+  the machine code of the tiles in use. AMD's kernels have no such products.
 
 Each stands beside a plain-torch reference that reads like its definition. One Triton source for CUDA and AMD.
 **On AMD GPUs it was compiled and its binaries read ([kernels.md](kernels.md)), and never run**: the figures below say

@@ -91,7 +91,7 @@ def decode_experts_once(family: str, mean_rows: float) -> bool:
     One matrix of the layer is then in 16 bit for the time of one product. Measured on an H200 with 128 experts of
     2048 × 768 (benchmarks/tune_awaited_h200.json, tune_gate_h200.json): to decode both matrices takes 0.39 ms. At 256
     rows an expert the products over columns take 0.90 ms packed and 0.67 in 16 bit, those down the rows 1.04 and 0.74.
-    Growing with the rows, these win decoding back from 340 and from 440 rows on: counted, not timed, and one bound
+    Growing with the rows, these win decoding back from 460 and from 340 rows on: counted, not timed, and one bound
     between them. On AMD there is nothing to go by: never.
     """
     return mean_rows > DECODE_EXPERTS_ONCE_ROWS[family]

@@ -135,7 +135,7 @@ class _NF4Linear(torch.autograd.Function):
         out, u = _values(way, x, a, b, frozen, given)
         handed = None
         if way.decodes:
-            x = handed = x.detach()  # itself may be a view of the tensor that these hang on: saved, it were a circle
+            x = handed = x.detach()  # itself may be what these hang on, or a view of it: saved, it were a circle
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if a is not None else None, a, b, u)
         ctx.frozen, ctx.way = frozen, way

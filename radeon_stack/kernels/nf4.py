@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -39,10 +39,10 @@ class NF4:
     def nested(self) -> bool:
         return self.nested_absmax is not None
 
-    @cached_property
+    @property
     def lookup(self) -> int:
         """The kernels' NF4 constant (`jit.weights`): 2, by warp shuffle, on CUDA; 1, by selects, anywhere else."""
-        return 2 if self.device.type == "cuda" and torch.version.hip is None else 1
+        return _lookup(self.packed.device)
 
     @cached_property
     def pointers(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -60,6 +60,11 @@ class NF4:
         """Bytes in memory, scales and tables included."""
         parts = (self.packed, self.absmax, self.code, self.nested_absmax, self.nested_code, self.nested_offset)
         return sum(part.nbytes for part in parts if part is not None)
+
+
+@cache
+def _lookup(device: torch.device) -> int:
+    return 2 if device.type == "cuda" and torch.version.hip is None else 1
 
 
 def from_bitsandbytes(packed: Tensor, state: Any) -> NF4:

@@ -36,6 +36,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, _poisoning(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoning(torch.Tensor.new_empty))
     torch.manual_seed(0)
     yield
 

@@ -103,10 +103,10 @@ def test_any_shape_and_any_routing_is_right(data: st.DataObject) -> None:
         inner=64 * data.draw(st.integers(1, 2)),
         spread=spread,
     )
-    # A single gradient may be a difference of large numbers: torch's own error tells how much of it is rounding, if
-    # not exactly. Of 332 random layers three of one token were past that limit, at most 3.6 times torch's.
+    # A single gradient may be a difference of large numbers: torch's own error tells how much of it is rounding; of a
+    # few numbers' not exactly, its own may be small by chance.
     for found, torchs, wanted in zip(layer.run(), layer.torchs(), layer.truth(), strict=True):
-        chance = 2 if wanted.numel() > FEW_NUMBERS else 8
+        chance = 2 if wanted.numel() > FEW_NUMBERS else 5
         assert distance(found, wanted) < max(LIMIT[torch.float16], chance * distance(torchs, wanted))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from radeon_stack.kernels import linear, low_rank, nf4, siblings
 from tests.kernels.helpers import DEVICE, Adds, distance
 
 ROWS, WIDTH, OUT, RANK = 6, 128, 64, 4
+SHAPE: tuple[int, ...] = (ROWS,)  # of what the layers read, besides its columns
 
 
 class Layer:
@@ -42,6 +44,11 @@ def many_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(linear, "decode", lambda matrix, dtype: nf4.decode_reference(matrix, dtype))
 
 
+@pytest.fixture(autouse=True, params=[(2, ROWS // 2), (ROWS,)], ids=["of sequences", "of rows"])
+def shape(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "SHAPE", request.param)
+
+
 @pytest.fixture
 def uncollected() -> Iterator[None]:
     gc.collect()
@@ -52,7 +59,7 @@ def uncollected() -> Iterator[None]:
 
 def given() -> tuple[torch.Tensor, torch.Tensor]:
     """A leaf, and what the layers read: […, columns], made of it."""
-    leaf = torch.randn(2, ROWS // 2, WIDTH, device=DEVICE, requires_grad=True)
+    leaf = torch.randn(*SHAPE, WIDTH, device=DEVICE, requires_grad=True)
     return leaf, leaf * 3
 
 
@@ -141,7 +148,7 @@ def test_a_graph_that_is_gone_through_twice_gives_the_same_bits_twice() -> None:
 def test_gradients_that_are_not_contiguous_are_added_too() -> None:
     first, second = Layer(), Layer()
     leaf, x = given()
-    d_outs = [torch.randn(ROWS // 2, 2, OUT, device=DEVICE).transpose(0, 1) for _ in range(2)]
+    d_outs = [torch.randn(OUT, *reversed(SHAPE), device=DEVICE).permute(*range(len(SHAPE), -1, -1)) for _ in range(2)]
     (found,) = torch.autograd.grad([first(x), second(x)], leaf, d_outs)
     (wanted,) = torch.autograd.grad([first(leaf * 3), second(leaf * 3)], leaf, d_outs)
     assert are_near([found], [wanted])

@@ -41,6 +41,7 @@ def test_no_register_is_written_that_a_product_still_reads(python: Path) -> None
     code, told = looked_at(python, "--only", "rows (64|288|384)")
     assert told["triton"] == "3.5.1" and len(told["rows"]) == 10
     assert (code, [row["overwritten"] for row in told["rows"]]) == (Exit.OK, [[]] * 10)
+    assert all(row["products"] for row in told["rows"])
 
 
 def test_it_is_seen_where_products_are_not_awaited(python: Path) -> None:
