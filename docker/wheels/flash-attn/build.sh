@@ -4,4 +4,4 @@ if [ "${FLASH_ATTENTION_TRITON_AMD_ENABLE:-FALSE}" != TRUE ]; then
   export GPU_ARCHS="$GFX"
   git submodule update --init --depth 1 csrc/composable_kernel
 fi
-pip wheel . --no-deps --no-build-isolation --wheel-dir /wheels
+pip wheel . --no-deps --no-build-isolation --wheel-dir "$WHEELS"
