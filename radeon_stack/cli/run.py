@@ -12,6 +12,7 @@ import click
 
 from radeon_stack.catalog.load import Effective, read, resolve
 from radeon_stack.cli.estimate import tell
+from radeon_stack.contracts import SOURCES
 from radeon_stack.errors import Exit, UsageError
 from radeon_stack.host.bundle import is_here, opened
 from radeon_stack.launch.circumstances import Asked, find_out
@@ -23,6 +24,7 @@ from radeon_stack.runs.compare import Side, as_data, compare, side
 from radeon_stack.runs.compare import lines as comparison_lines
 from radeon_stack.runs.events import read_events
 from radeon_stack.runs.outcome import Outcome, recorded
+from radeon_stack.runs.sources import find_source
 from radeon_stack.runs.store import Run, RunStore, home
 from radeon_stack.runs.summary import lines, summary
 from radeon_stack.runs.view import view_for
@@ -47,6 +49,13 @@ def plan_options(command: Command) -> Command:
         click.option("--model", metavar="PATH", callback=not_empty, help="The model's folder."),
         click.option(
             "--data", metavar="FILE", callback=not_empty, help="A .jsonl, .json or .parquet file of chats or texts."
+        ),
+        click.option(
+            "--from",
+            "source",
+            metavar="RUN",
+            callback=not_empty,
+            help="What was made before: a run, 'last', or a folder (export-check, serve).",
         ),
         click.option("--engine", type=click.Choice(["auto", "docker", "local"]), default=None, help="Default: auto."),
         click.option(
@@ -103,6 +112,7 @@ def run(dry_run: bool, only_estimate: bool, detached: bool, earlier: str | None,
       radeon-stack run train-llama --preset demo --data chats.jsonl --set data.loss_on=assistant
       radeon-stack run train-llama --preset demo --engine docker --dry-run
       radeon-stack run train-llama --model ./Meta-Llama-3.1-8B-Instruct --estimate
+      radeon-stack run export-check --from last
       radeon-stack run bench-attention --compare last
       radeon-stack run --resume last
       radeon-stack run --resume last --set train.learning_rate=1e-5
@@ -110,7 +120,7 @@ def run(dry_run: bool, only_estimate: bool, detached: bool, earlier: str | None,
     if earlier is not None and detached:
         raise click.UsageError("--compare waits for the end: leave --detach out, and use: runs compare")
     if only_estimate:
-        values = {name: options[name] for name in ("recipe", "preset", "sets", "model", "data")}
+        values = {name: options[name] for name in ("recipe", "preset", "sets", "model", "data", "source")}
         with opened(options["sysroot"]) as place:
             return tell(asked_recipe(**values), place, options["gpus"], as_json=as_json)
     if not dry_run and not is_here(options["sysroot"]):
@@ -144,6 +154,7 @@ def drafted_from(
     sets: tuple[str, ...],
     model: str | None,
     data: str | None,
+    source: str | None,
     engine: str | None,
     image: str | None,
     resume: str | None = None,
@@ -160,8 +171,8 @@ def drafted_from(
     as_many: int | None = None
     effective: Effective
     if resume is not None:
-        if any(given is not None for given in (recipe, preset, model, data)):
-            raise click.UsageError("--resume continues a run as it was: give no recipe, preset, model or data with it")
+        if any(given is not None for given in (recipe, preset, model, data, source)):
+            raise click.UsageError("--resume continues a run as it was: give no recipe, preset, model, data or source")
         resumed = store.find(resume)
         effective = resumable(resumed, sets, after_fault=after_fault)
         status = resumed.status()
@@ -172,7 +183,7 @@ def drafted_from(
             as_many = len(before.gpus) or None
             share, without = share or before.shared, without or before.without
     else:
-        effective = asked_recipe(recipe, preset, sets, model, data)
+        effective = asked_recipe(recipe, preset, sets, model, data, source)
     asked = Asked(gpus, engine or "auto", image, share, without, as_many)
     with opened(sysroot) as place:
         here = find_out(effective, place, asked, store.home)
@@ -180,17 +191,28 @@ def drafted_from(
 
 
 def asked_recipe(
-    recipe: str | None, preset: str | None, sets: tuple[str, ...], model: str | None, data: str | None
+    recipe: str | None,
+    preset: str | None,
+    sets: tuple[str, ...],
+    model: str | None,
+    data: str | None,
+    source: str | None = None,
 ) -> Effective:
     """The recipe with its preset, values and flags laid over it."""
     if recipe is None:
         raise click.UsageError("which recipe? see: radeon-stack list")
     flags: dict[str, dict[str, Any]] = {}
+    file = read(recipe)
+    if source is not None:
+        makes = SOURCES.get(str(file.tree.get("workload")))
+        if makes is None:
+            raise UsageError(f"{file.name} takes nothing that a run made", where="--from", remedy="leave it out")
+        flags["--from"] = {"config": find_source(RunStore(home()), source, makes)}
     if model is not None:
         flags["--model"] = {"config": {"model": model}}
     if data is not None:
         flags["--data"] = {"config": {"data": {"dataset": data}}}
-    return resolve(read(recipe), preset, sets, flags)
+    return resolve(file, preset, sets, flags)
 
 
 def _plan_before(run: Run) -> LaunchPlan | None:

@@ -10,10 +10,15 @@ from pydantic import BaseModel
 
 from radeon_stack.contracts.bench import BenchConfig
 from radeon_stack.contracts.capabilities import CapabilitiesConfig
+from radeon_stack.contracts.export import ExportConfig
 from radeon_stack.contracts.finetune import FinetuneConfig
 
 WORKLOADS: dict[str, type[BaseModel]] = {
     "bench": BenchConfig,
     "capabilities": CapabilitiesConfig,
+    "export": ExportConfig,
     "finetune": FinetuneConfig,
 }
+
+# What `--from` must find of a run, by workload: any of these below its artifacts.
+SOURCES: dict[str, tuple[str, ...]] = {"export": ("merged", "adapter")}

@@ -55,6 +55,18 @@ def is_made(model: str) -> bool:
     return model.startswith((PACKAGE_PREFIX, RANDOM_PREFIX, HUB_PREFIX))
 
 
+class TakesSource(Section):
+    """A workload that is given what a run made: the plan mounts its folder and passes it as `--source`."""
+
+    source: str = Field(
+        min_length=1,
+        description="a run's folder, or one with an adapter, a merged model or GGUF files; usually given as --from",
+    )
+    model: str = Field(
+        "", description="the 16-bit base, where an adapter has to be merged; of a run's adapter it is the run's own"
+    )
+
+
 class Dataset(Section):
     """Where data comes from."""
 

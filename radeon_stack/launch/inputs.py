@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from radeon_stack.contracts.sections import BIRTHDAY, HUB_ID, HUB_PREFIX, TakesData, TakesModel, is_made
+from radeon_stack.contracts.sections import BIRTHDAY, HUB_ID, HUB_PREFIX, TakesData, TakesModel, TakesSource, is_made
 from radeon_stack.errors import UsageError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -33,6 +33,15 @@ def model_folder(model: str, *, where: str) -> Path | None:
     _require(folder, ("config.json",), "config.json", where)
     _require(folder, TOKENIZER_FILES, "a tokenizer (tokenizer.json or tokenizer.model)", where)
     _require(folder, ("*.safetensors",), "weights (*.safetensors)", where)
+    return folder
+
+
+def source_folder(source: str, *, where: str) -> Path:
+    """The absolute folder of what was made before. UsageError when it is not there."""
+    folder = Path(os.path.abspath(Path(source).expanduser()))
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing there"
+        raise UsageError(f"no folder {folder} ({found})", where=where, remedy="see: radeon-stack runs list")
     return folder
 
 
@@ -80,7 +89,10 @@ def absolute_inputs(config: BaseModel, tree: dict[str, Any]) -> dict[str, Any]:
     So a run is resumed from any folder.
     """
     values = dict(tree["config"])
-    if isinstance(config, TakesModel) and (folder := model_folder(config.model, where="config.model")):
+    if isinstance(config, TakesSource):
+        values["source"] = str(source_folder(config.source, where="config.source"))
+    takes = isinstance(config, TakesModel) or (isinstance(config, TakesSource) and config.model)
+    if takes and (folder := model_folder(values["model"], where="config.model")):
         values["model"] = str(folder)
     if isinstance(config, TakesData) and (file := data_file(config.data.dataset, where="config.data.dataset")):
         values["data"] = {**values["data"], "dataset": str(file)}

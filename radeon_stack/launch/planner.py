@@ -9,13 +9,13 @@ from typing import Any
 
 from radeon_stack.catalog.load import Effective
 from radeon_stack.catalog.sizes import format_size
-from radeon_stack.contracts.sections import TakesData, TakesModel
+from radeon_stack.contracts.sections import TakesData, TakesModel, TakesSource
 from radeon_stack.errors import MachineError, UsageError
 from radeon_stack.host.engines import require_engine
 from radeon_stack.launch.access import VISIBLE, container_access, local_env
 from radeon_stack.launch.circumstances import Circumstances
 from radeon_stack.launch.confinement import Reasoned, confined
-from radeon_stack.launch.inputs import data_file, model_folder, require_network
+from radeon_stack.launch.inputs import data_file, model_folder, require_network, source_folder
 from radeon_stack.launch.model_files import require_whole
 from radeon_stack.launch.plan import LaunchPlan, Mount
 from radeon_stack.launch.torchrun import started, variables
@@ -41,7 +41,9 @@ def plan(
         )
     config = effective.config
     paths = _Paths(inside, run_dir, cache)
-    if isinstance(config, TakesModel):
+    if isinstance(config, TakesSource):
+        paths.add_source(config.source, effective.origin.get("config.source", "--from"))
+    if isinstance(config, TakesModel) or (isinstance(config, TakesSource) and config.model):
         where = effective.origin.get("config.model", str(effective.path)) + ": config.model"
         require_network(config.model, effective.recipe.resources.network, where=where)
         paths.add_model(config.model, where)
@@ -102,6 +104,10 @@ class _Paths:
         else:
             require_whole(folder)
             self._add("--model", folder, f"{ROOM}/models/{folder.name}", "the model, never written", read_only=True)
+
+    def add_source(self, source: str, where: str) -> None:
+        folder = source_folder(source, where=where)
+        self._add("--source", folder, f"{ROOM}/source", "what was made before, never written", read_only=True)
 
     def add_data(self, dataset: str, where: str) -> None:
         file = data_file(dataset, where=where)

@@ -51,6 +51,7 @@ class Arguments:
     model: str
     data: Path | None
     resume: bool
+    source: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,10 @@ def read_arguments(argv: list[str]) -> Arguments:
     parser.add_argument("--cache", type=Path, required=True, help="folder for what can be made again")
     parser.add_argument("--model", default="", help="model folder, or package:NAME")
     parser.add_argument("--data", type=Path, help="data file")
+    parser.add_argument("--source", type=Path, help="folder of what a run made")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     known = parser.parse_args(argv)
-    return Arguments(known.run, known.cache, known.model, known.data, known.resume)
+    return Arguments(known.run, known.cache, known.model, known.data, known.resume, known.source)
 
 
 def read_config(run: Path) -> dict[str, Any]:

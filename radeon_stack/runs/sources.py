@@ -1,0 +1,63 @@
+"""What `--from` names: a run by its id, the last one that made what is wanted, or a folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from radeon_stack.contracts.sections import is_made
+from radeon_stack.errors import UsageError
+from radeon_stack.runs.store import Run, RunStore
+
+LAST = "last"
+
+
+def find_source(store: RunStore, wanted: str, makes: Sequence[str]) -> dict[str, Any]:
+    """`source` and, of a run, the `model` it began with, for a workload's configuration.
+
+    makes: names below `artifacts/`, any of which will do. UsageError where nothing has one.
+    """
+    if wanted == LAST:
+        run = _newest(store, makes)
+    elif os.sep in wanted or Path(wanted).is_dir():
+        folder = Path(os.path.abspath(Path(wanted).expanduser()))
+        run = Run(folder)
+        if not run.config.is_file() or not run.artifacts.is_dir():
+            return {"source": str(folder)}  # a model's or an adapter's own
+    else:
+        run = store.find(wanted)
+    if not _made(run, makes):
+        raise UsageError(f"{run.id} has made no {_either(makes)}", where="--from", remedy="see: radeon-stack runs list")
+    return {"source": str(run.path), **_base(run)}
+
+
+def _newest(store: RunStore, makes: Sequence[str]) -> Run:
+    """`last` is the last that can be taken: not the check of an export that came after it."""
+    for run in reversed(list(store)):
+        if _made(run, makes):
+            return run
+    raise UsageError(
+        f"no run in {store.folder} has made {_either(makes)}",
+        where="--from",
+        remedy="make one: radeon-stack run train-llama --preset demo",
+    )
+
+
+def _made(run: Run, makes: Sequence[str]) -> bool:
+    return any((run.artifacts / name).is_dir() for name in makes)
+
+
+def _either(makes: Sequence[str]) -> str:
+    return " or ".join(f"artifacts/{name}" for name in makes)
+
+
+def _base(run: Run) -> dict[str, str]:
+    """The run's base, where it is still there: a merged model does without."""
+    recipe = run.read_json(run.config).get("recipe")
+    config = recipe.get("config") if isinstance(recipe, dict) else None
+    model = config.get("model") if isinstance(config, dict) else None
+    if not isinstance(model, str) or not model:
+        return {}
+    return {"model": model} if is_made(model) or Path(model).is_dir() else {}
