@@ -22,6 +22,7 @@ MAX_LINE_BYTES = 1 << 20
 MAX_VALUES = 64
 Phase = Literal["before", "after", "merged"]
 Name = Annotated[str, Field(max_length=64)]
+Text = Annotated[str, Field(max_length=1 << 16)]
 Whole = Annotated[int, Field(ge=-(1 << 53), le=1 << 53)]
 Measured = Literal["ok", "missing", "crashed", "wrong", "failed"]
 
@@ -87,15 +88,45 @@ class Answered(_Event):
 
 
 class Sample(_Event):
-    """One sampled response; `correct` is None where no answer was expected."""
+    """One sampled response; `correct` is None where no answer was expected.
+
+    `phase` is a `Phase` of training, or who answered: transformers, llama.cpp q8_0 …
+    """
 
     kind: Literal["sample"] = "sample"
-    phase: Phase
+    phase: Annotated[str, Field(pattern=r"^[a-z0-9_. ]{1,32}$")]
     index: int
     prompt: str
     response: str
     expected: str | None = None
     correct: bool | None = None
+
+
+class Turn(BaseModel):
+    """A greedy answer; `agrees` is how many of its `tokens` are transformers' before the first that is not."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    prompt: Text
+    response: Text
+    tokens: Annotated[int, Field(ge=0, le=1 << 24)]
+    agrees: Annotated[int, Field(ge=0, le=1 << 24)]
+
+
+class Loaded(_Event):
+    """A program loaded what was exported, and answered. `state` is `missing` where the program is not there.
+
+    `values`: right, agreement (shares), first_token, perplexity, perplexity_ratio, tokens_per_second, memory_bytes,
+    file_bytes, seconds. `broken` names the limits that do not hold.
+    """
+
+    kind: Literal["loaded"] = "loaded"
+    loader: Annotated[str, Field(pattern=r"^[a-z0-9_. ]{1,32}$")]
+    state: Literal["ok", "broken", "missing", "failed"] = "ok"
+    program: Name = ""
+    values: dict[Name, float] = Field(default={}, max_length=MAX_VALUES)
+    turns: Annotated[tuple[Turn, ...], Field(max_length=MAX_VALUES)] = ()
+    broken: Annotated[tuple[Text, ...], Field(max_length=MAX_VALUES)] = ()
 
 
 class Fact(_Event):
@@ -140,7 +171,7 @@ class Stopped(_Event):
     step: int | None = None
 
 
-Event = Attempt | Progress | Metric | Measurement | Answered | Sample | Fact | Artifact | Result | Error | Stopped
+Event = Attempt | Progress | Metric | Measurement | Answered | Sample | Loaded | Fact | Artifact | Result | Error | Stopped
 _ADAPTER: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
 
 

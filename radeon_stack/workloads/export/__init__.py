@@ -1,0 +1,1 @@
+"""The `export` workload: merged, converted, loaded by other programs, asked, and compared."""

@@ -1,0 +1,119 @@
+"""A step in a process of its own: what it held is given back, its memory is its own, and a crash ends nobody else."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from radeon_stack.errors import CheckError, StackError, UsageError, WorkloadError
+from radeon_stack.text import one_line
+from radeon_stack.workloads.bench.isolate import how_it_ended, last_words
+
+POLL_SECONDS = 0.1
+TAIL_BYTES = 64 << 10
+TOLD: dict[str, type[StackError]] = {"CheckError": CheckError, "UsageError": UsageError, "WorkloadError": WorkloadError}
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a step answered, how long it took (seconds) and the most memory it had (bytes, resident)."""
+
+    value: dict[str, Any]
+    seconds: float
+    peak_memory: int
+
+
+def called(module: str, request: Mapping[str, Any], tick: Callable[[], None] = lambda: None) -> Done:
+    """Have `module:answer` take a request in a child and give its answer; `tick` is called while it works.
+
+    The errors that a child tells in our words are raised here; WorkloadError has the last words of one that just ended.
+    """
+    with tempfile.TemporaryDirectory(prefix="radeon-stack-") as folder:
+        asked, answered = Path(folder, "asked.json"), Path(folder, "answered.json")
+        asked.write_text(json.dumps(request), encoding="utf-8")
+        command = [sys.executable, "-m", __name__, module, str(asked), str(answered)]
+        code, done, said = _run(command, Path(folder, "said"), tick)
+        told = json.loads(answered.read_text(encoding="utf-8")) if answered.is_file() else {}
+    if error := told.get("error"):
+        raise TOLD.get(error["kind"], WorkloadError)(error["what"], where=error["where"], remedy=error["remedy"])
+    if code or "value" not in told:
+        raise WorkloadError(f"{module.rpartition('.')[2]}: {how_it_ended(code)}: {said}", where="log.txt")
+    return Done(told["value"], done.seconds, done.peak_memory)
+
+
+def run(command: Sequence[str], tick: Callable[[], None] = lambda: None) -> Done:
+    """Run somebody else's program to its end. WorkloadError with its last words when it fails."""
+    with tempfile.TemporaryDirectory(prefix="radeon-stack-") as folder:
+        code, done, said = _run(command, Path(folder, "said"), tick)
+    if code:
+        raise WorkloadError(f"{Path(command[1]).name}: {how_it_ended(code)}: {said}", where="log.txt")
+    return done
+
+
+def _run(command: Sequence[str], said: Path, tick: Callable[[], None]) -> tuple[int, Done, str]:
+    begun = time.monotonic()
+    with said.open("wb") as output:
+        # A group of its own: what it starts ends with it.
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        while True:
+            pid, status, usage = os.wait4(child.pid, os.WNOHANG)
+            if pid:
+                break
+            tick()
+            time.sleep(POLL_SECONDS)
+    finally:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+        if child.returncode is None:
+            with suppress(ChildProcessError):
+                os.waitpid(child.pid, 0)
+            child.returncode = 0  # it was waited for, and Popen need not
+        text = _heard(said)
+    code = os.waitstatus_to_exitcode(status)
+    return code, Done({}, time.monotonic() - begun, usage.ru_maxrss << 10), " | ".join(last_words(text))
+
+
+def _heard(said: Path) -> str:
+    """Its end, once the whole of it is in the log."""
+    with said.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            sys.stderr.write(block.decode(errors="replace"))
+        sys.stderr.flush()
+        stream.seek(max(0, said.stat().st_size - TAIL_BYTES))
+        return stream.read().decode(errors="replace")
+
+
+def main(argv: Sequence[str]) -> int:
+    """The child's side."""
+    from importlib import import_module
+
+    module, asked, answered = argv
+    try:
+        value = import_module(module).answer(json.loads(Path(asked).read_text(encoding="utf-8")))
+        told: dict[str, Any] = {"value": value}
+    except StackError as error:
+        kind = type(error).__name__
+        told = {"error": {"kind": kind, "what": error.what, "where": error.where, "remedy": error.remedy}}
+    except OSError as error:  # its number is what a full disk is known by
+        what = f"{one_line(str(error), 300)}"
+        told = {"error": {"kind": "WorkloadError", "what": what, "where": str(error.filename or ""), "remedy": ""}}
+    Path(answered).write_text(json.dumps(told), encoding="utf-8")
+    sys.stdout.flush()
+    os._exit(0)  # an engine's threads may not end by themselves
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
