@@ -5,22 +5,18 @@ A folder may come from anywhere: every file is bounded, every number checked.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from radeon_stack.errors import UsageError
+from radeon_stack.safetensor_files import AGAIN, INDEX, json_object, raw_header
 from radeon_stack.text import one_line
 
-MAX_HEADER_BYTES = 64 << 20  # of one file; safetensors itself allows 100 MB
 MAX_JSON_BYTES = 256 << 20  # a tokenizer of 262,144 words takes 33 MB
 MAX_FILES = 1000
-LENGTH_BYTES = 8  # a safetensors file begins with the length of its header, little-endian
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", INDEX)
-AGAIN = "download it again"
 
 
 def require_whole(folder: Path) -> None:
@@ -44,7 +40,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def read_header(file: Path) -> dict[str, Any]:
     """The JSON header of a safetensors file: https://github.com/huggingface/safetensors, "Format"."""
-    return _header(file)[0]
+    return raw_header(file)[0]
 
 
 def read_object(file: Path, most: int) -> dict[str, Any]:
@@ -57,7 +53,7 @@ def read_object(file: Path, most: int) -> dict[str, Any]:
         raise UsageError(f"cannot read it: {error.strerror}", where=str(file)) from error
     if len(found) > most:
         raise UsageError(f"larger than {most >> 20} MiB", where=str(file))
-    return _object(found, file)
+    return json_object(found, file)
 
 
 def _require_shards(folder: Path, index: dict[str, Any]) -> None:
@@ -69,7 +65,7 @@ def _require_shards(folder: Path, index: dict[str, Any]) -> None:
 
 
 def _require_length(file: Path) -> None:
-    header, begins = _header(file)
+    header, begins = raw_header(file)
     ends = max((_end(name, entry, file) for name, entry in header.items() if name != "__metadata__"), default=0)
     size, told = file.stat().st_size, begins + ends
     if size != told:
@@ -85,32 +81,6 @@ def _end(name: str, entry: Any, file: Path) -> int:
     raise UsageError(f"no plausible tensor: {one_line(name)}", where=str(file), remedy=AGAIN)
 
 
-def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """The header, and where it ends."""
-    _require_file(file)
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
-            if not 2 <= length <= MAX_HEADER_BYTES:
-                raise UsageError("not a safetensors file", where=str(file), remedy=AGAIN)
-            text = stream.read(length)
-    except OSError as error:
-        raise UsageError(f"cannot read it: {error.strerror}", where=str(file)) from error
-    if len(text) < length:
-        raise UsageError("cut short within its header", where=str(file), remedy=AGAIN)
-    return _object(text, file), LENGTH_BYTES + length
-
-
 def _require_file(file: Path) -> None:
     if not file.is_file():  # a pipe would be waited for without end
         raise UsageError("is not a file", where=str(file))
-
-
-def _object(text: bytes, file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError("not readable JSON", where=str(file), remedy=AGAIN) from error
-    if not isinstance(found, dict):
-        raise UsageError("not a JSON object", where=str(file), remedy=AGAIN)
-    return found

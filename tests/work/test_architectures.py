@@ -94,7 +94,7 @@ def test_a_known_architecture_trains_and_merges(architecture: str, tiny_model: P
     training.train(job, trainer, None)
     steps = [event.values for event in told if isinstance(event, ev.Metric)]
     assert len(steps) == 2 and all(math.isfinite(step["loss"]) and step["grad_norm"] > 0 for step in steps)
-    adapter = merging.save_adapter(job, trainer.model, tokenizer)
+    adapter = merging.save_adapter(job, trainer.model, tokenizer, folder)
     merged = merging.merge(job, folder, adapter, tokenizer)
     base.load_16bit(job, merged, torch.bfloat16, "reload", on=torch.device("cpu"))
 

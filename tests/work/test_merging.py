@@ -17,6 +17,8 @@ from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
+from radeon_stack.checksums import write_summed  # noqa: E402
+from radeon_stack.safetensor_files import places  # noqa: E402
 from radeon_stack.workloads.finetune import merging  # noqa: E402
 from radeon_stack.workloads.finetune.deltas import targets  # noqa: E402
 from tests.work.models import folder_of  # noqa: E402
@@ -40,6 +42,15 @@ def merge(base: Path, adapter: Path, folder: Path) -> dict[str, Any]:
 def adapter_of(base: Path, folder: Path, rank: int = 4) -> Path:
     stirred(adapted(packed(base), rank)).save_pretrained(folder)
     return folder
+
+
+def flip(file: Path, at: int) -> None:
+    """One bit of a byte, turned."""
+    with file.open("r+b") as stream:
+        stream.seek(at)
+        byte = stream.read(1)[0]
+        stream.seek(at)
+        stream.write(bytes([byte ^ 1]))
 
 
 @pytest.mark.parametrize(("kind", "inner"), [("qwen3_moe", 64), ("qwen3_moe", 192), ("mixtral", 64)])
@@ -102,11 +113,13 @@ def test_a_tensor_that_was_written_wrong_is_found(tmp_path: Path, monkeypatch: p
     base = folder_of("qwen3_moe", tmp_path / "base")
     adapter = adapter_of(base, tmp_path / "adapter")
 
-    def flipping(tensors: dict[str, Any], file: Path, **more: Any) -> None:
-        tensors["model.layers.1.mlp.experts.2.up_proj.weight"][0, 0] += 1
-        save_file(tensors, file, **more)
+    def flipping(file: Path, parts: Any) -> str:
+        told = write_summed(file, parts)
+        place = places(file.parent)["model.layers.1.mlp.experts.2.up_proj.weight"]
+        flip(place.file, place.begin)
+        return told
 
-    monkeypatch.setattr(merging, "save_file", flipping)
+    monkeypatch.setattr(merging, "write_summed", flipping)
     with pytest.raises(CheckError, match=r"experts\.2\.up_proj\.weight is not what base and adapter make"):
         merge(base, adapter, tmp_path / "run")
     assert not (tmp_path / "run/artifacts/merged").exists()

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from radeon_stack.contracts.finetune import Quantization
 from radeon_stack.contracts.options import AUTO
-from radeon_stack.contracts.sections import HUB_PREFIX, hub_parts, is_made
 from radeon_stack.errors import CheckError
 from radeon_stack.kernels import interface, quantizer
 from radeon_stack.kernels.gating import use_gate
@@ -21,6 +20,7 @@ from radeon_stack.kernels.nf4 import NF4
 from radeon_stack.workloads.finetune import fp8, kept, sharded
 from radeon_stack.workloads.finetune.architectures import attention_for
 from radeon_stack.workloads.finetune.bars import bars
+from radeon_stack.workloads.finetune.sources import told_as
 from radeon_stack.workloads.job import Job
 from radeon_stack.workloads.ranks import rank
 
@@ -173,7 +173,7 @@ def describe(model: Any, folder: Path, source: str) -> dict[str, Any]:
         "class": type(inner).__name__,
         "attention": inner.config._attn_implementation,
         "experts": inner.config._experts_implementation if experts else None,
-        "source": _source(source, folder),
+        "source": told_as(source, folder),
         "parameters": total,
         "trainable": trainable,
         "trainable_percent": round(100 * trainable / total, 3),
@@ -185,13 +185,6 @@ def describe(model: Any, folder: Path, source: str) -> dict[str, Any]:
         "memory_bytes": memory(model),
         **eight,
     }
-
-
-def _source(asked: str, folder: Path) -> str:
-    """What a model is told as: a hub's with its commit, which its folder is named after; never where it lies."""
-    if asked.startswith(HUB_PREFIX):
-        return f"{HUB_PREFIX}{hub_parts(asked)[0]}@{folder.name}"
-    return asked if is_made(asked) else folder.name
 
 
 def memory(model: torch.nn.Module) -> int:

@@ -7,7 +7,7 @@ with numbered marks in place of the weights, so nothing is loaded for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,44 +15,46 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from radeon_stack.errors import UsageError
 from radeon_stack.kernels.interface import is_experts, matrix_names
+from radeon_stack.safetensor_files import Place, places_in
+from radeon_stack.workloads.finetune.streams import read_tensor
 
 PREFIX, NESTED = "base_model.model.", ".base_layer"
+A, B = ".lora_A.weight", ".lora_B.weight"
 # Forms of LoRA that add something else than scale · b·a; ours have none of them.
 OTHER_FORMS = ("use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "trainable_token_indices")
 HALVES = 2  # gate and up
 MOST_EXPERTS = 1 << 20
+PIECE = 1 << 20  # values that are summed at once
+
+Pair = tuple[torch.Tensor, torch.Tensor]  # a and b
 
 
 @dataclass(frozen=True)
 class Factors:
     """scale · b·a is added to a parameter of the model. a: [experts ·] rank × columns; b: rows × rank [· experts].
 
-    They are read when they are needed, from `file`. experts is 0 for a matrix that is no experts'; gated: its rows are
-    gate's and then up's.
+    They are read when they are needed. experts is 0 for a matrix that is no experts'; gated: its rows are gate's and
+    then up's.
     """
 
-    file: Path
     key: str
+    a: Place
+    b: Place
     scale: float
     experts: int = 0
     gated: bool = False
 
-    def delta(self, expert: int = 0) -> torch.Tensor:
-        """[rows, columns] in float32, of one expert where there are several."""
-        with safe_open(self.file, framework="pt") as tensors:
-            a, b = tensors.get_slice(f"{self.key}.lora_A.weight"), tensors.get_slice(f"{self.key}.lora_B.weight")
-            if not self.experts:
-                return self.scale * (b[:].float() @ a[:].float())
-            rank = a.get_shape()[0] // self.experts
-            mine = a[expert * rank : (expert + 1) * rank].float()
-            # An expert's columns of b lie apart: rank is the outer of the two (PEFT's ParamWrapper).
-            return self.scale * (b[:].view(-1, rank, self.experts)[:, :, expert].float() @ mine)
+    def read(self) -> Pair:
+        """a: [experts or 1, rank, columns] and b: [experts or 1, rows, rank], in float32."""
+        count = self.experts or 1
+        a, b = read_tensor(self.a).float(), read_tensor(self.b).float()
+        # An expert's columns of b lie apart: rank is the outer of the two (PEFT's ParamWrapper).
+        return a.view(count, -1, a.shape[1]), b.view(len(b), -1, count).permute(2, 0, 1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -71,24 +73,30 @@ class Target:
         """Whether the tensor changes for certain. An expert that no token went to has learnt nothing."""
         return not self.factors.experts
 
-    def added_to(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum, taken in float32 and rounded once. UsageError when shapes do not fit or it is not finite."""
-        if self.factors.experts and self.expert is None:
-            parts = [self._sum(part, self.factors.delta(number)) for number, part in enumerate(tensor)]
-            return torch.stack(parts)
-        delta = self.factors.delta(self.expert or 0)
-        return self._sum(tensor, delta if self.half is None else delta.chunk(HALVES)[self.half])
+    def deltas(self, shape: Sequence[int], read: Callable[[Factors], Pair] = Factors.read) -> Iterator[torch.Tensor]:
+        """What is added, in float32: some rows after the other, of expert after expert where the tensor has them all.
 
-    def _sum(self, tensor: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        if tensor.shape != delta.shape:
+        `read` may remember: experts that each have a tensor share their factors. UsageError when shapes do not fit.
+        """
+        a, b = read(self.factors)
+        if self.half is not None:
+            b = b.chunk(HALVES, dim=1)[self.half]
+        wanted, all_experts = [b.shape[1], a.shape[2]], bool(self.factors.experts) and self.expert is None
+        if list(shape) != ([len(a), *wanted] if all_experts else wanted):
             raise UsageError(
-                f"{self.factors.key} is for a tensor of {list(delta.shape)}; the base has {list(tensor.shape)}",
-                where=str(self.factors.file),
+                f"{self.factors.key} is for a tensor of {wanted}; the base has {list(shape)[-2:]}",
+                where=str(self.factors.a.file),
                 remedy="merge into the base that it was trained on",
             )
-        total = (tensor.float() + delta).to(tensor.dtype)
+        for expert in range(len(a)) if all_experts else [self.expert or 0]:
+            for rows in b[expert].split(max(1, PIECE // a.shape[2])):
+                yield (rows @ a[expert]).mul_(self.factors.scale)
+
+    def added(self, part: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        """The sum, taken in float32 and rounded once. UsageError when it is not finite."""
+        total = delta.add_(part).to(part.dtype)
         if not torch.isfinite(total).all():
-            raise UsageError(f"{self.factors.key} makes values that are not finite", where=str(self.factors.file))
+            raise UsageError(f"{self.factors.key} makes values that are not finite", where=str(self.factors.a.file))
         return total
 
 
@@ -113,10 +121,8 @@ def _factors(model: Any, config: LoraConfig, file: Path) -> dict[str, Factors]:
     """By the model's own names of parameters."""
     modules = dict(model.named_modules())
     found = {}
-    with safe_open(file, framework="pt") as tensors:
-        names = [name for name in tensors.keys() if name.endswith(".lora_A.weight")]  # noqa: SIM118 - no dict
-        keys = sorted(name.removesuffix(".lora_A.weight") for name in names)
-        shapes = {key: tensors.get_slice(f"{key}.lora_A.weight").get_shape() for key in keys}
+    tensors = {place.name: place for place in places_in(file)}
+    keys = sorted(name.removesuffix(A) for name in tensors if name.endswith(A))
     for key in keys:
         path = key.removeprefix(PREFIX)
         module = modules.get(path.replace(NESTED, ""))
@@ -127,10 +133,14 @@ def _factors(model: Any, config: LoraConfig, file: Path) -> dict[str, Factors]:
             matrix = _matrix(module, config, path.count(NESTED))
             name, experts = f"{path.replace(NESTED, '')}.{matrix}", int(getattr(module, matrix).shape[0])
             gated = module.has_gate and matrix == matrix_names(module)[0]
-        rank = shapes[key][0] // max(1, experts)
+        a, b = tensors[key + A], tensors.get(key + B)
+        if b is None or len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
+            raise UsageError(f"{key} has no two matrices that can be multiplied", where=str(file))
+        rank = a.shape[0] // max(1, experts)
         pattern = get_pattern_key(config.alpha_pattern.keys(), name.removesuffix(".weight"))
         alpha = config.alpha_pattern.get(pattern, config.lora_alpha)
-        found[name] = Factors(file, key, alpha / (rank**0.5 if config.use_rslora else rank), experts, gated)
+        scale = alpha / (rank**0.5 if config.use_rslora else rank)
+        found[name] = Factors(key, a, b, scale, experts, gated)
     return found
 
 

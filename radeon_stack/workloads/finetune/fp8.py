@@ -24,10 +24,11 @@ from radeon_stack.errors import MachineError, UsageError
 from radeon_stack.kernels import fp8_quantizer
 from radeon_stack.kernels.fp8 import BLOCK, Fp8Linear, Fp8Weight, dequantize
 from radeon_stack.kernels.sizes import cdiv
+from radeon_stack.safetensor_files import Place, places
 from radeon_stack.text import printable
 from radeon_stack.workloads.capabilities.asking import answers
 from radeon_stack.workloads.capabilities.questions import chosen
-from radeon_stack.workloads.finetune.merging import REST, tensor_files
+from radeon_stack.workloads.finetune.merging import REST
 from radeon_stack.workloads.job import Job
 
 # quant_method in config.json: llm-compressor's checkpoints, and DeepSeek's and Qwen's block-wise ones.
@@ -43,10 +44,10 @@ NAME = 200  # characters of a tensor's name that are told
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What of a folder is in FP8: layer → (the name of its scales' tensor, their shape), and each tensor's file."""
+    """What of a folder is in FP8: layer → (the name of its scales' tensor, their shape), and each tensor's place."""
 
     layers: dict[str, tuple[str, tuple[int, int]]]
-    files: dict[str, Path]
+    places: dict[str, Place]
 
 
 def arguments(folder: Path, quantization: Quantization) -> dict[str, Any]:
@@ -103,20 +104,19 @@ def read(folder: Path) -> Checkpoint:
             remedy=f"a checkpoint in 16 bit, or in FP8 ({', '.join(METHODS)})",
         )
     _refuse_other_blocks(_config(folder)["quantization_config"])
-    files = tensor_files(folder)
-    dtypes, shapes = _headers(files)
+    found = places(folder)
     layers = {}
-    for name, dtype in dtypes.items():
-        if dtype != CODES:
+    for name, place in found.items():
+        if place.dtype != CODES:
             continue
         layer = name.removesuffix(".weight")
-        scales = next((layer + end for end in SCALES if layer + end in shapes), None)
+        scales = next((layer + end for end in SCALES if layer + end in found), None)
         if layer == name or scales is None:
             raise _unknown(f"{name[:NAME]} is in FP8 and has no scales beside it")
-        layers[layer] = scales, _scale_shape(scales, shapes[scales], shapes[name])
+        layers[layer] = scales, _scale_shape(scales, found[scales].shape, place.shape)
     if not layers:
         raise _unknown(f"{folder.name} says that it is in FP8 ({method}), and no tensor of it is")
-    return Checkpoint(layers, files)
+    return Checkpoint(layers, found)
 
 
 def _scale_shape(name: str, shape: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, int]:
@@ -160,7 +160,7 @@ def write_16_bit(job: Job, folder: Path, into: Path, dtype: torch.dtype) -> None
     """A checkpoint in FP8 as one in 16 bit: weights decoded tensor by tensor, and what else lies beside them."""
     found = read(folder)
     dropped = {scales for scales, _ in found.layers.values()}
-    names = [name for name in sorted(found.files) if name not in dropped and not name.endswith(UNUSED)]
+    names = [name for name in sorted(found.places) if name not in dropped and not name.endswith(UNUSED)]
     shard: dict[str, torch.Tensor] = {}
     places: dict[str, str] = {}
     size = total = 0
@@ -197,11 +197,11 @@ def facts(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def _decoded(found: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor:
-    tensor = _tensor(found.files, name)
+    tensor = _tensor(found.places[name])
     layer = name.removesuffix(".weight")
     if name == layer or layer not in found.layers:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
-    scales = _tensor(found.files, found.layers[layer][0]).float()
+    scales = _tensor(found.places[found.layers[layer][0]]).float()
     return dequantize(Fp8Weight(tensor, scales), dtype)
 
 
@@ -211,20 +211,9 @@ def _write_shard(shard: dict[str, torch.Tensor], into: Path, places: dict[str, s
     places.update(dict.fromkeys(shard, name))
 
 
-def _headers(files: dict[str, Path]) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
-    """(dtype, shape) by tensor, in safetensors' names; no tensor is read."""
-    dtypes, shapes = {}, {}
-    for file in sorted(set(files.values())):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - it is no mapping
-                part = tensors.get_slice(name)
-                dtypes[name], shapes[name] = part.get_dtype(), tuple(part.get_shape())
-    return dtypes, shapes
-
-
-def _tensor(files: dict[str, Path], name: str) -> torch.Tensor:
-    with safe_open(files[name], framework="pt") as tensors:
-        return tensors.get_tensor(name)
+def _tensor(place: Place) -> torch.Tensor:
+    with safe_open(place.file, framework="pt") as tensors:
+        return tensors.get_tensor(place.name)
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -1,67 +1,103 @@
-"""The adapter, and the merged 16-bit model: written whole, tensor by tensor, and checked by reading them back."""
+"""The adapter, and the merged 16-bit model: written whole, piece by piece, and checked by reading them back."""
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from radeon_stack import atomic
+from radeon_stack.checksums import write_summed, write_sums
 from radeon_stack.errors import CheckError
-from radeon_stack.workloads.finetune.deltas import Target, targets
+from radeon_stack.safetensor_files import Place, blocks, header, opened, places, places_in
+from radeon_stack.workloads.finetune.deltas import Factors, Pair, Target, targets
+from radeon_stack.workloads.finetune.fingerprint import require_base, write_record
+from radeon_stack.workloads.finetune.sources import told_as
+from radeon_stack.workloads.finetune.streams import as_bytes, next_values
 from radeon_stack.workloads.job import Job
 
 MERGED = "artifacts/merged"  # of the run; until it is right it has another name
 # What of the base goes along: its configuration, which file has which tensor, its tokenizer and its licence.
 REST = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
+REMEMBERED = 2  # matrices' factors: files have the experts of a layer one after the other, and each its matrices
+
+Read = Callable[[Factors], Pair]
 
 
-def save_adapter(job: Job, model: Any, tokenizer: Any) -> Path:
-    """The adapter as safetensors in PEFT's layout."""
+def save_adapter(job: Job, model: Any, tokenizer: Any, base: Path) -> Path:
+    """The adapter as safetensors in PEFT's layout, with which base it is of, and sums."""
     folder = job.artifacts / "adapter"
     job.progress("save", 0, 1, note="adapter")
     with atomic.whole_directory(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        write_record(partial, base, told_as(job.arguments.model, base))
+        write_sums(partial)
     job.progress("save", 1, 1, note="adapter")
     job.artifact("adapter", folder)
     return folder
 
 
-def merge(job: Job, base: Path, adapter: Path, tokenizer: Any) -> Path:
+def merge(job: Job, base: Path, adapter: Path, tokenizer: Any, *, given: Path | None = None) -> Path:
     """Merge an adapter into a folder's 16-bit weights, file by file; give the folder of the merged model.
 
-    No model is loaded: a file's tensors are in memory, and one more. The files, their names and tensors are the base's.
-    CheckError when read back a targeted tensor is the base's, or another one differs: then no `merged` folder appears.
+    No model is loaded, and no file: some rows of a tensor are in memory. The files, their names and tensors are the
+    base's. `given` is the base as it was given where `base` is decoded from it: the adapter knows that one.
+    CheckError when it is another's base, or when read back a targeted tensor is the base's, or another one differs:
+    then no `merged` folder appears.
     """
     folder = job.artifacts / "merged"
-    changed, files = targets(base, adapter), tensor_files(base)
-    if missing := sorted(set(changed) - set(files)):
+    known = require_base(adapter, given or base)
+    changed, found = targets(base, adapter), places(base)
+    if missing := sorted(set(changed) - set(found)):
         raise CheckError(f"the base has no tensor {missing[0]}, which LoRA targeted", where=str(base))
+    sums = {}
     with atomic.whole_directory(folder) as partial:
         for pattern in REST:
             for file in base.glob(pattern):
                 shutil.copyfile(file, partial / file.name)
         tokenizer.save_pretrained(partial)
         done = 0
-        for file in sorted(set(files.values())):
-            held = {}
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - no dict
-                    tensor = tensors.get_tensor(name)
-                    held[name] = changed[name].added_to(tensor) if name in changed else tensor
-                    done += 1
-                    job.progress("merge", done, len(files), unit="tensors")
-            save_file(held, partial / file.name, metadata={"format": "pt"})
-        job.fact("merge", check_tensors(job, base, partial, changed))
+
+        def tell() -> None:
+            nonlocal done
+            done += 1
+            job.progress("merge", done, len(found), unit="tensors")
+
+        for file in sorted({place.file for place in found.values()}):
+            sums[file.name] = write_summed(partial / file.name, merged_file(places_in(file), changed, tell))
+        facts = check_tensors(job, base, partial, changed)
+        job.fact("merge", facts | {"base": "the adapter's" if known else "not named by the adapter"})
+        write_sums(partial, sums)
     job.artifact("merged", folder)
     return folder
+
+
+def merged_file(
+    tensors: Sequence[Place], changed: Mapping[str, Target], tell: Callable[[], None] = lambda: None
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a file with the same tensors in the same order, the targeted ones with what is added to them."""
+    yield header(tensors)
+    read = lru_cache(REMEMBERED)(Factors.read)
+    for place in tensors:
+        if target := changed.get(place.name):
+            for _, new in sums_of(place, target, read):
+                yield as_bytes(new)
+        else:
+            yield from blocks(place)
+        tell()
+
+
+def sums_of(place: Place, target: Target, read: Read) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """A tensor before and after, some rows after the other."""
+    with opened(place) as stream:
+        for delta in target.deltas(place.shape, read):
+            old = next_values(stream, place, tuple(delta.shape))
+            yield old, target.added(old, delta)
 
 
 def check_tensors(job: Job, base: Path, merged: Path, changed: Mapping[str, Target]) -> dict[str, Any]:
@@ -69,18 +105,17 @@ def check_tensors(job: Job, base: Path, merged: Path, changed: Mapping[str, Targ
 
     Each tensor must be what its base and its target make, to the bit, and one that the adapter changes must differ.
     """
-    before, after = tensor_files(base), tensor_files(merged)
+    before, after = places(base), places(merged)
     if lost := sorted(set(before) ^ set(after)):
         raise CheckError(f"tensor {lost[0]} is on one side only", where=MERGED)
+    read = lru_cache(REMEMBERED)(Factors.read)
     moved, largest = 0, 0.0
-    for number, name in enumerate(sorted(after)):
-        old, new = _tensor(before[name], name), _tensor(after[name], name)
-        target = changed.get(name)
-        wanted = old if target is None else target.added_to(old)
-        if new.dtype != wanted.dtype or not torch.equal(new, wanted):
+    for number, (name, new) in enumerate(sorted(after.items())):
+        old, target = before[name], changed.get(name)
+        right, difference = _compared(old, new, target, read) if new.like(old) else (False, 0.0)
+        if not right:
             verb = "changed although nothing targeted it" if target is None else "is not what base and adapter make"
             raise CheckError(f"tensor {name} {verb}", where=MERGED)
-        difference = (old.float() - new.float()).abs().max().item() if target is not None else 0.0
         if target is not None and target.must_move and not difference:
             raise CheckError(
                 f"tensor {name} is unchanged although LoRA targeted it",
@@ -94,24 +129,20 @@ def check_tensors(job: Job, base: Path, merged: Path, changed: Mapping[str, Targ
         "tensors": len(after),
         "targeted": len(changed),
         "changed": moved,
-        "shards": len(set(after.values())),
+        "shards": len({place.file for place in after.values()}),
         "largest_change": largest,
     }
 
 
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Which file of a folder holds which tensor, sharded or not."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: folder / Path(file).name for name, file in weight_map.items()}
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            found.update(dict.fromkeys(tensors.keys(), file))
-    return found
-
-
-def _tensor(file: Path, name: str) -> torch.Tensor:
-    with safe_open(file, framework="pt") as tensors:
-        return tensors.get_tensor(name)
+def _compared(old: Place, new: Place, target: Target | None, read: Read) -> tuple[bool, float]:
+    """Is the new one right, and by how much does it differ from the old one at most?"""
+    if target is None:
+        return all(a == b for a, b in zip(blocks(old), blocks(new), strict=True)), 0.0
+    largest = 0.0
+    with opened(new) as stream:
+        for before, wanted in sums_of(old, target, read):
+            found = next_values(stream, new, tuple(wanted.shape))
+            if not torch.equal(found, wanted):
+                return False, largest
+            largest = max(largest, (before.float() - found.float()).abs().max().item())
+    return True, largest

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from radeon_stack import atomic
-from radeon_stack.contracts.sections import HUB_PREFIX, PACKAGE_PREFIX, RANDOM_PREFIX
+from radeon_stack.contracts.sections import HUB_PREFIX, PACKAGE_PREFIX, RANDOM_PREFIX, hub_parts, is_made
 from radeon_stack.errors import MachineError, UsageError
 from radeon_stack.workloads.finetune.architectures import require_known
 from radeon_stack.workloads.finetune.bars import bars
@@ -41,6 +41,13 @@ def base_folder(job: Job, *, any_architecture: bool = False) -> Path:
         gguf = _packaged_gguf(PACKAGE_OF_TOKENIZER)
         return _once(job, f"random-{kind}", gguf, _random)
     return Path(model)
+
+
+def told_as(asked: str, folder: Path) -> str:
+    """What a model is told as: a hub's with its commit, which its folder is named after; never where it lies."""
+    if asked.startswith(HUB_PREFIX):
+        return f"{HUB_PREFIX}{hub_parts(asked)[0]}@{folder.name}"
+    return asked if is_made(asked) else folder.name
 
 
 def _once(job: Job, name: str, gguf: Path, make: Callable[[Job, Path, Path], None]) -> Path:

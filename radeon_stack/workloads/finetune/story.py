@@ -100,13 +100,13 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
         ranks.part()
     if not job.rank.first:
         return result
-    saved = merging.save_adapter(job, trainer.model, tokenizer)
+    saved = merging.save_adapter(job, trainer.model, tokenizer, folder)
     if config.export.merge:
         del trainer, model
         free_memory()
         spread = parallel in ("layers", "sharded")
         with fp8.in_16_bit(job, folder, dtype) as whole:
-            merged = merging.merge(job, whole, saved, tokenizer)
+            merged = merging.merge(job, whole, saved, tokenizer, given=folder)
         if config.export.reload == "quantized":
             over = "layers" if spread and torch.cuda.is_available() else "none"
             ask("merged", loading.load_for_training(job, merged, config.quantization, dtype, AUTO, parallel=over))
