@@ -1,4 +1,4 @@
-"""Files of tensors as streams: where in them each tensor is, its bytes in blocks, and the header of a file to write.
+"""Files of tensors, block by block: where in them each tensor is, its bytes, and the header of a file to write.
 
 https://github.com/huggingface/safetensors, "Format". Needs nothing but Python, holds no tensor, and maps no file into
 memory, whose touched pages would count as ours. A file may come from anywhere: every number in it is checked.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from radeon_stack.errors import UsageError
 from radeon_stack.text import one_line
@@ -20,7 +20,7 @@ MAX_HEADER_BYTES = 64 << 20  # of one file; safetensors itself allows 100 MB
 MAX_DIMENSIONS = 16
 LENGTH_BYTES = 8  # a file begins with the length of its header, little-endian
 ALIGNMENT = 8  # of the first tensor
-BLOCK = 1 << 20  # bytes that are in memory at once
+BLOCK = 1 << 20  # bytes that are read at once
 INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 256 << 20
 METADATA = "__metadata__"
@@ -50,6 +50,11 @@ class Place:
     @property
     def bytes(self) -> int:
         return self.end - self.begin
+
+    @property
+    def blocks(self) -> range:
+        """How many of its bytes are before each block of them."""
+        return range(0, self.bytes, BLOCK)
 
     def like(self, other: Place) -> bool:
         """Whether they are of one dtype and shape."""
@@ -131,29 +136,19 @@ def header(tensors: Iterable[Place]) -> bytes:
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
-def opened(place: Place) -> BinaryIO:
-    """Its file, at its first byte."""
-    stream = place.file.open("rb")
-    stream.seek(place.begin)
-    return stream
+def read_into(buffer: memoryview, place: Place, skip: int = 0) -> None:
+    """Fill a buffer with a tensor's bytes after the first `skip`. UsageError when the file ends before."""
+    with place.file.open("rb") as stream:
+        stream.seek(place.begin + skip)
+        if stream.readinto(buffer) != buffer.nbytes:
+            raise UsageError("became shorter while it was read", where=str(place.file))
 
 
-def fill(stream: BinaryIO, buffer: Any, file: Path) -> None:
-    """Read until the buffer is full. UsageError when the file ends before."""
-    if stream.readinto(buffer) != memoryview(buffer).nbytes:  # type: ignore[attr-defined]
-        raise UsageError("became shorter while it was read", where=str(file))
-
-
-def blocks(place: Place, most: int | None = None) -> Iterator[bytes]:
-    """A tensor's bytes, or the first `most` of them, a block at a time."""
-    left = place.bytes if most is None else min(most, place.bytes)
-    with opened(place) as stream:
-        while left:
-            block = stream.read(min(left, BLOCK))
-            if not block:
-                raise UsageError("became shorter while it was read", where=str(place.file))
-            left -= len(block)
-            yield block
+def read(place: Place, skip: int = 0, most: int = BLOCK) -> bytes:
+    """A tensor's bytes after the first `skip`, so many at most."""
+    data = bytearray(min(most, place.bytes - skip))
+    read_into(memoryview(data), place, skip)
+    return bytes(data)
 
 
 def _place(file: Path, name: str, entry: Any, begins: int) -> Place:

@@ -21,7 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from radeon_stack.errors import UsageError
 from radeon_stack.kernels.interface import is_experts, matrix_names
 from radeon_stack.safetensor_files import Place, places_in
-from radeon_stack.workloads.finetune.streams import read_tensor
+from radeon_stack.workloads.finetune.streams import read_values
 
 PREFIX, NESTED = "base_model.model.", ".base_layer"
 A, B = ".lora_A.weight", ".lora_B.weight"
@@ -29,7 +29,7 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 OTHER_FORMS = ("use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "trainable_token_indices")
 HALVES = 2  # gate and up
 MOST_EXPERTS = 1 << 20
-PIECE = 1 << 20  # values that are summed at once
+PIECE = 1 << 18  # values that are summed at once, and stay in a processor's cache for it
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # a and b
 
@@ -52,7 +52,7 @@ class Factors:
     def read(self) -> Pair:
         """a: [experts or 1, rank, columns] and b: [experts or 1, rows, rank], in float32."""
         count = self.experts or 1
-        a, b = read_tensor(self.a).float(), read_tensor(self.b).float()
+        a, b = read_values(self.a).float(), read_values(self.b).float()
         # An expert's columns of b lie apart: rank is the outer of the two (PEFT's ParamWrapper).
         return a.view(count, -1, a.shape[1]), b.view(len(b), -1, count).permute(2, 0, 1).contiguous()
 
@@ -73,8 +73,8 @@ class Target:
         """Whether the tensor changes for certain. An expert that no token went to has learnt nothing."""
         return not self.factors.experts
 
-    def deltas(self, shape: Sequence[int], read: Callable[[Factors], Pair] = Factors.read) -> Iterator[torch.Tensor]:
-        """What is added, in float32: some rows after the other, of expert after expert where the tensor has them all.
+    def pieces(self, shape: Sequence[int], read: Callable[[Factors], Pair] = Factors.read) -> Iterator[Piece]:
+        """What is added: some rows after the other, of expert after expert where the tensor has them all.
 
         `read` may remember: experts that each have a tensor share their factors. UsageError when shapes do not fit.
         """
@@ -88,14 +88,31 @@ class Target:
                 where=str(self.factors.a.file),
                 remedy="merge into the base that it was trained on",
             )
+        begin = 0
         for expert in range(len(a)) if all_experts else [self.expert or 0]:
             for rows in b[expert].split(max(1, PIECE // a.shape[2])):
-                yield (rows @ a[expert]).mul_(self.factors.scale)
+                yield Piece(self.factors, rows, a[expert], begin)
+                begin += len(rows) * a.shape[2]
 
-    def added(self, part: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of what is added, after `begin` values of the tensor."""
+
+    factors: Factors
+    b: torch.Tensor
+    a: torch.Tensor
+    begin: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.b.shape[0], self.a.shape[1]
+
+    def added_to(self, part: torch.Tensor) -> torch.Tensor:
         """The sum, taken in float32 and rounded once. UsageError when it is not finite."""
-        total = delta.add_(part).to(part.dtype)
-        if not torch.isfinite(total).all():
+        total = (self.b @ self.a).mul_(self.factors.scale).add_(part).to(part.dtype)
+        # A finite sum, which costs a quarter of looking at each value, has no other values in it.
+        if not total.sum(dtype=torch.float32).isfinite() and not total.isfinite().all():
             raise UsageError(f"{self.factors.key} makes values that are not finite", where=str(self.factors.a.file))
         return total
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,11 @@ import torch
 from radeon_stack import atomic
 from radeon_stack.checksums import write_summed, write_sums
 from radeon_stack.errors import CheckError
-from radeon_stack.safetensor_files import Place, blocks, header, opened, places, places_in
-from radeon_stack.workloads.finetune.deltas import Factors, Pair, Target, targets
+from radeon_stack.safetensor_files import Place, header, places, places_in, read
+from radeon_stack.workloads.finetune.deltas import Factors, Piece, Target, targets
 from radeon_stack.workloads.finetune.fingerprint import require_base, write_record
 from radeon_stack.workloads.finetune.sources import told_as
-from radeon_stack.workloads.finetune.streams import as_bytes, next_values
+from radeon_stack.workloads.finetune.streams import as_bytes, in_turn, read_values
 from radeon_stack.workloads.job import Job
 
 MERGED = "artifacts/merged"  # of the run; until it is right it has another name
@@ -25,7 +27,8 @@ MERGED = "artifacts/merged"  # of the run; until it is right it has another name
 REST = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 REMEMBERED = 2  # matrices' factors: files have the experts of a layer one after the other, and each its matrices
 
-Read = Callable[[Factors], Pair]
+Bytes = bytes | memoryview
+Difference = tuple[str, float]  # a tensor's name, and by how much a part of it differs at most
 
 
 def save_adapter(job: Job, model: Any, tokenizer: Any, base: Path) -> Path:
@@ -56,11 +59,11 @@ def merge(job: Job, base: Path, adapter: Path, tokenizer: Any, *, given: Path | 
     if missing := sorted(set(changed) - set(found)):
         raise CheckError(f"the base has no tensor {missing[0]}, which LoRA targeted", where=str(base))
     sums = {}
-    with atomic.whole_directory(folder) as partial:
+    with atomic.whole_directory(folder) as new:
         for pattern in REST:
             for file in base.glob(pattern):
-                shutil.copyfile(file, partial / file.name)
-        tokenizer.save_pretrained(partial)
+                shutil.copyfile(file, new / file.name)
+        tokenizer.save_pretrained(new)
         done = 0
 
         def tell() -> None:
@@ -69,35 +72,33 @@ def merge(job: Job, base: Path, adapter: Path, tokenizer: Any, *, given: Path | 
             job.progress("merge", done, len(found), unit="tensors")
 
         for file in sorted({place.file for place in found.values()}):
-            sums[file.name] = write_summed(partial / file.name, merged_file(places_in(file), changed, tell))
-        facts = check_tensors(job, base, partial, changed)
+            sums[file.name] = write_summed(new / file.name, merged_file(places_in(file), changed, tell))
+        facts = check_tensors(job, base, new, changed)
         job.fact("merge", facts | {"base": "the adapter's" if known else "not named by the adapter"})
-        write_sums(partial, sums)
+        write_sums(new, sums)
     job.artifact("merged", folder)
     return folder
 
 
-def merged_file(
-    tensors: Sequence[Place], changed: Mapping[str, Target], tell: Callable[[], None] = lambda: None
-) -> Iterator[bytes | memoryview]:
+def merged_file(tensors: Sequence[Place], changed: Mapping[str, Target], told: Callable[[], None]) -> Iterator[Bytes]:
     """The bytes of a file with the same tensors in the same order, the targeted ones with what is added to them."""
+
+    def work() -> Iterator[Callable[[], Bytes]]:
+        remembering = lru_cache(REMEMBERED)(Factors.read)
+        for place in tensors:
+            if target := changed.get(place.name):
+                for piece in target.pieces(place.shape, remembering):
+                    yield partial(_summed, place, piece)
+            else:
+                yield from (partial(read, place, skip) for skip in place.blocks)
+            told()
+
     yield header(tensors)
-    read = lru_cache(REMEMBERED)(Factors.read)
-    for place in tensors:
-        if target := changed.get(place.name):
-            for _, new in sums_of(place, target, read):
-                yield as_bytes(new)
-        else:
-            yield from blocks(place)
-        tell()
+    yield from in_turn(work())
 
 
-def sums_of(place: Place, target: Target, read: Read) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """A tensor before and after, some rows after the other."""
-    with opened(place) as stream:
-        for delta in target.deltas(place.shape, read):
-            old = next_values(stream, place, tuple(delta.shape))
-            yield old, target.added(old, delta)
+def _summed(place: Place, piece: Piece) -> Bytes:
+    return as_bytes(piece.added_to(read_values(place, piece.shape, piece.begin)))
 
 
 def check_tensors(job: Job, base: Path, merged: Path, changed: Mapping[str, Target]) -> dict[str, Any]:
@@ -108,14 +109,10 @@ def check_tensors(job: Job, base: Path, merged: Path, changed: Mapping[str, Targ
     before, after = places(base), places(merged)
     if lost := sorted(set(before) ^ set(after)):
         raise CheckError(f"tensor {lost[0]} is on one side only", where=MERGED)
-    read = lru_cache(REMEMBERED)(Factors.read)
     moved, largest = 0, 0.0
-    for number, (name, new) in enumerate(sorted(after.items())):
-        old, target = before[name], changed.get(name)
-        right, difference = _compared(old, new, target, read) if new.like(old) else (False, 0.0)
-        if not right:
-            verb = "changed although nothing targeted it" if target is None else "is not what base and adapter make"
-            raise CheckError(f"tensor {name} {verb}", where=MERGED)
+    compared = groupby(in_turn(_comparisons(before, after, changed)), key=itemgetter(0))
+    for number, (name, parts) in enumerate(compared):
+        difference, target = max(part for _, part in parts), changed.get(name)
         if target is not None and target.must_move and not difference:
             raise CheckError(
                 f"tensor {name} is unchanged although LoRA targeted it",
@@ -134,15 +131,30 @@ def check_tensors(job: Job, base: Path, merged: Path, changed: Mapping[str, Targ
     }
 
 
-def _compared(old: Place, new: Place, target: Target | None, read: Read) -> tuple[bool, float]:
-    """Is the new one right, and by how much does it differ from the old one at most?"""
-    if target is None:
-        return all(a == b for a, b in zip(blocks(old), blocks(new), strict=True)), 0.0
-    largest = 0.0
-    with opened(new) as stream:
-        for before, wanted in sums_of(old, target, read):
-            found = next_values(stream, new, tuple(wanted.shape))
-            if not torch.equal(found, wanted):
-                return False, largest
-            largest = max(largest, (before.float() - found.float()).abs().max().item())
-    return True, largest
+def _comparisons(
+    before: Mapping[str, Place], after: Mapping[str, Place], changed: Mapping[str, Target]
+) -> Iterator[Callable[[], Difference]]:
+    """Of each tensor's parts: is it right, and by how much does it differ from the base's at most?"""
+    remembering = lru_cache(REMEMBERED)(Factors.read)
+    for name, new in sorted(after.items()):
+        old = before[name]
+        if not new.like(old):
+            raise CheckError(f"tensor {name} is of another dtype or shape than the base's", where=MERGED)
+        if target := changed.get(name):
+            for piece in target.pieces(old.shape, remembering):
+                yield partial(_sums_compared, old, new, piece)
+        else:
+            yield from (partial(_blocks_compared, old, new, skip) for skip in old.blocks)
+
+
+def _sums_compared(old: Place, new: Place, piece: Piece) -> Difference:
+    before, found = (read_values(place, piece.shape, piece.begin) for place in (old, new))
+    if not torch.equal(found, piece.added_to(before)):
+        raise CheckError(f"tensor {new.name} is not what base and adapter make", where=MERGED)
+    return new.name, before.float().sub_(found).abs_().max().item()
+
+
+def _blocks_compared(old: Place, new: Place, skip: int) -> Difference:
+    if read(old, skip) != read(new, skip):
+        raise CheckError(f"tensor {new.name} changed although nothing targeted it", where=MERGED)
+    return new.name, 0.0
