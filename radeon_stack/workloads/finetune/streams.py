@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def read_values(place: Place, shape: tuple[int, ...] | None = None, skip: int = 0) -> torch.Tensor:
-    """A tensor, or those of its values after `skip` that fill a shape. UsageError where they are in 8 bit or no floats."""
+    """A tensor, or what fills a shape after `skip` values. UsageError for others than floats of 16 bit or more."""
     if place.dtype not in FLOATS:
         raise UsageError(f"{place.name} is in {place.dtype}, not in floats of 16 bit or more", where=str(place.file))
     made = torch.empty(place.shape if shape is None else shape, dtype=FLOATS[place.dtype])
