@@ -15,7 +15,7 @@ from rich.text import Text
 from radeon_stack.images.progress import Step
 from radeon_stack.text import one_line
 
-MARKS = {"done": "✓", "cached": "=", "failed": "✗", "running": "…"}
+MARKS = {"done": "✓", "cached": "=", "failed": "✗", "running": "…", "note": "·"}
 
 
 @contextmanager

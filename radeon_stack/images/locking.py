@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
-import sys
 import tempfile
 import tomllib
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from radeon_stack.catalog.platforms import Platform, load_platforms
 from radeon_stack.catalog.wheels import load_wheels
 from radeon_stack.errors import ImageError, MachineError, UsageError
 from radeon_stack.images.keys import key_of
+from radeon_stack.images.uv import find_uv
 
 NOT_OURS = ("torch", "triton")  # the base's, in every image
 # Emitted without what they ask for: the one is taken for its model, the other asks for torch and triton alone.
@@ -225,11 +224,7 @@ def _packages(text: str) -> Iterator[str]:
 
 
 def _uv() -> list[str]:
-    from importlib.util import find_spec
-
-    if find_spec("uv"):
-        return [sys.executable, "-m", "uv"]
-    found = shutil.which("uv")
+    found = find_uv()
     if found is None:
         raise MachineError("locking needs uv", remedy="pip install uv")
-    return [found]
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,10 +19,10 @@ TITLE_LENGTH = 68
 
 @dataclass(frozen=True)
 class Step:
-    """A step that began or ended; `seconds` once it is done."""
+    """A step that began or ended; `seconds` once it is done. A `note` is no step: something to know about them."""
 
     title: str
-    state: Literal["running", "done", "cached", "failed"]
+    state: Literal["running", "done", "cached", "failed", "note"]
     seconds: float = 0.0
 
 
@@ -96,6 +96,13 @@ class Steps:
         if not self.failed:
             self.failed = step.title
             self._why = self._telling.get(number) or self._last_output.get(number) or text.removeprefix("ERROR: ")
+
+
+def reason(lines: Iterable[str]) -> str:
+    """Why a program failed, from what it printed: the last line that tells of an error, else the last there is."""
+    spoken = [line.strip() for line in lines if line.strip()]
+    telling = [line for line in spoken if TELLING.match(line)]
+    return (telling or spoken or ["it said nothing"])[-1]
 
 
 def _title(stage: str, text: str) -> str:

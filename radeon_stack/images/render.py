@@ -54,7 +54,7 @@ def wheel_key(spec: ImageSpec, wheel: WheelSpec) -> str:
     # How much memory a compiler job takes decides how many run at once, and nothing about the wheel.
     stage = "\n".join(line for line in stage.splitlines() if JOB_MEMORY not in line)
     files = {name: digest(text.encode()) for name, text in wheel.files.items()}
-    return key_of({"identity": spec.identity, "stage": stage, "files": files, "driver": digest(_driver(spec))})
+    return key_of({"identity": spec.identity, "stage": stage, "files": files, "driver": digest(driver(spec))})
 
 
 def requirements_key(spec: ImageSpec) -> str:
@@ -76,7 +76,7 @@ def context(spec: ImageSpec) -> dict[str, bytes]:
         ".dockerignore": b"Dockerfile\ndocker-bake.json\n",
     }
     if spec.wheels:
-        files["stage.sh"] = _driver(spec)
+        files["stage.sh"] = driver(spec)
     for wheel in spec.wheels:
         files |= {f"wheels/{wheel.name}/{name}": text.encode() for name, text in wheel.files.items()}
     return dict(sorted(files.items()))
@@ -184,7 +184,8 @@ def _stages(text: str) -> dict[str, str]:
     return {name: "\n".join(lines) for name, lines in found.items()}
 
 
-def _driver(spec: ImageSpec) -> bytes:
+def driver(spec: ImageSpec) -> bytes:
+    """What every wheel's stage runs around its own build.sh."""
     return (spec.docker / "wheels" / "stage.sh").read_bytes()
 
 
