@@ -55,9 +55,9 @@ def load_kinds(folder: Path | None = None) -> dict[str, Kind]:
     return {name: typed(Kind, table, path, f"{name}.") for name, table in read_table(path).items()}
 
 
-def find_kind(name: str, folder: Path | None = None) -> Kind:
+def find_kind(name: str, folder: Path | None = None, *, where: str = "--kind") -> Kind:
     """A kind by its name. UsageError says which there are."""
     kinds = load_kinds(folder)
     if name not in kinds:
-        raise UsageError(f"no kind of image '{name}'; {nearest(name, list(kinds))}", where="--kind")
+        raise UsageError(f"no kind of image '{name}'; {nearest(name, list(kinds))}", where=where)
     return kinds[name]

@@ -10,7 +10,7 @@ import click
 
 from radeon_stack import atomic
 from radeon_stack.catalog.load import read
-from radeon_stack.cli.run import drafted_from, not_empty, plan_options
+from radeon_stack.cli.run import drafted_from, not_empty, plan_options, require_environment
 from radeon_stack.errors import Exit, UsageError
 from radeon_stack.launch.exports import FORMS
 from radeon_stack.launch.launcher import config_record
@@ -50,6 +50,7 @@ def export(recipe: str, form: str, output: str | None, dry_run: bool, as_json: b
     if dry_run:
         click.echo(json.dumps({"file": str(folder / name), "text": text}) if as_json else text, nl=as_json)
         return Exit.OK
+    require_environment(drafted)
     (folder / "artifacts").mkdir(parents=True, exist_ok=True)
     (folder / "cache").mkdir(exist_ok=True)
     (folder / "events.jsonl").touch()

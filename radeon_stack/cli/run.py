@@ -12,9 +12,11 @@ import click
 
 from radeon_stack.catalog.load import Effective, read, resolve
 from radeon_stack.cli.estimate import tell
+from radeon_stack.cli.steps import step_view
 from radeon_stack.contracts import SOURCES
 from radeon_stack.errors import Exit, UsageError
 from radeon_stack.host.bundle import is_here, opened
+from radeon_stack.images.making import make
 from radeon_stack.launch.circumstances import Asked, find_out
 from radeon_stack.launch.engine import engine_named
 from radeon_stack.launch.launcher import Draft, detach, draft, paste_lines, read_plan, resumable, write_records
@@ -130,8 +132,11 @@ def run(dry_run: bool, only_estimate: bool, detached: bool, earlier: str | None,
     drafted, why = drafted_from(store, **options)
     if dry_run:
         record = {"command": engine_named(drafted.plan.engine).render(drafted.plan), **drafted.plan.as_record()}
+        if (environment := drafted.environment) is not None:
+            record["environment"] = {"folder": str(environment.folder), "ready": environment.ready}
         click.echo(json.dumps(record, indent=2) if as_json else "\n".join(paste_lines(drafted, store)))
         return Exit.OK
+    require_environment(drafted)
     write_records(drafted, store)
     click.echo(f"engine {why}" if detached else f"{drafted.run.id}\nengine {why}", err=True)  # detached: on stdout
     if detached:
@@ -213,6 +218,13 @@ def asked_recipe(
     if data is not None:
         flags["--data"] = {"config": {"data": {"dataset": data}}}
     return resolve(file, preset, sets, flags)
+
+
+def require_environment(drafted: Draft) -> None:
+    """Make the environment whose Python the plan names, unless it is there; its steps go to stderr."""
+    if drafted.environment is not None and not drafted.environment.ready:
+        with step_view(sys.stderr) as steps:
+            make(drafted.environment, steps)
 
 
 def _plan_before(run: Run) -> LaunchPlan | None:

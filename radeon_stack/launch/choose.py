@@ -3,36 +3,55 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from radeon_stack.catalog.kinds import find_kind
 from radeon_stack.catalog.load import Effective
 from radeon_stack.catalog.platforms import CPU, load_platforms
 from radeon_stack.errors import ImageError, MachineError, StackError, UsageError
 from radeon_stack.host.engines import EngineProbe, probe_engine, require_engine
 from radeon_stack.host.selection import Selection
+from radeon_stack.images.environments import Environment, environment_for, lacking
 from radeon_stack.images.resolve import Image, find_image, named_image
 
 USUAL_KIND = "train"  # of `make image`
+# `make setup` is for these: what they lack here is installed, or comes in an image. Others get an environment.
+TRAINING_KINDS = (USUAL_KIND, "train-unsloth")
 # What the workloads import; looked for, never imported, on the host side.
 WORK_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """An engine's name, the image if it takes one, and the reason."""
+    """An engine's name, the image if it takes one, and the reason.
+
+    Without an image, which Python: this one, unless there is an `environment`, which may not have been made yet.
+    """
 
     engine: str
     image: Image | None
     why: str
     probe: EngineProbe | None = None
+    environment: Environment | None = None
+    python_why: str = "this Python has what it needs"
+
+    @property
+    def python(self) -> str:
+        """Of a run without an image."""
+        return str(self.environment.python) if self.environment else sys.executable
 
 
-def choose(effective: Effective, selection: Selection, engine: str, reference: str | None) -> Choice:
-    """The engine and image for a recipe. MachineError or ImageError says what is missing and how to get it."""
+def choose(effective: Effective, selection: Selection, engine: str, reference: str | None, home: Path) -> Choice:
+    """The engine and image for a recipe; environments are below `home`.
+
+    MachineError or ImageError says what is missing and how to get it.
+    """
     if engine == "local":
         if reference is not None:
             raise UsageError("the local engine takes no image", where="--image", remedy="leave it or the engine out")
-        return _local(effective, "local: asked for")
+        return _local(effective, selection, "local: asked for", home)
     if engine == "docker":
         probe = require_engine("--engine docker", "run without it: --engine local")
         image = _image(effective, selection, reference)
@@ -41,13 +60,13 @@ def choose(effective: Effective, selection: Selection, engine: str, reference: s
     if not probe.answers:
         if reference is not None:
             raise MachineError(f"an image needs an engine, and {probe.why_not}", where="--image", remedy="leave it out")
-        return _local(effective, f"local: {probe.why_not}")
+        return _local(effective, selection, f"local: {probe.why_not}", home)
     try:
         image = _image(effective, selection, reference)
     except ImageError as error:
         if reference:
             raise
-        return _local(effective, f"local: {error.what}")
+        return _local(effective, selection, f"local: {error.what}", home)
     return Choice("docker", image, image.why, probe)
 
 
@@ -63,16 +82,22 @@ def _image(effective: Effective, selection: Selection, reference: str | None) ->
     found = named_image(reference) if reference else find_image(kind, platform)
     if found is None:
         wanted = f"image {reference}" if reference else f"image labelled {kind} for {platform}"
-        how = f"make image {_release(platform)}ARCH={platform}" + f" KIND={kind}" * (kind != USUAL_KIND)
-        raise ImageError(f"the engine has no {wanted}", remedy=f"build it: {how}, or run without: --engine local")
+        how = f"build it: {_making(kind, platform)}, or run without: --engine local"
+        raise ImageError(f"the engine has no {wanted}", remedy=how)
     return found
+
+
+def _making(kind: str, platform: str) -> str:
+    return f"make image {_release(platform)}ARCH={platform}" + f" KIND={kind}" * (kind != USUAL_KIND)
 
 
 def _release(arch: str) -> str:
     return "" if arch == CPU else f"ROCM={load_platforms().release_for(arch)} "
 
 
-def _local(effective: Effective, why: str) -> Choice:
+def _local(effective: Effective, selection: Selection, why: str, home: Path) -> Choice:
+    if effective.image_kind not in TRAINING_KINDS:
+        return _with_python(effective, selection, Choice("local", None, why), home)
     layer = getattr(effective.config, "layer", "")
     packages = (*WORK_PACKAGES, layer) if layer else WORK_PACKAGES
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
@@ -86,3 +111,20 @@ def _local(effective: Effective, why: str) -> Choice:
         more: StackError = MachineError(f"{why}; and this Python lacks {', '.join(missing)}", remedy=how)
         raise more
     return Choice("local", None, why)
+
+
+def _with_python(effective: Effective, selection: Selection, choice: Choice, home: Path) -> Choice:
+    """This Python if it has all that the kind promises, else an environment of the kind's own."""
+    kind = effective.image_kind
+    find_kind(kind, where=f"{effective.path}: image")
+    environment = environment_for(kind, home)
+    missing = ", ".join(lacking(environment.spec))
+    if not missing:
+        return replace(choice, python_why=f"this Python has all that {kind} promises")
+    if effective.recipe.resources.gpus.min:
+        raise MachineError(
+            f"{choice.why}; and this Python lacks {missing}, which come without an image for the CPU alone",
+            remedy=f"build an image: {_making(kind, platform_of(effective, selection))}",
+        )
+    why = f"this Python lacks {missing}: {kind} has an environment of its own, for the CPU"
+    return replace(choice, environment=environment, python_why=why)

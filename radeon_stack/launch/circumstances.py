@@ -63,7 +63,7 @@ def find_out(effective: Effective, sysroot: Sysroot, asked: Asked, home: Path) -
     selection = select(
         machine.gpus, asked.gpus, least=wanted.min, most=most, busy=in_use, wsl=machine.wsl and wanted.min > 0
     )
-    choice = choose(effective, selection, asked.engine, asked.image)
+    choice = choose(effective, selection, asked.engine, asked.image, home)
     _require_same_gfx(selection, choice)
     where = setup(machine, selection, choice)
     found = mitigations(where, asked.without)
@@ -74,9 +74,9 @@ def find_out(effective: Effective, sysroot: Sysroot, asked: Asked, home: Path) -
 
 
 def setup(machine: Machine, selection: Selection, choice: Choice) -> Setup:
-    """What known issues are looked up for: the chosen cards, and what is in the image or in this Python."""
+    """What known issues are looked up for: the chosen cards, and what the image or the Python that is taken has."""
     gpus = selection.gpus
-    torch = choice.image.torch if choice.image else _installed("torch")
+    torch = _torch(choice)
     rocm = choice.image.rocm if choice.image else _rocm_of(torch)
     return Setup(
         gfx=frozenset(gpu.gfx for gpu in gpus),
@@ -96,6 +96,12 @@ def _require_same_gfx(selection: Selection, choice: Choice) -> None:
             where="--image",
             remedy=f"make image ARCH={min(chosen)}, or choose another GPU: --gpus {choice.image.gfx}",
         )
+
+
+def _torch(choice: Choice) -> str:
+    if choice.image is not None:
+        return choice.image.torch
+    return choice.environment.spec.platform.torch if choice.environment else _installed("torch")
 
 
 def _installed(package: str) -> str:

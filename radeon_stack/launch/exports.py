@@ -113,7 +113,7 @@ FORMS = {"shell": (shell, "run.sh"), "compose": (compose, "compose.yaml"), "quad
 def _about(plan: LaunchPlan) -> str:
     recipe = dict(plan.labels).get("radeon-stack.recipe", "a run")
     alone = (
-        "it runs without radeon-stack" if plan.image else f"it runs with the Python that wrote it: {plan.command[0]}"
+        "it runs without radeon-stack" if plan.image else f"it runs with a Python of this machine: {plan.command[0]}"
     )
     return f"{recipe}, written by radeon-stack export; {alone}"
 

@@ -16,6 +16,7 @@ from radeon_stack import atomic
 from radeon_stack.catalog.load import Effective, from_record
 from radeon_stack.contracts.finetune import RESUMABLE
 from radeon_stack.errors import MachineError, UsageError
+from radeon_stack.images.environments import Environment
 from radeon_stack.launch.circumstances import Circumstances
 from radeon_stack.launch.engine import engine_named
 from radeon_stack.launch.explaining import require_reboot, with_other_order
@@ -39,6 +40,8 @@ class Draft:
     effective: Effective
     plan: LaunchPlan
     run: Run
+    environment: Environment | None = None
+    """Whose Python it is that the plan's command names: it has to be made before, unless it is ready."""
 
 
 def draft(
@@ -66,7 +69,7 @@ def draft(
         cache=cache or store.home / "cache",
         resume=resume,
     )
-    return Draft(effective, launch_plan, run)
+    return Draft(effective, launch_plan, run, here.choice.environment)
 
 
 def resumable(run: Run, sets: Sequence[str] = (), *, after_fault: bool = False) -> Effective:
@@ -131,10 +134,14 @@ def config_record(effective: Effective) -> dict[str, Any]:
 
 def paste_lines(drafted: Draft, store: RunStore) -> list[str]:
     """Shell lines that do by hand what `run` does: make the run's directory, then the launch itself."""
-    run = drafted.run
+    run, environment = drafted.run, drafted.environment
     config = json.dumps(config_record(drafted.effective))
     launch = engine_named(drafted.plan.engine).render(drafted.plan)
+    first = []
+    if environment is not None and not environment.ready:
+        first = [f"# first, once: a run by radeon-stack makes the environment for {environment.kind}"]
     return [
+        *first,
         shlex.join(["mkdir", "-p", str(run.artifacts), str(store.home / "cache")]),
         f"{shlex.join(['printf', '%s', config])} > {shlex.quote(str(run.config))}",
         shlex.join(["touch", str(run.events)]),

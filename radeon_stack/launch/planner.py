@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from radeon_stack.launch.torchrun import started, variables
 ROOM = "/radeon-stack"  # everything of ours inside a container is below this folder
 VENV_PYTHON = "/opt/venv/bin/python"  # the contract of rocm/pytorch images
 STOP_SECONDS = 120  # an optimizer step of a large model and its checkpoint fit
+FOREIGN = ("PYTHONPATH", "PYTHONHOME")  # would give one Python the packages of another
 NO_CONTAINER = "a child process, no container: it has what you have"
 
 
@@ -49,11 +49,14 @@ def plan(
         paths.add_model(config.model, where)
     if isinstance(config, TakesData):
         paths.add_data(config.data.dataset, effective.origin.get("config.data.dataset", "") + ": config.data.dataset")
-    python = VENV_PYTHON if inside else sys.executable
+    python, whose = (VENV_PYTHON, "the image's Python") if inside else (here.choice.python, here.choice.python_why)
     module = f"radeon_stack.workloads.{effective.recipe.workload}"
     command = (*started(python, here.placement.processes), module, *paths.arguments)
     values = _common(effective, here, run_id, run_dir)
-    values["command"] = ((*command, "--resume") if resume else command, "the recipe's workload; paths as it sees them")
+    values["command"] = (
+        (*command, "--resume") if resume else command,
+        f"the recipe's workload, paths as it sees them; {whose}",
+    )
     env = _Environment(effective, here)
     if inside:
         values |= _container(effective, here, paths, run_dir, env)
@@ -160,6 +163,8 @@ class _Environment:
 
     def add_local(self, here: Circumstances) -> None:
         chosen, self.unset = local_env(here.machine, here.selection.gpus)
+        if here.choice.environment is not None:
+            self.unset += FOREIGN
         for name, value, why in chosen:
             self.add(name, value, why)
 

@@ -31,11 +31,13 @@ def folder(home: Path) -> Path:
 
 
 def subject_of(selection: Selection, choice: Choice, rocm: str) -> Subject:
-    """What an answer holds for: the cards, and the image by its id, or the versions of the packages here."""
+    """What an answer holds for: the cards, and the image by its id, or the environment, or this Python's packages."""
     gpus = selection.gpus
     cards = (("gfx", gpus[0].gfx if gpus else "cpu"), ("card", " + ".join(sorted({g.name for g in gpus})) or "cpu"))
     if choice.image is not None:
         return (*cards, ("image", choice.image.id))
+    if choice.environment is not None:
+        return (*cards, ("environment", choice.environment.folder.name))
     return (*cards, *((name, found) for name in PACKAGES if (found := _version(name))), ("rocm", rocm))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,7 @@ from radeon_stack.launch.placement import placed
 from radeon_stack.launch.probing import decided
 from tests.stages import STAGES, build
 
+HOME = Path("/nowhere")
 NO_GPU = Selection((), "the recipe takes no GPU")
 
 
@@ -69,7 +71,7 @@ def test_it_runs_in_the_kind_of_image_that_has_it(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(choose, "require_engine", lambda *_: None)
     monkeypatch.setattr(choose, "find_image", lambda kind, platform: asked.append((kind, platform)))
     with pytest.raises(ImageError) as caught:
-        choose.choose(unsloth(preset="demo"), NO_GPU, "docker", None)
+        choose.choose(unsloth(preset="demo"), NO_GPU, "docker", None, HOME)
     assert asked == [("train-unsloth", "cpu")]
     assert "make image ARCH=cpu KIND=train-unsloth" in caught.value.remedy
 
@@ -80,9 +82,9 @@ def test_without_an_engine_its_package_must_be_there(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(importlib.util, "find_spec", found)
     with pytest.raises(MachineError, match="this Python lacks unsloth") as caught:
-        choose.choose(unsloth(preset="demo"), NO_GPU, "local", None)
+        choose.choose(unsloth(preset="demo"), NO_GPU, "local", None, HOME)
     assert "KIND=train-unsloth" in caught.value.remedy
-    assert choose.choose(resolve(read("train-llama"), "demo"), NO_GPU, "local", None).engine == "local"
+    assert choose.choose(resolve(read("train-llama"), "demo"), NO_GPU, "local", None, HOME).engine == "local"
 
 
 def test_attention_is_left_to_it() -> None:
