@@ -89,7 +89,7 @@ class _Making:
     def make(self, uv: list[str] | None) -> None:
         spec = self.environment.spec
         self._temporary.mkdir(parents=True)
-        self._fetch("an empty environment", [*_venv(), "--without-pip", str(self.partial)])
+        self._fetch("an empty environment", [*_venv(), "--without-pip", "--prompt", spec.name, str(self.partial)])
         stored = [self._wheel(wheel) for wheel in spec.wheels]
         install = [*(uv or self._uv()), "pip", "install", "--python", str(self._python), "--no-deps"]
         record = self._record(stored)
@@ -100,7 +100,7 @@ class _Making:
         )
         count = spec.requirements.count("==")
         lock = ["--require-hashes", "--requirement", str(record / f"{REQUIREMENTS}.txt")]
-        self._fetch(f"{count} packages by hash", [*install, *lock])
+        self._fetch(f"packages by hash: {count}", [*install, *lock])
         if files := [str(file) for wheels in stored for file in wheels.files]:
             self._fetch("wheels of our own", [*install, *files])
         # A link, for a .pth would let in all that lies beside the package: this Python's other packages, when it
@@ -128,7 +128,7 @@ class _Making:
         return kept | {"TMPDIR": str(self._temporary)} | ({"UV_FIND_LINKS": self._links} if self._links else {})
 
     def _fetch(self, title: str, *commands: list[str]) -> float:
-        remedy = "if that is the network's, run it again with one"
+        remedy = "if it is for want of a network, run it again with one"
         return self.logged.run(title, *commands, env=self._env, failing=ImageError, remedy=remedy)
 
     def _build(self, title: str, *commands: list[str], **env: str) -> float:

@@ -14,6 +14,7 @@ DONE = re.compile(r"^DONE (\d+(?:\.\d+)?)s$")
 TELLING = re.compile(
     r"^(?:[\w.]*(?:Error|Exception)|ERROR|error|fatal|verify|E)\s?: *+(?!metadata-generation-failed|subprocess)(.+)"
 )
+CAUSE = re.compile(r"^(?:cause|Caused by): (.+)")  # as uv tells them, the deepest last
 TITLE_LENGTH = 68
 
 
@@ -99,10 +100,18 @@ class Steps:
 
 
 def reason(lines: Iterable[str]) -> str:
-    """Why a program failed, from what it printed: the last line that tells of an error, else the last there is."""
-    spoken = [line.strip() for line in lines if line.strip()]
-    telling = [line for line in spoken if TELLING.match(line)]
-    return (telling or spoken or ["it said nothing"])[-1]
+    """Why a program failed, from what it printed.
+
+    That is the last line that tells of an error, with the deepest cause told after it; else the last line there is.
+    """
+    told = cause = last = ""
+    for line in filter(None, map(str.strip, lines)):
+        last = line
+        if TELLING.match(line):
+            told, cause = line, ""
+        elif told and (match := CAUSE.match(line)):
+            cause = match[1]
+    return f"{told}: {cause}" if cause else told or last or "it said nothing"
 
 
 def _title(stage: str, text: str) -> str:
