@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PARTIAL = ".partial"
+MANY = 1000  # files: one by one, those of a Python environment take half a minute; all that the machine has, a second
 
 
 def write_text(path: Path, text: str) -> None:
@@ -64,7 +65,11 @@ def whole_directory(path: Path) -> Iterator[Path]:
 
 
 def _sync_tree(root: Path) -> None:
-    for entry in root.rglob("*"):
+    entries = list(root.rglob("*"))
+    if len(entries) > MANY:
+        os.sync()
+        return
+    for entry in entries:
         _sync(entry)
     _sync(root)
 

@@ -48,7 +48,7 @@ def make(environment: Environment, tell: Tell) -> None:
         environment.log.write_bytes(b"")
         logged = Logged(f"the environment for {environment.kind}", environment.log, tell, held=(lock,))
         with atomic.whole_directory(environment.folder) as partial:
-            _Making(environment, partial, logged).make(uv)
+            _Making(environment, partial, logged, find_links(os.environ)).make(uv)
             _settle(partial, environment.folder)
 
 
@@ -85,30 +85,31 @@ class _Making:
     environment: Environment
     partial: Path
     logged: Logged
+    links: str
 
     def make(self, uv: list[str] | None) -> None:
-        spec = self.environment.spec
+        spec, python = self.environment.spec, str(self._python)
         self._temporary.mkdir(parents=True)
-        self._fetch("an empty environment", [*_venv(), "--without-pip", "--prompt", spec.name, str(self.partial)])
-        stored = [self._wheel(wheel) for wheel in spec.wheels]
-        install = [*(uv or self._uv()), "pip", "install", "--python", str(self._python), "--no-deps"]
-        record = self._record(stored)
+        self._build("an empty environment", [*_venv(), "--without-pip", "--prompt", spec.name, str(self.partial)])
+        install = [*(uv or self._uv()), "pip", "install", "--python", python, "--no-deps"]
+        record = self._record()
         self._fetch(
             f"torch {spec.platform.torch}",
-            [*install, *cpu_torch(spec.platform.torch, self._links)],
-            [str(self._python), str(PACKAGE / "workloads" / "probe" / "base.py"), str(record)],
+            [*install, *cpu_torch(spec.platform.torch, self.links)],
+            [python, str(PACKAGE / "workloads" / "probe" / "base.py"), str(record)],
         )
-        count = spec.requirements.count("==")
         lock = ["--require-hashes", "--requirement", str(record / f"{REQUIREMENTS}.txt")]
-        self._fetch(f"packages by hash: {count}", [*install, *lock])
-        if files := [str(file) for wheels in stored for file in wheels.files]:
-            self._fetch("wheels of our own", [*install, *files])
+        self._fetch(f"packages by hash: {spec.requirements.count('==')}", [*install, *lock])
+        for wheel in spec.wheels:
+            stored = self._wheel(wheel)
+            self._build(f"{wheel.name} {wheel.wheel.version}", [*install, *map(str, stored.files)])
+            with (record / "wheels.sha256").open("a", encoding="utf-8") as sums:
+                sums.writelines(f"{digest}  {name}\n" for name, digest in stored.record["files"].items())
         # A link, for a .pth would let in all that lies beside the package: this Python's other packages, when it
         # was installed there. And a link shows today's code.
         (next(self.partial.glob("lib/python*/site-packages")) / PACKAGE.name).symlink_to(PACKAGE)
         # An image's own verification: the environment does what it is for, or it does not exist.
-        verify = [str(self._python), "-m", f"{PACKAGE.name}.workloads.probe", "verify", str(record)]
-        self._build("verified", verify)
+        self._build("verified", [python, "-m", f"{PACKAGE.name}.workloads.probe", "verify", str(record)])
 
     @property
     def _python(self) -> Path:
@@ -119,13 +120,9 @@ class _Making:
         return self.partial / BUILD / "tmp"
 
     @property
-    def _links(self) -> str:
-        return find_links(os.environ)
-
-    @property
     def _env(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if name not in HIDDEN}
-        return kept | {"TMPDIR": str(self._temporary)} | ({"UV_FIND_LINKS": self._links} if self._links else {})
+        return kept | {"TMPDIR": str(self._temporary)} | ({"UV_FIND_LINKS": self.links} if self.links else {})
 
     def _fetch(self, title: str, *commands: list[str]) -> float:
         remedy = "if it is for want of a network, run it again with one"
@@ -141,15 +138,13 @@ class _Making:
         self._fetch("uv", [*_venv(), str(self.partial / BUILD / "uv")], fetch)
         return [python, "-m", "uv"]
 
-    def _record(self, stored: Sequence[StoredWheels]) -> Path:
+    def _record(self) -> Path:
         """What the verification goes by, as in an image."""
         folder, spec = self.partial / RECORD, self.environment.spec
         folder.mkdir()
         told = description(spec, self.environment.folder.name.rpartition("-")[2])
         (folder / "image.json").write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (folder / f"{REQUIREMENTS}.txt").write_text(spec.requirements, encoding="utf-8")
-        sums = [f"{digest}  {name}\n" for wheels in stored for name, digest in wheels.record["files"].items()]
-        (folder / "wheels.sha256").write_text("".join(sums), encoding="utf-8")
         return folder
 
     def _wheel(self, wheel: WheelSpec) -> StoredWheels:
