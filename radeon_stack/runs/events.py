@@ -171,7 +171,9 @@ class Stopped(_Event):
     step: int | None = None
 
 
-Event = Attempt | Progress | Metric | Measurement | Answered | Sample | Loaded | Fact | Artifact | Result | Error | Stopped
+Event = (
+    Attempt | Progress | Metric | Measurement | Answered | Sample | Loaded | Fact | Artifact | Result | Error | Stopped
+)
 _ADAPTER: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
 
 

@@ -12,14 +12,35 @@ from typing import Any
 
 from radeon_stack import __version__, atomic
 from radeon_stack.contracts.capabilities import Answer, counts
-from radeon_stack.runs import bench_report, charts
-from radeon_stack.runs.events import Artifact, Attempt, Event, Fact, Measurement, Progress, metrics_by_step, read_events
+from radeon_stack.runs import bench_report, charts, loaded
+from radeon_stack.runs.events import (
+    Artifact,
+    Attempt,
+    Event,
+    Fact,
+    Loaded,
+    Measurement,
+    Progress,
+    metrics_by_step,
+    read_events,
+)
 from radeon_stack.runs.measurements import counted, measurements_of, quickest
 from radeon_stack.runs.store import Run, Status
-from radeon_stack.runs.summary import PHASES, answers_of, last_result, samples_of, steps_of_last
+from radeon_stack.runs.summary import PHASES, answers_of, last_result, phases_of, samples_of, steps_of_last
 
 CHARTS = (("loss", "Loss"), ("grad_norm", "Gradient norm"), ("learning_rate", "Learning rate"))
-TOLD_APART = ("lora_before", "lora_after", "data", "batches", "prompt", "environment", "model", "merge", "card")
+TOLD_APART = (
+    "export",
+    "lora_before",
+    "lora_after",
+    "data",
+    "batches",
+    "prompt",
+    "environment",
+    "model",
+    "merge",
+    "card",
+)
 LOG_SPAN = 100.0  # a curve that falls by more than this is shown on a logarithmic axis too
 TILES_ACROSS = 6  # that the page has room for
 STATISTICS = ("mean", "std", "min", "q25", "median", "q75", "max")
@@ -88,7 +109,7 @@ def contents(run: Run) -> dict[str, Any]:
         "run": run.id,
         "status": status,
         "state": str(status.state) if status else "lost",
-        "verdict": verdict(result, status, measurements, answers_of(events)),
+        "verdict": verdict(result, status, measurements, answers_of(events), loaded.loaded_of(events)),
         "header": header(status, plan, environment),
         "attempts": [event for event in events if isinstance(event, Attempt)],
         "tiles": key_figures,
@@ -97,6 +118,8 @@ def contents(run: Run) -> dict[str, Any]:
         "charts": list(curves(metrics)),
         "columns": columns(events),
         "answers": answers_of(events),
+        "loaded": [(one, loaded.cells(one), loaded.files(one)) for one in loaded.loaded_of(events)],
+        "conversations": loaded.conversations(loaded.loaded_of(events)),
         "prompt": _table(facts.get("prompt")),
         "data": _table(facts.get("data")) | _table(facts.get("batches")),
         "lora": statistics(facts),
@@ -121,9 +144,11 @@ def verdict(
     status: Status | None,
     measurements: Sequence[Measurement] = (),
     answers: Sequence[Answer] = (),
+    exports: Sequence[Loaded] = (),
 ) -> str:
     """The run in a sentence."""
-    parts = [f"{text[0].upper()}{text[1:]}." for text in (counted(measurements), quickest(measurements)) if text]
+    told = (counted(measurements), quickest(measurements), loaded.verdict(exports))
+    parts = [f"{text[0].upper()}{text[1:]}." for text in told if text]
     if answers:
         found = ", ".join(f"{count} {verdict}" for verdict, count in counts(answers).items())
         parts.append(f"{len(answers)} questions: {found}.")
@@ -218,12 +243,12 @@ def columns(events: list[Event]) -> list[Column]:
     """Samples a phase, for the phases there were."""
     titles = {"before": "Before training", "after": "After training", "merged": "Merged, saved and reloaded"}
     found = []
-    for phase in PHASES:
+    for phase in phases_of(events):
         samples = samples_of(events, phase)
         judged = [sample for sample in samples if sample.correct is not None]
         score = f"{sum(bool(s.correct) for s in judged)} of {len(judged)} right" if judged else ""
         if samples:
-            found.append(Column(titles[phase], samples, score))
+            found.append(Column(titles.get(phase, phase), samples, score))
     return found
 
 

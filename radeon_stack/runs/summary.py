@@ -10,6 +10,7 @@ from pydantic import JsonValue
 
 from radeon_stack.contracts.capabilities import Answer, counts
 from radeon_stack.runs.events import Answered, Artifact, Event, Fact, Result, Sample, metrics_by_step, read_events
+from radeon_stack.runs.loaded import loaded_of, loaded_text
 from radeon_stack.runs.measurements import as_data, counted, measurements_of, quickest
 from radeon_stack.runs.outcome import Outcome
 from radeon_stack.runs.store import Run
@@ -35,7 +36,8 @@ def summary(run: Run, outcome: Outcome) -> dict[str, Any]:
         "diagnosis": asdict(outcome.diagnosis) if outcome.diagnosis else None,
         "result": result,
         "metrics": [{"step": step, **values} for step, values in metrics_by_step(events).items()],
-        "samples": {phase: [_sample(s) for s in samples_of(events, phase)] for phase in PHASES},
+        "samples": {phase: [_sample(s) for s in samples_of(events, phase)] for phase in phases_of(events)},
+        "loaded": [one.model_dump(mode="json", exclude={"kind", "time"}) for one in loaded_of(events)],
         "answers": [answer.model_dump(mode="json", exclude_defaults=True) for answer in answers_of(events)],
         "measurements": [as_data(one) for one in measurements_of(events)],
         "facts": {event.name: event.value for event in events if isinstance(event, Fact)},
@@ -74,6 +76,9 @@ def lines(run: Run, outcome: Outcome) -> list[str]:
     rows += [
         (name, text) for name, text in (("figures", counted(measurements)), ("best", quickest(measurements))) if text
     ]
+    rows += [
+        (one.loader, loaded_text(one).partition(": ")[2] or one.state) for one in loaded_of(read_events(run.events))
+    ]
     rows += told["artifacts"].items()
     if told["report"]:
         rows.append(("report", told["report"]))
@@ -97,6 +102,11 @@ def samples_of(events: list[Event], phase: str) -> list[Sample]:
     """Samples of a phase, by index; a later attempt's replace an earlier one's."""
     latest = {event.index: event for event in events if isinstance(event, Sample) and event.phase == phase}
     return [latest[index] for index in sorted(latest)]
+
+
+def phases_of(events: list[Event]) -> list[str]:
+    """The phases of training, whether there are samples of them or not, and who else answered."""
+    return list(dict.fromkeys([*PHASES, *(event.phase for event in events if isinstance(event, Sample))]))
 
 
 def answers_of(events: list[Event]) -> list[Answer]:

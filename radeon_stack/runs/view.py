@@ -26,6 +26,7 @@ from rich.table import Column
 
 from radeon_stack.figures import figure_line
 from radeon_stack.runs import events as ev
+from radeon_stack.runs.loaded import loaded_text
 from radeon_stack.text import even_unheard, one_line, print_line, printable
 
 PLAIN_EVERY_SECONDS = 2.0
@@ -35,6 +36,7 @@ ANSWER = 200  # characters of an answer
 COLOURS = {"works": "green", "missing": "dim", "not asked": "dim"}  # of an answer; what is bad is red
 MEASUREMENT_LENGTH = 240
 MEASURED = {"ok": "green", "missing": "dim", "wrong": "red", "crashed": "red", "failed": "red"}
+LOADED = {"ok": True, "missing": None, "broken": False, "failed": False}
 COUNTED = (
     ("parameters", "parameters"),
     ("quantized_parameters", "in 4 bit"),
@@ -176,9 +178,13 @@ class BarView:
         elif isinstance(event, ev.Sample):
             if event.phase != self._phase:
                 self._phase = event.phase
-                self._say(f"[bold]{PHASES[event.phase]}[/]: {escape(one_line(event.prompt))}")
+                name = PHASES.get(event.phase, event.phase)
+                self._say(f"[bold]{escape(name)}[/]: {escape(one_line(event.prompt))}")
             colour = {True: "green", False: "red", None: "dim"}[event.correct]
             self._say(f"  [{colour}]{mark(event.correct)}[/] {escape(one_line(event.response))}")
+        elif isinstance(event, ev.Loaded):
+            colour = {"ok": "green", "missing": "dim"}.get(event.state, "red")
+            self._say(f"[{colour}]{mark(LOADED[event.state])}[/] {escape(loaded_text(event))}")
         elif isinstance(event, ev.Measurement):
             colour = MEASURED[event.state]
             self._say(f"[{colour}]{mark(event.state == 'ok')}[/] {escape(measurement_text(event))}")
@@ -235,6 +241,8 @@ class LineView:
             return _answer(event)
         if isinstance(event, ev.Measurement):
             return measurement_text(event)
+        if isinstance(event, ev.Loaded):
+            return f"{mark(LOADED[event.state])} {loaded_text(event)}"
         if isinstance(event, ev.Sample):
             return f"{event.phase:<7} {mark(event.correct)} {one_line(event.response)}"
         if isinstance(event, ev.Attempt) and event.resumed_step is not None:

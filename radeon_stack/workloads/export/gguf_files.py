@@ -19,7 +19,7 @@ AGAIN = "make it again: radeon-stack run export-check --from RUN"
 
 
 def require_whole_gguf(file: Path) -> Any:
-    """A reader of the file, all of whose tensors lie in it. CheckError for one damaged, cut short or of another kind."""
+    """A reader of the file, all of whose tensors lie in it. CheckError for one that is damaged or cut short."""
     _require_header(file)
     from gguf import GGUFReader
 
@@ -64,4 +64,3 @@ def architecture(reader: Any) -> str:
     """`general.architecture`, "" where it has none."""
     field = reader.get_field("general.architecture")
     return str(field.contents()) if field is not None else ""
-

@@ -82,9 +82,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_{FTYPES[request['kind']]}")
     settings.nthread = request["threads"]
-    code = llama_cpp.llama_model_quantize(
-        request["source"].encode(), request["file"].encode(), ctypes.byref(settings)
-    )
+    code = llama_cpp.llama_model_quantize(request["source"].encode(), request["file"].encode(), ctypes.byref(settings))
     if code:
         raise WorkloadError(f"llama.cpp could not quantise to {request['kind']} (code {code})", where="log.txt")
     return {}

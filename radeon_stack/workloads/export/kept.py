@@ -56,4 +56,3 @@ def require_same(file: Path, value: Mapping[str, Any]) -> None:
         raise CheckError(f"has {size:,} bytes, and {value['bytes']:,} were written", where=str(file), remedy=remedy)
     if sum_of(file) != value["sha256"]:
         raise CheckError("has changed since it was written (sha256)", where=str(file), remedy=remedy)
-

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
 from radeon_stack.errors import CheckError
 from radeon_stack.runs import events as ev
 from radeon_stack.workloads.export.held import TEXT
-from radeon_stack.workloads.finetune import sources
+from radeon_stack.workloads.finetune import fp8, sources
 from radeon_stack.workloads.finetune.merging import merge
 from radeon_stack.workloads.job import Arguments, Job
 
@@ -24,7 +25,8 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     base = sources.base_folder(job)
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     require_same_tokens(tokenizer, AutoTokenizer.from_pretrained(base), adapter, base)
-    merge(job, base, adapter, tokenizer)
+    with fp8.in_16_bit(job, base, torch.bfloat16) as whole:
+        merge(job, whole, adapter, tokenizer, given=base)
     return {}
 
 

@@ -118,13 +118,13 @@ def ggufs(job: Job, config: ExportConfig, kept: Kept, merged: Path, digest: str,
             total = round(model_bytes(merged) * gguf_making.BITS[kind] / 16)
 
             def tick(done: int, stage: str = stage, total: int = total) -> None:
-                job.progress(stage, min(done, total) >> 20, total >> 20, unit="MiB")
+                job.progress(stage, min(done, total - 1) >> 20, (total >> 20) + 1, unit="MiB")
 
             if kind == first:
                 done = gguf_making.convert(merged, file, kind, tick)
             else:
                 done = gguf_making.quantize(folder / f"model-{first}.gguf", file, kind, threads, tick)
-            tick(total)
+            job.progress(stage, 1, 1, note=f"{done.seconds:.0f} s")
             job.progress(f"compare {kind}", 0, 1, note="every tensor with the checkpoint's")
             about = apart.called(
                 "radeon_stack.workloads.export.tensors", {"file": str(file), "folder": str(merged)}

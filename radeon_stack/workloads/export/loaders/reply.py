@@ -16,8 +16,8 @@ class Reply:
     """`answers`: sampled, to the taught prompt. The rest is a list by prompt, or of the held text.
 
     `prompt_ids` and `text_ids` are the loader's own tokenization; `greedy` token ids up to the end of the turn;
-    `first_ids` the ids whose log probabilities `first_logprobs` has, natural logarithm. `perplexity` of the text from its
-    second token on. `memory` is bytes at most, before perplexity was measured.
+    `first_ids` the ids whose log probabilities `first_logprobs` has, natural logarithm. `perplexity` of the text from
+    its second token on. `memory` is bytes at most, before perplexity was measured.
     """
 
     program: str

@@ -1,0 +1,95 @@
+"""How programs that loaded an export did, in words: a line each, and the tables of the report. Texts are untrusted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from radeon_stack.runs.events import Event, Loaded
+from radeon_stack.text import one_line
+
+LENGTH = 240
+REFERENCE = "transformers"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A prompt, and what each program answered: (loader, response, tokens, how many of them are transformers')."""
+
+    prompt: str
+    answers: list[tuple[str, str, int, int]]
+
+
+def loaded_of(events: Iterable[Event]) -> list[Loaded]:
+    """The last word on each program, in their order."""
+    return list({event.loader: event for event in events if isinstance(event, Loaded)}.values())
+
+
+def loaded_text(event: Loaded) -> str:
+    """`llama.cpp q8_0: 5/5 right · 97 % of transformers' tokens · … · 45 tokens/s`"""
+    if event.state == "missing":
+        return f"{event.loader} is not installed where this ran"
+    told = [text for _, text in cells(event) if text]
+    line = f"{event.loader}: {' · '.join(told)}"
+    return one_line(line if not event.broken else f"{line}: {event.broken[0]}", LENGTH)
+
+
+def cells(event: Loaded) -> list[tuple[str, str]]:
+    """(what, figure) of a program, "" where it has none."""
+    found = event.values
+    right = f"{found['correct']:.0f}/{found['asked']:.0f} right" if "correct" in found and "asked" in found else ""
+    return [
+        ("taught answer", right),
+        ("greedy tokens as transformers'", _of(found, "agreement", "{:.0%} of tokens")),
+        ("first token, log probability", _of(found, "first_token", "±{:.3f}")),
+        ("perplexity", _of(found, "perplexity", "perplexity {:.4g}")),
+        ("beside transformers'", _of(found, "perplexity_ratio", "×{:.3f}")),
+        ("speed", _of(found, "tokens_per_second", "{:.3g} tokens/s")),
+        ("memory", _size(found, "memory_bytes")),
+    ]
+
+
+def files(event: Loaded) -> str:
+    """The size of what it loaded."""
+    return _size(event.values, "file_bytes")
+
+
+def conversations(loaded: Sequence[Loaded]) -> list[Conversation]:
+    """What they answered to the same prompts, side by side."""
+    prompts = dict.fromkeys(turn.prompt for event in loaded for turn in event.turns)
+    return [
+        Conversation(
+            prompt,
+            [
+                (event.loader, turn.response, turn.tokens, turn.agrees)
+                for event in loaded
+                for turn in event.turns
+                if turn.prompt == prompt
+            ],
+        )
+        for prompt in prompts
+    ]
+
+
+def verdict(loaded: Sequence[Loaded]) -> str:
+    """The export in a sentence; "" where nothing loaded anything."""
+    asked = [event for event in loaded if event.state in ("ok", "broken")]
+    if not asked:
+        return ""
+    held = sum(event.state == "ok" for event in asked)
+    right = [event for event in asked if "correct" in event.values]
+    answers = f"; the taught answer {', '.join(_right(event) for event in right)}" if right else ""
+    return f"loaded by {len(asked)} programs or files, {held} of them within the limits{answers}"
+
+
+def _right(event: Loaded) -> str:
+    return f"{event.loader} {event.values['correct']:.0f}/{event.values.get('asked', 0):.0f}"
+
+
+def _of(values: dict[str, Any], name: str, form: str) -> str:
+    return form.format(values[name]) if name in values else ""
+
+
+def _size(values: dict[str, Any], name: str) -> str:
+    return f"{values[name] / (1 << 20):,.0f} MiB" if name in values else ""
