@@ -16,6 +16,7 @@ from radeon_stack.errors import StackError
 from radeon_stack.images.progress import Step, reason
 
 Command = Sequence[str]
+PATIENCE_SECONDS, POLL_SECONDS = 5.0, 0.05
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,18 @@ class Logged:
         try:
             return child.wait()
         except BaseException:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)  # gently is not needed: nothing half-made is kept
-            child.wait()
+            _end(child)
             raise
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End a child and its group. Asked first: ninja's compilers are in groups of their own, and it ends them itself."""
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGTERM)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < deadline:
+            child.poll()  # without this it would stay in its group
+            os.killpg(child.pid, 0)
+            time.sleep(POLL_SECONDS)
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
