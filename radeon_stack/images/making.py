@@ -54,7 +54,7 @@ def make(environment: Environment, tell: Tell) -> None:
 
 def announcement(kind: str, compiled: Sequence[str]) -> str:
     """What is about to be done, and how long that takes on two cores."""
-    how_long = f"about 6 minutes on two cores, 4 to compile {', '.join(compiled)}" if compiled else "a minute or two"
+    how_long = f"about 5 minutes on two cores, 4 to compile {', '.join(compiled)}" if compiled else "a minute or two"
     return f"making an environment for {kind}, once: {how_long}"
 
 
