@@ -1,4 +1,4 @@
-"""Tiny models of transformers' mixture-of-experts kinds, in folders as a hub would have them."""
+"""Tiny models of transformers' kinds, most of them mixtures of experts, in folders as a hub would have them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ EXPERT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2}),
 }
 
+DENSE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {"llama": ("Llama", {}), "qwen3": ("Qwen3", {})}
+
 
 def folder_of(kind: str, folder: Path, **more: Any) -> Path:
     """A model with random weights, in bf16, saved as its kind is published: Qwen's and Mixtral's experts one by one."""
     import torch
     import transformers
 
-    name, own = EXPERT_MODELS[kind]
+    name, own = (EXPERT_MODELS | DENSE_MODELS)[kind]
     torch.manual_seed(7)
     config = getattr(transformers, f"{name}Config")(**{**SMALL, **own, **more})
     model = getattr(transformers, f"{name}ForCausalLM")(config).to(torch.bfloat16)

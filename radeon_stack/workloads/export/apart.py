@@ -63,10 +63,8 @@ def run(command: Sequence[str], tick: Callable[[], None] = lambda: None) -> Done
 def _run(command: Sequence[str], said: Path, tick: Callable[[], None]) -> tuple[int, Done, str]:
     begun = time.monotonic()
     with said.open("wb") as output:
-        # A group of its own: what it starts ends with it.
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
+        # In this process's group: whoever ends that group, as engines do, ends it too.
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     try:
         while True:
             pid, status, usage = os.wait4(child.pid, os.WNOHANG)
@@ -75,12 +73,11 @@ def _run(command: Sequence[str], said: Path, tick: Callable[[], None]) -> tuple[
             tick()
             time.sleep(POLL_SECONDS)
     finally:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(child.pid, signal.SIGKILL)
-        if child.returncode is None:
-            with suppress(ChildProcessError):
-                os.waitpid(child.pid, 0)
-            child.returncode = 0  # it was waited for, and Popen need not
+        with suppress(ChildProcessError, ProcessLookupError):  # it has ended and was waited for
+            os.waitpid(child.pid, os.WNOHANG)
+            os.kill(child.pid, signal.SIGKILL)
+            os.waitpid(child.pid, 0)
+        child.returncode = 0  # Popen need not wait for it
         text = _heard(said)
     code = os.waitstatus_to_exitcode(status)
     return code, Done({}, time.monotonic() - begun, usage.ru_maxrss << 10), " | ".join(last_words(text))
