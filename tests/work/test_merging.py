@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,14 @@ torch = pytest.importorskip("torch")
 
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from radeon_stack.checksums import write_summed  # noqa: E402
+from radeon_stack.checksums import require_sums, write_summed  # noqa: E402
+from radeon_stack.runs import events as ev  # noqa: E402
 from radeon_stack.safetensor_files import places  # noqa: E402
-from radeon_stack.workloads.finetune import merging  # noqa: E402
-from radeon_stack.workloads.finetune.deltas import targets  # noqa: E402
+from radeon_stack.workloads.finetune import deltas, merging  # noqa: E402
+from radeon_stack.workloads.finetune.deltas import Target, targets  # noqa: E402
+from radeon_stack.workloads.finetune.fingerprint import fingerprint, require_base  # noqa: E402
 from tests.work.models import folder_of  # noqa: E402
 from tests.work.test_adapters import adapted, packed, stirred  # noqa: E402
 from tests.work.test_training import job_in  # noqa: E402
@@ -140,3 +145,139 @@ def test_other_forms_than_plain_lora_are_refused(tmp_path: Path, tiny_model: Pat
     get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)).save_pretrained(tmp_path / "dora")
     with pytest.raises(UsageError, match="adapters with use_dora cannot be merged"):
         targets(tiny_model, tmp_path / "dora")
+
+
+def test_a_tensor_of_all_experts_gets_what_each_of_them_learnt(tmp_path: Path) -> None:
+    base = folder_of("qwen3_moe", tmp_path / "base")
+    target = targets(base, adapter_of(base, tmp_path / "adapter"))["model.layers.0.mlp.experts.3.down_proj.weight"]
+    pieces = list(Target(target.factors).pieces((5, 64, 64)))
+    parts = torch.arange(5.0).view(5, 1, 1).expand(5, 64, 64).contiguous()
+    found = torch.cat([piece.added_to(parts.view(-1, 64)[piece.begin // 64 :][: piece.shape[0]]) for piece in pieces])
+    a, b = target.factors.read()
+    assert torch.equal(found.view(5, 64, 64), parts + target.factors.scale * (b @ a))
+
+
+def test_pieces_of_any_size_make_the_same_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = folder_of("qwen3_moe", tmp_path / "base")
+    adapter = adapter_of(base, tmp_path / "adapter")
+    whole = merge(base, adapter, tmp_path / "whole")
+    monkeypatch.setattr(deltas, "PIECE", 7 * 64)
+    found = merge(base, adapter, tmp_path / "run")
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+
+
+def saved_adapter(base: Path, run: Path) -> Path:
+    """As a run saves it."""
+    job, _ = job_in(run)
+    return merging.save_adapter(job, stirred(adapted(packed(base), 4)), Nothing(), base)
+
+
+def test_a_byte_that_changed_in_adapter_or_merged_model_is_found_later_by_its_file(tmp_path: Path) -> None:
+    base = folder_of("qwen3_moe", tmp_path / "base")
+    adapter = saved_adapter(base, tmp_path / "run")
+    merge(base, adapter, tmp_path / "run")
+    for folder, weights in ((adapter, "adapter_model.safetensors"), (adapter.parent / "merged", "model.safetensors")):
+        assert require_sums(folder)
+        for name in (weights, "config.json" if folder != adapter else "radeon-stack.json"):
+            flip(folder / name, (folder / name).stat().st_size // 2)
+            with pytest.raises(CheckError, match=f"{name} is not as it was written"):
+                require_sums(folder)
+            flip(folder / name, (folder / name).stat().st_size // 2)
+        assert require_sums(folder)
+
+
+def test_a_base_of_the_same_shapes_and_other_weights_is_refused_by_both_names(tmp_path: Path) -> None:
+    base = folder_of("qwen3_moe", tmp_path / "base")
+    adapter = saved_adapter(base, tmp_path / "run")
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    file = other / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.experts.2.up_proj.weight"] *= 2
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckError, match="other is not the base that this adapter was trained on, which was base"):
+        merge(other, adapter, tmp_path / "again")
+    assert not (tmp_path / "again/artifacts/merged").exists()
+
+
+def test_a_base_is_the_same_under_another_name_and_in_other_files(tmp_path: Path) -> None:
+    base = folder_of("qwen3_moe", tmp_path / "base")
+    adapter = saved_adapter(base, tmp_path / "run")
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    assert fingerprint(tmp_path / "shards") == fingerprint(base)
+    assert require_base(adapter, tmp_path / "shards")
+
+
+def test_an_adapter_from_elsewhere_is_merged_and_it_is_told_that_its_base_is_not_known(tmp_path: Path) -> None:
+    base = folder_of("qwen3_moe", tmp_path / "base")
+    for adapter, told in ((adapter_of(base, tmp_path / "a"), False), (saved_adapter(base, tmp_path / "run"), True)):
+        assert require_base(adapter, base) is told
+        job, events = job_in(tmp_path / f"run {told}")
+        merging.merge(job, base, adapter, Nothing())
+        (fact,) = (event.value for event in events if isinstance(event, ev.Fact))
+        assert isinstance(fact, dict) and fact["base"] == ("the adapter's" if told else "not named by the adapter")
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"base": {"fingerprint": 5, "model": "x"}}', "{}"])
+def test_a_damaged_record_of_the_base_is_not_taken_for_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "radeon-stack.json").write_text(text)
+    with pytest.raises(UsageError) as error:
+        require_base(tmp_path, tmp_path)
+    assert error.value.where.endswith("radeon-stack.json")
+
+
+def test_a_base_that_was_decoded_is_asked_for_as_it_was_given(tmp_path: Path) -> None:
+    given, decoded = folder_of("qwen3_moe", tmp_path / "given"), tmp_path / "decoded"
+    adapter = saved_adapter(given, tmp_path / "run")
+    shutil.copytree(given, decoded)
+    tensors = load_file(given / "model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in tensors.items()}, decoded / "model.safetensors")
+    job, _ = job_in(tmp_path / "run")
+    assert merging.merge(job, decoded, adapter, Nothing(), given=given).is_dir()
+    with pytest.raises(CheckError, match="decoded is not the base"):
+        merging.merge(job, decoded, adapter, Nothing())
+
+
+MEMORY = """
+import json, resource, sys
+from pathlib import Path
+from radeon_stack.workloads.finetune import merging
+from radeon_stack.workloads.finetune.deltas import targets
+from radeon_stack.workloads.job import Arguments, Job
+
+class Nothing:
+    def save_pretrained(self, folder):
+        pass
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+folder = Path(sys.argv[1])
+targets(folder / "base", folder / "adapter")
+before = peak()
+job = Job(Arguments(folder, folder, "", None, False), lambda event: None)
+merging.merge(job, folder / "base", folder / "adapter", Nothing())
+print(json.dumps(peak() - before))
+"""
+
+
+def test_a_merge_has_less_in_memory_than_one_tensor_of_its_shard(tmp_path: Path) -> None:
+    size = {"hidden_size": 1024, "intermediate_size": 1 << 16, "num_hidden_layers": 1, "vocab_size": 97}
+    config = LlamaConfig(**size, num_attention_heads=8, tie_word_embeddings=True, dtype="bfloat16")
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    tensors = {n: torch.full(p.shape, 0.01, dtype=torch.bfloat16) for n, p in model.named_parameters()}
+    config.save_pretrained(tmp_path / "base")
+    save_file(tensors, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    names = ["up_proj", "down_proj"]
+    LoraConfig(r=4, target_modules=names, task_type="CAUSAL_LM").save_pretrained(tmp_path / "adapter")
+    factors: dict[str, Any] = {}
+    for name in names:
+        rows, columns = tensors[f"model.layers.0.mlp.{name}.weight"].shape
+        key = f"base_model.model.model.layers.0.mlp.{name}"
+        factors |= {f"{key}.lora_A.weight": torch.ones(4, columns), f"{key}.lora_B.weight": torch.ones(rows, 4)}
+    save_file(factors, tmp_path / "adapter/adapter_model.safetensors")
+    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, check=True)
+    shard, largest = sum(t.nbytes for t in tensors.values()), max(t.nbytes for t in tensors.values())
+    assert shard > 3 * largest and largest == 128 << 20
+    assert int(done.stdout.splitlines()[-1]) < largest, f"of a shard of {shard:,} bytes"
