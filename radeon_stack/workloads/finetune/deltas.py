@@ -151,9 +151,9 @@ def _factors(model: Any, config: LoraConfig, file: Path) -> dict[str, Factors]:
             name, experts = f"{path.replace(NESTED, '')}.{matrix}", int(getattr(module, matrix).shape[0])
             gated = module.has_gate and matrix == matrix_names(module)[0]
         a, b = tensors[key + A], tensors.get(key + B)
-        if b is None or len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
-            raise UsageError(f"{key} has no two matrices that can be multiplied", where=str(file))
-        rank = a.shape[0] // max(1, experts)
+        rank, rest = divmod(a.shape[0] if len(a.shape) == 2 else 0, max(1, experts))
+        if not rank or rest or b is None or len(b.shape) != 2 or b.shape[1] != a.shape[0]:
+            raise UsageError(f"{key} has no two matrices that fit each other", where=str(file))
         pattern = get_pattern_key(config.alpha_pattern.keys(), name.removesuffix(".weight"))
         alpha = config.alpha_pattern.get(pattern, config.lora_alpha)
         scale = alpha / (rank**0.5 if config.use_rslora else rank)

@@ -6,16 +6,18 @@ The first two are read as they are: no other package of theirs, and no 16-bit mo
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from radeon_stack import atomic
@@ -24,11 +26,12 @@ from radeon_stack.errors import MachineError, UsageError
 from radeon_stack.kernels import fp8_quantizer
 from radeon_stack.kernels.fp8 import BLOCK, Fp8Linear, Fp8Weight, dequantize
 from radeon_stack.kernels.sizes import cdiv
-from radeon_stack.safetensor_files import Place, places
+from radeon_stack.safetensor_files import BITS, Place, header, places
 from radeon_stack.text import printable
 from radeon_stack.workloads.capabilities.asking import answers
 from radeon_stack.workloads.capabilities.questions import chosen
 from radeon_stack.workloads.finetune.merging import REST
+from radeon_stack.workloads.finetune.streams import FLOATS, as_bytes
 from radeon_stack.workloads.job import Job
 
 # quant_method in config.json: llm-compressor's checkpoints, and DeepSeek's and Qwen's block-wise ones.
@@ -37,7 +40,7 @@ SCALES = (".weight_scale", ".weight_scale_inv")  # beside a layer's .weight
 UNUSED = ".input_scale"  # of static activation scales: activations stay in 16 bit here
 CODES = "F8_E4M3"  # safetensors' name for float8_e4m3fn
 INDEX = "model.safetensors.index.json"
-SHARD = 2 << 30  # bytes of a written file, which are in memory at once
+SHARD = 4 << 30  # bytes of a written file
 SCALED_MM = "scaled_mm.row"  # the probe's question
 NAME = 200  # characters of a tensor's name that are told
 
@@ -161,21 +164,23 @@ def write_16_bit(job: Job, folder: Path, into: Path, dtype: torch.dtype) -> None
     found = read(folder)
     dropped = {scales for scales, _ in found.layers.values()}
     names = [name for name in sorted(found.places) if name not in dropped and not name.endswith(UNUSED)]
-    shard: dict[str, torch.Tensor] = {}
-    places: dict[str, str] = {}
-    size = total = 0
-    for number, name in enumerate(names):
-        tensor = _decoded(found, name, dtype)
-        if shard and size + tensor.nbytes > SHARD:
-            _write_shard(shard, into, places)
-            shard, size = {}, 0
-        shard[name] = tensor
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-        job.progress("decode FP8", number + 1, len(names), unit="tensors")
-    _write_shard(shard, into, places)
+    decoded: list[Place] = []
+    total = 0
+    for name in names:
+        file = into / f"model-{total // SHARD + 1:05}.safetensors"
+        decoded.append(_decoded_place(found.places[name], file, dtype))
+        total += decoded[-1].bytes
+    done = 0
+    for file, tensors in groupby(decoded, key=attrgetter("file")):
+        with file.open("wb") as stream:
+            stream.write(header(shard := list(tensors)))
+            for place in shard:
+                stream.write(as_bytes(_decoded(found, place.name, dtype).contiguous()))
+                done += 1
+                job.progress("decode FP8", done, len(names), unit="tensors")
     for file in {file for pattern in REST for file in folder.glob(pattern)}:
         shutil.copyfile(file, into / file.name)
-    index = {"metadata": {"total_size": total}, "weight_map": places}
+    index = {"metadata": {"total_size": total}, "weight_map": {place.name: place.file.name for place in decoded}}
     atomic.write_text(into / INDEX, json.dumps(index))
     config = {key: value for key, value in _config(folder).items() if key != "quantization_config"}
     atomic.write_text(into / "config.json", json.dumps(config))
@@ -205,10 +210,10 @@ def _decoded(found: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor:
     return dequantize(Fp8Weight(tensor, scales), dtype)
 
 
-def _write_shard(shard: dict[str, torch.Tensor], into: Path, places: dict[str, str]) -> None:
-    name = f"model-{len(set(places.values())) + 1:05}.safetensors"
-    save_file(shard, into / name, metadata={"format": "pt"})
-    places.update(dict.fromkeys(shard, name))
+def _decoded_place(place: Place, file: Path, dtype: torch.dtype) -> Place:
+    """Where its values in `dtype` will be; those that are no floats stay as they are."""
+    name = next(name for name, of_torch in FLOATS.items() if of_torch == dtype) if "F" in place.dtype else place.dtype
+    return Place(file, place.name, name, place.shape, 0, math.prod(place.shape) * BITS[name] // 8)
 
 
 def _tensor(place: Place) -> torch.Tensor:
