@@ -21,6 +21,7 @@ MAX_DIMENSIONS = 16
 LENGTH_BYTES = 8  # a file begins with the length of its header, little-endian
 ALIGNMENT = 8  # of the first tensor
 BLOCK = 1 << 20  # bytes that are read at once
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 256 << 20
 METADATA = "__metadata__"
@@ -66,9 +67,10 @@ def places(folder: Path) -> dict[str, Place]:
 
     UsageError for a file that is cut short or no such file, and for an index that names what is not there.
     """
-    index = folder / INDEX
-    if not index.is_file():
-        return {place.name: place for file in sorted(folder.glob("*.safetensors")) for place in places_in(file)}
+    index, whole = folder / INDEX, folder / WEIGHTS
+    if whole.is_file() or not index.is_file():  # where there is a whole one, transformers looks at nothing else
+        files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+        return {place.name: place for file in files for place in places_in(file)}
     told = _indexed(index)
     found: dict[str, Place] = {}
     for name in sorted(set(told.values())):

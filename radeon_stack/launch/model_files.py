@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from radeon_stack.errors import UsageError
-from radeon_stack.safetensor_files import AGAIN, INDEX, json_object, raw_header
+from radeon_stack.safetensor_files import AGAIN, INDEX, WEIGHTS, json_object, raw_header
 from radeon_stack.text import one_line
 
 MAX_JSON_BYTES = 256 << 20  # a tokenizer of 262,144 words takes 33 MB
 MAX_FILES = 1000
-WEIGHTS = "model.safetensors"
 JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", INDEX)
 
 

@@ -15,7 +15,7 @@ from radeon_stack.runs import events as ev
 from radeon_stack.workloads.finetune.architectures import KNOWN
 from tests.conftest import Cli
 from tests.work.test_evaluation import config
-from tests.work.test_training import job_in
+from tests.work.test_training import job_in, origin_of
 
 pytestmark = pytest.mark.work
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
@@ -94,7 +94,7 @@ def test_a_known_architecture_trains_and_merges(architecture: str, tiny_model: P
     training.train(job, trainer, None)
     steps = [event.values for event in told if isinstance(event, ev.Metric)]
     assert len(steps) == 2 and all(math.isfinite(step["loss"]) and step["grad_norm"] > 0 for step in steps)
-    adapter = merging.save_adapter(job, trainer.model, tokenizer, folder)
+    adapter = merging.save_adapter(job, trainer.model, tokenizer, origin_of(folder))
     merged = merging.merge(job, folder, adapter, tokenizer)
     base.load_16bit(job, merged, torch.bfloat16, "reload", on=torch.device("cpu"))
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from radeon_stack.checksums import require_sums
 from radeon_stack.errors import Exit
 from radeon_stack.host.processes import Process
 from radeon_stack.runs import events as ev
@@ -78,6 +79,9 @@ def test_a_run_ends_with_report_adapter_and_a_merged_model_that_transformers_loa
     assert told["facts"]["lora_before"][layer]["B"]["std"] == 0 < told["facts"]["lora_after"][layer]["B"]["std"]
     assert told["facts"]["merge"] == told["facts"]["merge"] | {"targeted": 14, "changed": 14}
     assert AutoModelForCausalLM.from_pretrained(told["artifacts"]["merged"]).config.num_hidden_layers == 2
+    assert all(require_sums(Path(told["artifacts"][name])) for name in ("adapter", "merged"))
+    record = json.loads(Path(told["artifacts"]["adapter"], "radeon-stack.json").read_text())
+    assert record["base"]["model"] == "tiny-llama" and told["facts"]["merge"]["base"] == "the adapter's"
     assert Path(told["report"]).stat().st_size > 10_000
     if not torch.cuda.is_available():
         assert told["facts"]["liger"] == "off (no GPU)"

@@ -228,6 +228,12 @@ def test_a_packed_base_that_was_kept_is_read_back_and_made_anew_for_other_weight
     assert len(list((tmp_path / "packed").iterdir())) == 2
 
 
+def origin_of(folder: Path) -> Any:
+    from radeon_stack.workloads.finetune.fingerprint import Origin, fingerprint
+
+    return Origin(fingerprint(folder), folder.name)
+
+
 def merge_parts(tiny_model: Path, folder: Path) -> tuple[Job, Any, Any, Path]:
     from transformers import AutoTokenizer
 
@@ -236,7 +242,7 @@ def merge_parts(tiny_model: Path, folder: Path) -> tuple[Job, Any, Any, Path]:
     job, _ = job_in(folder)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     model = adapted(nf4(tiny_model, job))
-    return job, model, tokenizer, save_adapter(job, model, tokenizer, tiny_model)
+    return job, model, tokenizer, save_adapter(job, model, tokenizer, origin_of(tiny_model))
 
 
 def merge(job: Job, tiny_model: Path, adapter: Path, tokenizer: Any) -> Path:
@@ -322,7 +328,7 @@ def test_twenty_random_kills_while_saving_and_merging_leave_no_half_written_mode
         torn, _ = job_in(folder)
 
         def save_and_merge(torn: Job = torn) -> None:
-            merge(torn, tiny_model, save_adapter(torn, model, tokenizer, tiny_model), tokenizer)
+            merge(torn, tiny_model, save_adapter(torn, model, tokenizer, origin_of(tiny_model)), tokenizer)
 
         killed += killed_after(random.uniform(0, spans[trial % 2]), save_and_merge)
         partials += any(path.name.endswith(".partial") for path in torn.artifacts.iterdir())
@@ -337,7 +343,7 @@ def test_twenty_random_kills_while_saving_and_merging_leave_no_half_written_mode
             assert all(torch.equal(found[name], whole[name]) for name in whole)
             AutoModelForCausalLM.from_pretrained(merged)
         # Whatever was left half-done, the next attempt is whole.
-        assert merge(torn, tiny_model, save_adapter(torn, model, tokenizer, tiny_model), tokenizer).is_dir()
+        assert merge(torn, tiny_model, save_adapter(torn, model, tokenizer, origin_of(tiny_model)), tokenizer).is_dir()
         assert sorted(path.name for path in torn.artifacts.iterdir()) == ["adapter", "merged"]
     torch.set_num_threads(threads)
     print(f"{killed} of 20 killed at work, {partials} left something half-written, {finished} had merged")

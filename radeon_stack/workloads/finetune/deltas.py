@@ -29,7 +29,7 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 OTHER_FORMS = ("use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "trainable_token_indices")
 HALVES = 2  # gate and up
 MOST_EXPERTS = 1 << 20
-PIECE = 1 << 18  # values that are summed at once, and stay in a processor's cache for it
+PIECE = 1 << 19  # values that are summed at once, and nearly stay in a processor's cache for it
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # a and b
 

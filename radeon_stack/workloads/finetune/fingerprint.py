@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from radeon_stack import atomic
@@ -19,23 +20,31 @@ MAX_RECORD_BYTES = 1 << 20
 SAMPLE = 4096  # bytes of each tensor
 
 
-def fingerprint(base: Path) -> str:
+@dataclass(frozen=True)
+class Origin:
+    """The base of an adapter: what its weights are, None where they are in no safetensors, and as what it was given."""
+
+    fingerprint: str | None
+    model: str
+
+
+def fingerprint(base: Path) -> str | None:
     """Of a folder's weights: each tensor's name, dtype, shape and first bytes, however they are spread over files.
 
     Training moves nearly every weight, so another training of the same model has another one, and a model of any
-    size takes a second; that a file is whole it does not say (`checksums` does).
+    size takes a second; that a file is whole it does not say (`checksums` does). None for a folder without any.
     """
+    found = sorted(places(base).items())
     digest = hashlib.sha256()
-    for name, place in sorted(places(base).items()):
+    for name, place in found:
         digest.update(json.dumps([name, place.dtype, place.shape]).encode())
         digest.update(read(place, most=SAMPLE))
-    return digest.hexdigest()
+    return digest.hexdigest() if found else None
 
 
-def write_record(adapter: Path, base: Path, name: str) -> None:
-    """Write down beside an adapter which base it was trained on, and as what that was given."""
-    told = {"base": {"fingerprint": fingerprint(base), "model": name}}
-    atomic.write_text(adapter / RECORD, json.dumps(told, indent=2) + "\n")
+def write_record(adapter: Path, origin: Origin) -> None:
+    """Write down beside an adapter which base it was trained on."""
+    atomic.write_text(adapter / RECORD, json.dumps({"base": asdict(origin)}, indent=2) + "\n")
 
 
 def require_base(adapter: Path, base: Path) -> bool:
@@ -49,6 +58,8 @@ def require_base(adapter: Path, base: Path) -> bool:
     with file.open("rb") as stream:
         text = stream.read(MAX_RECORD_BYTES + 1)
     match json_object(text[:MAX_RECORD_BYTES], file):
+        case {"base": {"fingerprint": None, "model": str()}}:
+            return False
         case {"base": {"fingerprint": str(wanted), "model": str(name)}}:
             if fingerprint(base) != wanted:
                 raise CheckError(

@@ -17,8 +17,7 @@ from radeon_stack.checksums import write_summed, write_sums
 from radeon_stack.errors import CheckError
 from radeon_stack.safetensor_files import Place, header, places, places_in, read
 from radeon_stack.workloads.finetune.deltas import Factors, Piece, Target, targets
-from radeon_stack.workloads.finetune.fingerprint import require_base, write_record
-from radeon_stack.workloads.finetune.sources import told_as
+from radeon_stack.workloads.finetune.fingerprint import Origin, require_base, write_record
 from radeon_stack.workloads.finetune.streams import as_bytes, in_turn, read_values
 from radeon_stack.workloads.job import Job
 
@@ -31,14 +30,14 @@ Bytes = bytes | memoryview
 Difference = tuple[str, float]  # a tensor's name, and by how much a part of it differs at most
 
 
-def save_adapter(job: Job, model: Any, tokenizer: Any, base: Path) -> Path:
+def save_adapter(job: Job, model: Any, tokenizer: Any, origin: Origin) -> Path:
     """The adapter as safetensors in PEFT's layout, with which base it is of, and sums."""
     folder = job.artifacts / "adapter"
     job.progress("save", 0, 1, note="adapter")
     with atomic.whole_directory(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        write_record(partial, base, told_as(job.arguments.model, base))
+        write_record(partial, origin)
         write_sums(partial)
     job.progress("save", 1, 1, note="adapter")
     job.artifact("adapter", folder)

@@ -33,6 +33,7 @@ from radeon_stack.workloads.finetune.checkpoints import Checkpoint
 from radeon_stack.workloads.finetune.data import Rows
 from radeon_stack.workloads.finetune.encoding import Encoded, encode_rows
 from radeon_stack.workloads.finetune.evaluation import split
+from radeon_stack.workloads.finetune.fingerprint import Origin, fingerprint
 from radeon_stack.workloads.finetune.sampling import sample
 from radeon_stack.workloads.job import Job
 
@@ -52,6 +53,7 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
     folder = ranks.first_then_all(job.rank, lambda: sources.base_folder(job, any_architecture=config.any_architecture))
     if config.data.packing:  # looked at before torch was imported, but for what several processes take from the hub
         require_packable(folder, config.data.max_length)
+    origin = Origin(fingerprint(folder), sources.told_as(job.arguments.model, folder))
     tokenizer = base.load_tokenizer(folder)
     encoded = encode_rows(job, tokenizer, rows.rows, max_length=config.data.max_length, loss_on=config.data.loss_on)
     learnt, held_back = split(encoded, config.data.eval_share, config.train.seed)
@@ -100,7 +102,7 @@ def finetune(job: Job, config: FinetuneConfig, rows: Rows, checkpoint: Checkpoin
         ranks.part()
     if not job.rank.first:
         return result
-    saved = merging.save_adapter(job, trainer.model, tokenizer, folder)
+    saved = merging.save_adapter(job, trainer.model, tokenizer, origin)
     if config.export.merge:
         del trainer, model
         free_memory()
