@@ -31,7 +31,7 @@ COMMANDS = {
     "explain": ("explain:explain", "Why a run would be launched as it would."),
     "export": (
         "export:export",
-        "A run as files that do not need us: the same plan as a script, a compose file or a systemd unit.",
+        "A run as files that do not need us; or what runs have made, in a folder for other programs.",
     ),
     "runs": ("runs:runs", "The runs there were: list, watch, stop, report."),
     "pull": ("pull:pull", "Take the published image that fits this machine: by its labels, not by its name."),
