@@ -59,6 +59,12 @@ test-work:
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/work $(addprefix --ignore=,$(MOVED))
 
+# Beyond `test`, which skips them by name where that environment is not there: llama.cpp is compiled once for it.
+.PHONY: test-export
+test-export: setup  ## exports from beginning to end, by llama.cpp and vLLM themselves: some 15 minutes
+	@$(BIN)/python tools/environment.py verify
+	@$(BIN)/python -m pytest tests/work/test_export_whole.py
+
 lint: setup  ## ruff, mypy, and whether the locks are made from today's inputs
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .

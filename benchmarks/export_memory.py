@@ -6,7 +6,9 @@ Random weights in four files as on the hub, an adapter of rank 64 for every line
 its own. A plain copy of the same bytes before and after the merge says what the disk and the others on this machine
 allow. Each begins without the base in the page cache, and ends when the disk has everything. Peaks are the kernel's: of
 all resident memory, which libraries' own pages are in (the step `imports` has nothing else), and of what is anonymous,
-looked at twenty times a second. 33 GB of disk at most; writes benchmarks/export_memory.json. Needs the extra `work`.
+looked at twenty times a second. The converter to GGUF is llama.cpp's, in the environment that a first `radeon-stack run
+export-check` makes, and maps what it reads: those pages count as resident, and the kernel takes them back when others
+want the memory. 33 GB of disk at most; writes benchmarks/export_memory.json. Needs the extra `work`.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":  # in the place of this folder: its file names are none of a library's business
     sys.path[0] = str(ROOT)
+
+from radeon_stack.images.environments import environment_for  # noqa: E402
+from radeon_stack.runs.store import home  # noqa: E402
 
 GIB, SHARD, RANK = 1 << 30, 5_000_000_000, 64
 SIZES: dict[str, Any] = {
@@ -73,7 +78,7 @@ def measured(folder: Path, layers: int) -> Iterator[dict[str, Any]]:
     """Each step's row, printed as it comes. A step more is a function, its name in STEPS, and its turn here."""
     in_a_process(folder, "make", layers)
     print(f"{'step':8} {'seconds':>8} {'GB':>6} {'GB/s':>6} {'peak GiB':>9} {'anonymous':>10}   load before")
-    for step in ("imports", "copy", "merge", "copy"):
+    for step in ("imports", "copy", "merge", "convert", "copy"):
         forget(folder / "base")
         row = in_a_process(folder, step, layers)
         print(
@@ -88,7 +93,8 @@ def measured(folder: Path, layers: int) -> Iterator[dict[str, Any]]:
 
 def in_a_process(folder: Path, step: str, layers: int) -> dict[str, Any]:
     """What a step says, its time with interpreter and imports, and the most memory it had."""
-    command = [sys.executable, __file__, "--step", step, "--folder", str(folder), "--layers", str(layers)]
+    python = str(environment_for("verify", home()).python) if step == "convert" else sys.executable
+    command = [python, __file__, "--step", step, "--folder", str(folder), "--layers", str(layers)]
     load, begun, anonymous = os.getloadavg()[0], time.monotonic(), 0
     with tempfile.TemporaryFile() as out:
         child = subprocess.Popen(command, stdout=out, env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -236,11 +242,22 @@ def merge(folder: Path, layers: int) -> dict[str, Any]:
     return {"bytes": sum(file.stat().st_size for file in merged.iterdir()), "parts": parts}
 
 
+def convert(folder: Path, layers: int) -> dict[str, Any]:
+    """A folder to GGUF in 16 bit, by llama.cpp's converter, a process more."""
+    from radeon_stack.workloads.export import gguf_making
+
+    (folder / "out").mkdir()
+    file = folder / "out" / "model-bf16.gguf"
+    done = gguf_making.convert(folder / "base", file, "bf16", lambda _: None)
+    return {"bytes": file.stat().st_size, "parts": {"converter": round(done.seconds, 1)}}
+
+
 STEPS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
     "make": make,
     "imports": imports,
     "copy": copy,
     "merge": merge,
+    "convert": convert,
 }
 
 
