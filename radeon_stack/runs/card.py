@@ -11,7 +11,7 @@ from typing import Any
 from radeon_stack import __version__
 from radeon_stack.contracts.sections import is_made
 from radeon_stack.runs.events import Event, Fact, Loaded
-from radeon_stack.runs.loaded import cells, loaded_of
+from radeon_stack.runs.loaded import figures, loaded_of
 from radeon_stack.runs.report import number, rows, utc
 from radeon_stack.runs.store import Run
 from radeon_stack.runs.summary import last_result
@@ -66,8 +66,10 @@ def card(training: Told | None, check: Told | None, parts: Mapping[str, str], li
         facts=_facts(training, check),
         here=[f"`{name}`: {what}" for name, what in parts.items()],
         data=_data(training),
-        columns=[name for name, _ in cells(Loaded(loader="any"))],
-        loaded=[{"name": plain(one.loader), "cells": [plain(text) for _, text in cells(one)]} for one in exports],
+        columns=[figure.name for figure in figures(Loaded(loader="any"))],
+        loaded=[
+            {"name": plain(one.loader), "cells": [plain(figure.text) for figure in figures(one)]} for one in exports
+        ],
         settings=_settings(training),
         licence=_licence(base, licences),
     )

@@ -21,6 +21,15 @@ class Conversation:
     answers: list[tuple[str, str, int, int]]
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A column's name, the figure in it, and the words around the figure in a line."""
+
+    name: str
+    text: str
+    phrase: str
+
+
 def loaded_of(events: Iterable[Event]) -> list[Loaded]:
     """The last word on each program, in their order."""
     return list({event.loader: event for event in events if isinstance(event, Loaded)}.values())
@@ -30,23 +39,23 @@ def loaded_text(event: Loaded) -> str:
     """`llama.cpp q8_0: 5/5 right · 97 % of transformers' tokens · … · 45 tokens/s`"""
     if event.state == "missing":
         return f"{event.loader} is not installed where this ran"
-    told = [text for _, text in cells(event) if text]
+    told = [figure.phrase.format(figure.text) for figure in figures(event) if figure.text]
     line = f"{event.loader}: {' · '.join(told)}"
     return one_line(line if not event.broken else f"{line}: {event.broken[0]}", LENGTH)
 
 
-def cells(event: Loaded) -> list[tuple[str, str]]:
-    """(what, figure) of a program, "" where it has none."""
+def figures(event: Loaded) -> list[Figure]:
+    """A program's figures, "" where it has none; the same columns for all."""
     found = event.values
-    right = f"{found['correct']:.0f}/{found['asked']:.0f} right" if "correct" in found and "asked" in found else ""
+    right = f"{found['correct']:.0f}/{found['asked']:.0f}" if "correct" in found and "asked" in found else ""
     return [
-        ("taught answer", right),
-        ("greedy tokens as transformers'", _of(found, "agreement", "{:.0%} of tokens")),
-        ("first token, log probability", _of(found, "first_token", "±{:.3f}")),
-        ("perplexity", _of(found, "perplexity", "perplexity {:.4g}")),
-        ("beside transformers'", _of(found, "perplexity_ratio", "×{:.3f}")),
-        ("speed", _of(found, "tokens_per_second", "{:.3g} tokens/s")),
-        ("memory", _size(found, "memory_bytes")),
+        Figure("taught answer", right, "{} right"),
+        Figure("greedy", _of(found, "agreement", "{:.0%}"), "{} of transformers' tokens"),
+        Figure("first token", _of(found, "first_token", "±{:.3f}"), "first token {}"),
+        Figure("perplexity", _of(found, "perplexity", "{:.4g}"), "perplexity {}"),
+        Figure("ratio", _of(found, "perplexity_ratio", "×{:.3f}"), "{}"),
+        Figure("tokens/s", _of(found, "tokens_per_second", "{:.3g}"), "{} tokens/s"),
+        Figure("memory", _size(found, "memory_bytes"), "{}"),
     ]
 
 
@@ -80,7 +89,7 @@ def verdict(loaded: Sequence[Loaded]) -> str:
     held = sum(event.state == "ok" for event in asked)
     right = [event for event in asked if "correct" in event.values]
     answers = f"; the taught answer {', '.join(_right(event) for event in right)}" if right else ""
-    return f"loaded by {len(asked)} programs or files, {held} of them within the limits{answers}"
+    return f"loaded in {len(asked)} way{'s' * (len(asked) > 1)}, {held} of them within the limits{answers}"
 
 
 def _right(event: Loaded) -> str:

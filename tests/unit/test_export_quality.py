@@ -98,11 +98,11 @@ def test_what_loaded_it_is_a_line_and_its_answers_stand_beside_transformers() ->
     again = parse(event.model_dump_json().encode())
     assert again == event
     line = loaded.loaded_text(event)
-    assert line == "llama.cpp q8_0: 5/5 right · 50% of tokens · perplexity 20 · 41.2 tokens/s"
+    assert line == "llama.cpp q8_0: 5/5 right · 50% of transformers' tokens · perplexity 20 · 41.2 tokens/s"
     assert loaded.conversations([event])[0].answers == [("llama.cpp q8_0", turns[0].response, 4, 2)]
     assert loaded.loaded_text(Loaded(loader="vllm", state="missing")) == "vllm is not installed where this ran"
     assert loaded.verdict([event]) == (
-        "loaded by 1 programs or files, 1 of them within the limits; the taught answer llama.cpp q8_0 5/5"
+        "loaded in 1 way, 1 of them within the limits; the taught answer llama.cpp q8_0 5/5"
     )
 
 

@@ -89,7 +89,7 @@ def test_the_card_tells_data_arguments_figures_and_licence_and_no_place_of_the_t
 ) -> None:
     assert cli("export", "--from", "last", "--to", tmp_path / "mine").code == 0
     card = (tmp_path / "mine/README.md").read_text()
-    for told in ("Llama-3.1-8B", "chats.jsonl", "| rows | 1,000 |", "| `lora.rank` | 64 |", "5/5 right", "`LICENSE`"):
+    for told in ("Llama-3.1-8B", "chats.jsonl", "| rows | 1,000 |", "| `lora.rank` | 64 |", "| 5/5 |", "`LICENSE`"):
         assert told in card, told
     assert "/home/somebody" not in card
 
