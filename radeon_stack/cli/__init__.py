@@ -33,6 +33,7 @@ COMMANDS = {
         "export:export",
         "A run as files that do not need us; or what runs have made, in a folder for other programs.",
     ),
+    "chat": ("chat:chat", "Talk to what was exported, in the terminal."),
     "runs": ("runs:runs", "The runs there were: list, watch, stop, report."),
     "pull": ("pull:pull", "Take the published image that fits this machine: by its labels, not by its name."),
     "image": ("image:image", "Container images: render, build, verify, audit, publish."),

@@ -71,7 +71,7 @@ def _items(plan: LaunchPlan, name: str) -> list[str]:
 def _value(plan: LaunchPlan, name: str) -> str:
     value = getattr(plan, name)
     if isinstance(value, tuple):
-        return shlex.join(value) or "none"
+        return shlex.join(map(str, value)) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return format_size(value) if name in SIZES else str(value)

@@ -12,6 +12,7 @@ from radeon_stack import atomic
 from radeon_stack.catalog.load import read
 from radeon_stack.cli.run import drafted_from, not_empty, plan_options, require_environment
 from radeon_stack.errors import Exit, UsageError
+from radeon_stack.launch.endpoint import write_key
 from radeon_stack.launch.exports import FORMS
 from radeon_stack.launch.launcher import config_record
 from radeon_stack.runs.handover import PARTS, gathered, hand_over
@@ -74,6 +75,8 @@ def export(
     (folder / "artifacts").mkdir(parents=True, exist_ok=True)
     (folder / "cache").mkdir(exist_ok=True)
     (folder / "events.jsonl").touch()
+    if drafted.plan.ports:
+        write_key(folder)
     atomic.write_text(folder / "config.json", json.dumps(config_record(drafted.effective), indent=2) + "\n")
     atomic.write_text(folder / name, text)
     if form == "shell":

@@ -10,10 +10,11 @@ from typing import Any
 
 import click
 
-from radeon_stack.catalog.load import Effective, read, resolve
+from radeon_stack.catalog.load import Effective, RecipeFile, read, resolve
 from radeon_stack.cli.estimate import tell
+from radeon_stack.cli.serving import announced
 from radeon_stack.cli.steps import step_view
-from radeon_stack.contracts import SOURCES
+from radeon_stack.contracts import SOURCES, WORKLOADS
 from radeon_stack.errors import Exit, UsageError
 from radeon_stack.host.bundle import is_here, opened
 from radeon_stack.images.making import make
@@ -59,6 +60,7 @@ def plan_options(command: Command) -> Command:
             callback=not_empty,
             help="What was made before: a run, 'last', or a folder (export-check, serve).",
         ),
+        click.option("--with", "server", metavar="PROGRAM", callback=not_empty, help="What serves: llama.cpp or vllm."),
         click.option("--engine", type=click.Choice(["auto", "docker", "local"]), default=None, help="Default: auto."),
         click.option(
             "--image", metavar="REF", callback=not_empty, help="A particular image instead of the newest that fits."
@@ -108,6 +110,8 @@ def _with(command: Command, *options: Callable[[Command], Command]) -> Command:
 def run(dry_run: bool, only_estimate: bool, detached: bool, earlier: str | None, as_json: bool, **options: Any) -> int:
     """Run a recipe and record it.
 
+    Ctrl-C stops it, cleanly: exit 130, also of `serve`, which ends in no other way.
+
     \b
       radeon-stack run train-llama --preset demo
       radeon-stack run train-llama --model ./Meta-Llama-3.1-8B-Instruct --set train.steps=200 --gpus gfx1201
@@ -115,6 +119,7 @@ def run(dry_run: bool, only_estimate: bool, detached: bool, earlier: str | None,
       radeon-stack run train-llama --preset demo --engine docker --dry-run
       radeon-stack run train-llama --model ./Meta-Llama-3.1-8B-Instruct --estimate
       radeon-stack run export-check --from last
+      radeon-stack run serve --from last --with llama.cpp
       radeon-stack run bench-attention --compare last
       radeon-stack run --resume last
       radeon-stack run --resume last --set train.learning_rate=1e-5
@@ -122,7 +127,7 @@ def run(dry_run: bool, only_estimate: bool, detached: bool, earlier: str | None,
     if earlier is not None and detached:
         raise click.UsageError("--compare waits for the end: leave --detach out, and use: runs compare")
     if only_estimate:
-        values = {name: options[name] for name in ("recipe", "preset", "sets", "model", "data", "source")}
+        values = {name: options[name] for name in ("recipe", "preset", "sets", "model", "data", "source", "server")}
         with opened(options["sysroot"]) as place:
             return tell(asked_recipe(**values), place, options["gpus"], as_json=as_json)
     if not dry_run and not is_here(options["sysroot"]):
@@ -145,9 +150,11 @@ def run(dry_run: bool, only_estimate: bool, detached: bool, earlier: str | None,
         if status is not None and status.what:
             return end(drafted.run, recorded(status), as_json)
         click.echo(json.dumps({"run": drafted.run.id}) if as_json else drafted.run.id)
+        if drafted.plan.ports:
+            click.echo(f"how to call it, once it has loaded: radeon-stack runs show {drafted.run.id}", err=True)
         return Exit.OK
     with view_for(sys.stderr if as_json else sys.stdout) as view:
-        outcome = carry_out(drafted.run, drafted.plan, view, view.say)
+        outcome = carry_out(drafted.run, drafted.plan, announced(view, drafted.run), view.say)
     return end(drafted.run, outcome, as_json, old)
 
 
@@ -160,6 +167,7 @@ def drafted_from(
     model: str | None,
     data: str | None,
     source: str | None,
+    server: str | None,
     engine: str | None,
     image: str | None,
     resume: str | None = None,
@@ -176,8 +184,10 @@ def drafted_from(
     as_many: int | None = None
     effective: Effective
     if resume is not None:
-        if any(given is not None for given in (recipe, preset, model, data, source)):
-            raise click.UsageError("--resume continues a run as it was: give no recipe, preset, model, data or source")
+        if any(given is not None for given in (recipe, preset, model, data, source, server)):
+            raise click.UsageError(
+                "--resume continues a run as it was: give no recipe, preset, model, data, source or server"
+            )
         resumed = store.find(resume)
         effective = resumable(resumed, sets, after_fault=after_fault)
         status = resumed.status()
@@ -188,7 +198,7 @@ def drafted_from(
             as_many = len(before.gpus) or None
             share, without = share or before.shared, without or before.without
     else:
-        effective = asked_recipe(recipe, preset, sets, model, data, source)
+        effective = asked_recipe(recipe, preset, sets, model, data, source, server)
     asked = Asked(gpus, engine or "auto", image, share, without, as_many)
     with opened(sysroot) as place:
         here = find_out(effective, place, asked, store.home)
@@ -202,17 +212,24 @@ def asked_recipe(
     model: str | None,
     data: str | None,
     source: str | None = None,
+    server: str | None = None,
 ) -> Effective:
     """The recipe with its preset, values and flags laid over it."""
     if recipe is None:
         raise click.UsageError("which recipe? see: radeon-stack list")
     flags: dict[str, dict[str, Any]] = {}
     file = read(recipe)
+    takes = config_fields(file)
     if source is not None:
         makes = SOURCES.get(str(file.tree.get("workload")))
         if makes is None:
             raise UsageError(f"{file.name} takes nothing that a run made", where="--from", remedy="leave it out")
-        flags["--from"] = {"config": find_source(RunStore(home()), source, makes)}
+        found = find_source(RunStore(home()), source, makes)
+        flags["--from"] = {"config": {name: value for name, value in found.items() if name in takes}}
+    if server is not None:
+        if "server" not in takes:
+            raise UsageError(f"{file.name} serves nothing", where="--with", remedy="leave it out")
+        flags["--with"] = {"config": {"server": server}}
     if model is not None:
         flags["--model"] = {"config": {"model": model}}
     if data is not None:
@@ -225,6 +242,12 @@ def require_environment(drafted: Draft) -> None:
     if drafted.environment is not None and not drafted.environment.ready:
         with step_view(sys.stderr) as steps:
             make(drafted.environment, steps)
+
+
+def config_fields(file: RecipeFile) -> frozenset[str]:
+    """What the configuration of a recipe's workload has; nothing for one that there is not."""
+    model = WORKLOADS.get(str(file.tree.get("workload")))
+    return frozenset(model.model_fields) if model else frozenset()
 
 
 def _plan_before(run: Run) -> LaunchPlan | None:

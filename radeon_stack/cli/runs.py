@@ -9,6 +9,7 @@ import time
 import click
 
 from radeon_stack.cli.run import end
+from radeon_stack.cli.serving import announced, calling
 from radeon_stack.errors import Exit, UsageError
 from radeon_stack.launch.launcher import read_plan
 from radeon_stack.launch.supervise import attach, carry_out, settle, stop
@@ -71,6 +72,8 @@ def show(run: str, as_json: bool) -> None:
         return
     for line in lines(found, outcome):
         print_line(line)
+    for line in calling(found) if outcome.state is State.RUNNING else []:
+        print_line(f"  {line}")
     if outcome.what:
         print_line(f"  why       {outcome.what}" + (f"; {outcome.remedy}" if outcome.remedy else ""))
 
@@ -83,7 +86,7 @@ def attach_run(run: str, as_json: bool) -> int:
     found = _store().find(run)
     try:
         with view_for(sys.stderr if as_json else sys.stdout) as view:
-            outcome = attach(found, view)
+            outcome = attach(found, announced(view, found, "Ctrl-C leaves it running"))
     except KeyboardInterrupt:
         click.echo(f"{found.id} goes on; stop it with: radeon-stack runs stop {found.id}", err=True)
         return Exit.OK
@@ -185,12 +188,17 @@ def supervise(run: str) -> int:
     return int(outcome.exit_code)
 
 
+def _answering(run: Run, state: State) -> str:
+    told = calling(run) if state is State.RUNNING else []
+    return told[0] if told else ""
+
+
 def _row(run: Run) -> dict[str, object]:
     outcome = settle(run)
     status = run.status()
     events = read_events(run.events)
     result = last_result(events)
-    note = outcome.what or counted(measurements_of(events))
+    note = outcome.what or counted(measurements_of(events)) or _answering(run, outcome.state)
     if not note and "correct_after" in result:
         note = f"{result.get('correct_before', '?')} → {result['correct_after']} of {result.get('samples')} right"
     return {

@@ -12,13 +12,15 @@ from radeon_stack.contracts.bench import BenchConfig
 from radeon_stack.contracts.capabilities import CapabilitiesConfig
 from radeon_stack.contracts.export import ExportConfig
 from radeon_stack.contracts.finetune import FinetuneConfig
+from radeon_stack.contracts.serve import ServeConfig
 
 WORKLOADS: dict[str, type[BaseModel]] = {
     "bench": BenchConfig,
     "capabilities": CapabilitiesConfig,
     "export": ExportConfig,
     "finetune": FinetuneConfig,
+    "serve": ServeConfig,
 }
 
 # What `--from` must find of a run, by workload: any of these below its artifacts.
-SOURCES: dict[str, tuple[str, ...]] = {"export": ("merged", "adapter")}
+SOURCES: dict[str, tuple[str, ...]] = {"export": ("merged", "adapter"), "serve": ("gguf", "merged")}

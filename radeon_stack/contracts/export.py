@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from radeon_stack.contracts.sections import Section, TakesSource
+from radeon_stack.contracts.sections import MayMerge, Section
 
 Quantization = Literal["bf16", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
 Loader = Literal["transformers", "llama.cpp", "vllm"]
@@ -58,7 +58,7 @@ class Limits(Section):
     perplexity_ratio_max: float | None = Field(None, gt=0, description="perplexity over transformers'")
 
 
-class ExportConfig(TakesSource):
+class ExportConfig(MayMerge):
     """Everything the `export` workload can be told."""
 
     gguf: Gguf = Gguf()

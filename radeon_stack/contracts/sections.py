@@ -62,9 +62,20 @@ class TakesSource(Section):
         min_length=1,
         description="a run's folder, or one with an adapter, a merged model or GGUF files; usually given as --from",
     )
+
+
+class MayMerge(TakesSource):
+    """One that may have to merge an adapter into the base which that was trained on."""
+
     model: str = Field(
         "", description="the 16-bit base, where an adapter has to be merged; of a run's adapter it is the run's own"
     )
+
+
+class Listens(Section):
+    """A workload that answers on a port: the plan opens it to this machine alone, and has a key made to ask for."""
+
+    port: int = Field(8000, ge=0, lt=1 << 16, description="of 127.0.0.1, and no other address; 0: one that is free")
 
 
 class Dataset(Section):

@@ -20,6 +20,7 @@ INSIDE = (
     "errors.py",
     "atomic.py",
     "checksums.py",
+    "dialogue.py",
     "figures.py",
     "safetensor_files.py",
     "codeobjects",

@@ -8,7 +8,16 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from radeon_stack.contracts.sections import BIRTHDAY, HUB_ID, HUB_PREFIX, TakesData, TakesModel, TakesSource, is_made
+from radeon_stack.contracts.sections import (
+    BIRTHDAY,
+    HUB_ID,
+    HUB_PREFIX,
+    MayMerge,
+    TakesData,
+    TakesModel,
+    TakesSource,
+    is_made,
+)
 from radeon_stack.errors import UsageError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -91,7 +100,7 @@ def absolute_inputs(config: BaseModel, tree: dict[str, Any]) -> dict[str, Any]:
     values = dict(tree["config"])
     if isinstance(config, TakesSource):
         values["source"] = str(source_folder(config.source, where="config.source"))
-    takes = isinstance(config, TakesModel) or (isinstance(config, TakesSource) and config.model)
+    takes = isinstance(config, TakesModel) or (isinstance(config, MayMerge) and config.model)
     if takes and (folder := model_folder(values["model"], where="config.model")):
         values["model"] = str(folder)
     if isinstance(config, TakesData) and (file := data_file(config.data.dataset, where="config.data.dataset")):

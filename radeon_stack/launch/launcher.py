@@ -18,6 +18,7 @@ from radeon_stack.contracts.finetune import RESUMABLE
 from radeon_stack.errors import MachineError, UsageError
 from radeon_stack.images.environments import Environment
 from radeon_stack.launch.circumstances import Circumstances
+from radeon_stack.launch.endpoint import key_line, with_port, write_key
 from radeon_stack.launch.engine import engine_named
 from radeon_stack.launch.explaining import require_reboot, with_other_order
 from radeon_stack.launch.inputs import absolute_inputs
@@ -55,6 +56,7 @@ def draft(
 ) -> Draft:
     """Decide everything; writes nothing. `run`: this one, instead of the store's next."""
     run = run or store.new(effective.name)
+    effective = with_port(effective, live=here.sysroot.live)
     effective, taken = decided(effective, here.probe, here.setup)
     effective, placement = placed(effective, here.selection.gpus)
     effective, layers = recomputed(effective, placement, here.selection.gpus)
@@ -111,6 +113,8 @@ def write_records(drafted: Draft, store: RunStore) -> None:
         run.artifacts.mkdir(parents=True, exist_ok=True)
         (store.home / "cache").mkdir(parents=True, exist_ok=True)
         run.events.touch()
+        if drafted.plan.ports:
+            write_key(run.path)
         _write_json(run.config, config_record(effective))
         _write_json(run.plan, drafted.plan.as_record())
         run.write_status(
@@ -145,6 +149,7 @@ def paste_lines(drafted: Draft, store: RunStore) -> list[str]:
         shlex.join(["mkdir", "-p", str(run.artifacts), str(store.home / "cache")]),
         f"{shlex.join(['printf', '%s', config])} > {shlex.quote(str(run.config))}",
         shlex.join(["touch", str(run.events)]),
+        *([key_line(run.path)] if drafted.plan.ports else []),
         shlex.join(launch),
     ]
 

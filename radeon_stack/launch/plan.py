@@ -18,6 +18,19 @@ class Mount:
 
 
 @dataclass(frozen=True)
+class Port:
+    """A port of this machine, at one of its addresses, and the workload's that it leads to."""
+
+    address: str
+    host: int
+    container: int
+
+    def __str__(self) -> str:
+        """As docker, compose and quadlet write it."""
+        return f"{self.address}:{self.host}:{self.container}"
+
+
+@dataclass(frozen=True)
 class LaunchPlan:
     """What an engine carries out. Dry run, JSON and the real launch are renderings of it.
 
@@ -53,6 +66,7 @@ class LaunchPlan:
     shm: int | None
     ipc: str | None
     network: str | None
+    ports: tuple[Port, ...]
     cap_drop: tuple[str, ...]
     security: tuple[str, ...]
     read_only_root: bool
@@ -86,6 +100,7 @@ class LaunchPlan:
             if isinstance(value, list):
                 values[name] = tuple(tuple(item) if isinstance(item, list) else item for item in value)
         values["mounts"] = tuple(Mount(**mount) for mount in values["mounts"])
+        values["ports"] = tuple(Port(**port) for port in values["ports"])
         reasons = {name: fields[name]["reason"] for name in cls.field_names()}
         for name in cls.field_names():
             reasons |= {f"{name}.{item}": why for item, why in fields[name].get("items", {}).items()}

@@ -8,19 +8,22 @@ from typing import Any
 
 from radeon_stack.catalog.load import Effective
 from radeon_stack.catalog.sizes import format_size
-from radeon_stack.contracts.sections import TakesData, TakesModel, TakesSource
+from radeon_stack.contracts.sections import Listens, MayMerge, TakesData, TakesModel, TakesSource
+from radeon_stack.contracts.serve import KEY_FILE
 from radeon_stack.errors import MachineError, UsageError
 from radeon_stack.host.engines import require_engine
 from radeon_stack.launch.access import VISIBLE, container_access, local_env
 from radeon_stack.launch.circumstances import Circumstances
 from radeon_stack.launch.confinement import Reasoned, confined
+from radeon_stack.launch.endpoint import KEY_VARIABLE
 from radeon_stack.launch.inputs import data_file, model_folder, require_network, source_folder
 from radeon_stack.launch.model_files import require_whole
-from radeon_stack.launch.plan import LaunchPlan, Mount
-from radeon_stack.launch.torchrun import started, variables
+from radeon_stack.launch.plan import LaunchPlan, Mount, Port
+from radeon_stack.launch.torchrun import LOOPBACK, started, variables
 
 ROOM = "/radeon-stack"  # everything of ours inside a container is below this folder
 VENV_PYTHON = "/opt/venv/bin/python"  # the contract of rocm/pytorch images
+ANY_ADDRESS = "0.0.0.0"  # noqa: S104 - of the container's own network, which is published at one address alone
 STOP_SECONDS = 120  # an optimizer step of a large model and its checkpoint fit
 FOREIGN = ("PYTHONPATH", "PYTHONHOME")  # would give one Python the packages of another
 NO_CONTAINER = "a child process, no container: it has what you have"
@@ -43,12 +46,14 @@ def plan(
     paths = _Paths(inside, run_dir, cache)
     if isinstance(config, TakesSource):
         paths.add_source(config.source, effective.origin.get("config.source", "--from"))
-    if isinstance(config, TakesModel) or (isinstance(config, TakesSource) and config.model):
+    if isinstance(config, TakesModel) or (isinstance(config, MayMerge) and config.model):
         where = effective.origin.get("config.model", str(effective.path)) + ": config.model"
         require_network(config.model, effective.recipe.resources.network, where=where)
         paths.add_model(config.model, where)
     if isinstance(config, TakesData):
         paths.add_data(config.data.dataset, effective.origin.get("config.data.dataset", "") + ": config.data.dataset")
+    if isinstance(config, Listens):
+        paths.add_door(run_dir)
     python, whose = (VENV_PYTHON, "the image's Python") if inside else (here.choice.python, here.choice.python_why)
     module = f"radeon_stack.workloads.{effective.recipe.workload}"
     command = (*started(python, here.placement.processes), module, *paths.arguments)
@@ -67,7 +72,8 @@ def plan(
         tuple(sorted(env.values.items())),
         "the recipe's, where caches are, and what known issues ask for",
     )
-    values["unset"] = (env.unset, "would change what was decided here" if env.unset else "nothing has to be hidden")
+    unset = (*env.unset, KEY_VARIABLE) if isinstance(config, Listens) and not inside else env.unset
+    values["unset"] = (unset, "would change what was decided here" if unset else "nothing has to be hidden")
     reasons = {name: reason for name, (_, reason) in values.items()}
     reasons |= {f"env.{name}": why for name, why in env.reasons.items()}
     reasons |= {f"choices.{choice.name}": choice.why for choice in here.choices}
@@ -116,6 +122,13 @@ class _Paths:
         file = data_file(dataset, where=where)
         if file is not None:
             self._add("--data", file, f"{ROOM}/data/{file.name}", "the data, never written", read_only=True)
+
+    def add_door(self, run_dir: Path) -> None:
+        """Where it listens, and the key that it asks for: a file, for its environment shows in `docker inspect`."""
+        if self.inside:
+            key = Mount(str(run_dir / KEY_FILE), f"{ROOM}/run/{KEY_FILE}", read_only=True)
+            self.mount(key, "the key that it asks for, in a file that only you can read")
+            self.arguments += ["--listen", ANY_ADDRESS]
 
     def mount(self, mount: Mount, why: str) -> None:
         self.reasons.append((mount, why))
@@ -196,6 +209,7 @@ def _common(effective: Effective, here: Circumstances, run_id: str, run_dir: Pat
         ),
         "parallel": (here.placement.parallel, here.placement.why),
         "processes": (here.placement.processes, here.placement.why),
+        "ports": _ports(effective, inside=image is not None),
         "shared": (here.shared, "asked for" if here.shared else "one run has a card at a time"),
         "without": (
             here.without,
@@ -225,15 +239,27 @@ def _container(effective: Effective, here: Circumstances, paths: _Paths, run_dir
         "memory": (resources.memory, "the recipe's limit: a run does not take the machine down"),
         "shm": (resources.shm, "data loaders and RCCL need a large /dev/shm; the default is 64 MiB"),
         "ipc": (resources.ipc, "a private /dev/shm of the right size serves; host ipc is never needed"),
-        "network": (
-            resources.network,
-            "the recipe asks for none" if resources.network == "none" else "the recipe asks",
-        ),
+        "network": _network(effective),
         "labels": (
             (("radeon-stack.run", str(run_dir)), ("radeon-stack.recipe", effective.name)),
             "finds the container again",
         ),
     }
+
+
+def _ports(effective: Effective, *, inside: bool) -> tuple[tuple[Port, ...], str]:
+    if not isinstance(effective.config, Listens):
+        return (), "it answers nobody"
+    port = effective.config.port
+    how = "published" if inside else "it listens"
+    return (Port(LOOPBACK, port, port),), f"{how} at this machine's own address alone, for those who have the run's key"
+
+
+def _network(effective: Effective) -> tuple[str, str]:
+    asked = effective.recipe.resources.network
+    if isinstance(effective.config, Listens):
+        return "bridge", "to publish a port takes a bridge, an internal network has no way for it; it fetches nothing"
+    return asked, "the recipe asks for none" if asked == "none" else "the recipe asks"
 
 
 def _no_container() -> Reasoned:

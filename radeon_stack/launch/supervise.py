@@ -44,7 +44,7 @@ def carry_out(run: Run, plan: LaunchPlan, watch: Watcher, say: Speaker) -> Outco
     with _interrupts() as interrupts, _leased(run, plan):
         handle = _start(run, plan, engine)
         reader = EventReader(run.events, offset=begins)
-        _watch_to_the_end(engine, handle, reader, audience, interrupts, plan.stop_seconds)
+        _watch_to_the_end(engine, handle, reader, audience, interrupts, plan)
         return _settle(run, engine)
 
 
@@ -152,7 +152,7 @@ def _watch_to_the_end(
     reader: EventReader,
     audience: _Audience,
     interrupts: _Interrupts,
-    stop_seconds: float,
+    plan: LaunchPlan,
 ) -> None:
     """The first signal to us asks the workload to stop; another one, or time run out, ends it."""
     answered, deadline = 0, float("inf")
@@ -163,10 +163,11 @@ def _watch_to_the_end(
         late = time.monotonic() > deadline
         if interrupts.count > answered or late:
             force = answered > 0
-            audience.say("ending it now" if force else "stopping: it saves first (Ctrl-C again ends it now)")
+            saves = "" if plan.ports else ": it saves first"
+            audience.say("ending it now" if force else f"stopping{saves} (Ctrl-C again ends it now)")
             engine.stop(handle, force=force)
             answered = max(interrupts.count, 1)
-            deadline = float("inf") if force else time.monotonic() + stop_seconds
+            deadline = float("inf") if force else time.monotonic() + plan.stop_seconds
     for event in reader.finish():
         audience.show(event)
 

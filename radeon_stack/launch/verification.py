@@ -62,6 +62,7 @@ def verification_plan(image: Any, machine: Machine, sysroot: Sysroot, *, on_gpu:
         "shm": (SHM, "as in a run"),
         "ipc": ("private", "as in a run"),
         "network": ("none", "nothing is fetched"),
+        "ports": ((), "it answers nobody"),
         "labels": ((("radeon-stack.run", "verify"),), "finds the container again"),
         "stop_seconds": (5, "there is nothing to save"),
     }

@@ -52,6 +52,7 @@ class Arguments:
     data: Path | None
     resume: bool
     source: Path | None = None
+    listen: str = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,10 @@ def read_arguments(argv: list[str]) -> Arguments:
     parser.add_argument("--model", default="", help="model folder, or package:NAME")
     parser.add_argument("--data", type=Path, help="data file")
     parser.add_argument("--source", type=Path, help="folder of what a run made")
+    parser.add_argument("--listen", default=Arguments.listen, help="address for clients, where it has any")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     known = parser.parse_args(argv)
-    return Arguments(known.run, known.cache, known.model, known.data, known.resume, known.source)
+    return Arguments(known.run, known.cache, known.model, known.data, known.resume, known.source, known.listen)
 
 
 def read_config(run: Path) -> dict[str, Any]:

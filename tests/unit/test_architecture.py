@@ -13,7 +13,7 @@ import pytest
 from radeon_stack.images.render import INSIDE
 
 PACKAGE = Path(__file__).resolve().parents[2] / "radeon_stack"
-SHARED = {"errors", "atomic", "checksums", "contracts", "figures", "safetensor_files", "text"}
+SHARED = {"errors", "atomic", "checksums", "contracts", "dialogue", "figures", "safetensor_files", "text"}
 # room → the rooms it may import; `catalog` is the ground floor, `cli` the roof.
 ARROWS = {
     "catalog": set(),
