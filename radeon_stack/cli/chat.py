@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from radeon_stack.cli.run import drafted_from, not_empty
+from radeon_stack.cli.run import drafted_from, not_empty, require_environment
 from radeon_stack.dialogue import Conversation, Endpoint
 from radeon_stack.errors import Exit, StackError, UsageError, WorkloadError
 from radeon_stack.host.processes import Process
@@ -135,6 +135,7 @@ def _started(store: RunStore, source: str | None, *, sets: tuple[str, ...], **op
     rest |= {"share": False, "without": (), "sysroot": "/", "recipe": "serve", "source": source}
     drafted, _ = drafted_from(store, sets=("port=0", *sets), **options, **rest)
     run = drafted.run
+    require_environment(drafted)
     write_records(drafted, store)
     try:
         detach(run)

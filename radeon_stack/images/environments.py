@@ -53,8 +53,8 @@ def environment_for(kind: str, home: Path, docker: Path | None = None) -> Enviro
 
 
 def lacking(spec: ImageSpec) -> tuple[str, ...]:
-    """What a kind promises and this Python has not. Looked for, never imported."""
-    return tuple(name for name in promised(spec) if find_spec(name) is None)
+    """What a kind promises and this Python has not. Looked for, never imported: of `a.b` that would be `a`."""
+    return tuple(name for name in promised(spec) if find_spec(name.partition(".")[0]) is None)
 
 
 def promised(spec: ImageSpec) -> tuple[str, ...]:

@@ -1,0 +1,372 @@
+"""A run that answers on a port: at this machine's own address alone, behind a key that is in one file alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from radeon_stack.catalog.load import Effective, read, resolve
+from radeon_stack.contracts.serve import KEY_FILE, ServeConfig
+from radeon_stack.errors import Exit, MachineError, UsageError
+from radeon_stack.images.environments import environment_for
+from radeon_stack.images.resolve import Image
+from radeon_stack.launch.docker import container_config, run_arguments
+from radeon_stack.launch.endpoint import KEY_VARIABLE, endpoint_of, how_to_call, key_line, served, with_port, write_key
+from radeon_stack.launch.exports import compose, quadlet
+from radeon_stack.launch.launcher import Draft, draft, paste_lines, write_records
+from radeon_stack.launch.plan import LaunchPlan, Port
+from radeon_stack.launch.planner import ANY_ADDRESS, plan
+from radeon_stack.runs import events as ev
+from radeon_stack.runs.store import Run, RunStore
+from radeon_stack.workloads.serve.child import Child, last_words
+from radeon_stack.workloads.serve.choosing import choose
+from radeon_stack.workloads.serve.guard import KEY_FILE_VARIABLE, Guard
+from radeon_stack.workloads.serve.servers import command
+from tests.conftest import Cli
+from tests.unit.test_launch import IMAGE, circumstances
+
+HERE = Port("127.0.0.1", 8765, 8765)
+KEY = "of-the-test-0123456789"
+
+
+def recipe(folder: Path, **config: object) -> Effective:
+    folder.mkdir(exist_ok=True)
+    told: dict[str, object] = {"source": str(folder), "port": 8765, **config}
+    return resolve(read("serve"), None, [f"{name}={json.dumps(value)}" for name, value in told.items()])
+
+
+def serve_plan(tmp_path: Path, image: Image | None = IMAGE) -> LaunchPlan:
+    return plan(
+        recipe(tmp_path / "source"),
+        circumstances(image=image),
+        run_id="20260101-000000-serve-abcd",
+        run_dir=tmp_path / "run",
+        cache=tmp_path / "cache",
+    )
+
+
+@pytest.fixture
+def drafted(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Draft:
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    made = draft(recipe(tmp_path / "source", port=0), circumstances(), RunStore(home))
+    write_records(made, RunStore(home))
+    return made
+
+
+def test_its_port_is_published_at_one_address_and_nothing_else_is(tmp_path: Path) -> None:
+    made = serve_plan(tmp_path)
+    pairs = list(pairwise(run_arguments(made)))
+    assert [value for flag, value in pairs if flag == "--publish"] == ["127.0.0.1:8765:8765"]
+    assert ("--network", "bridge") in pairs and "an internal network has no way" in made.reasons["network"]
+    config = container_config(made, "1.41")
+    assert config["HostConfig"]["PortBindings"] == {"8765/tcp": [{"HostIp": "127.0.0.1", "HostPort": "8765"}]}
+    assert list(config["ExposedPorts"]) == ["8765/tcp"] and config["HostConfig"]["NetworkMode"] == "bridge"
+    assert 'ports:\n      - "127.0.0.1:8765:8765"' in compose(made)
+    assert "PublishPort=127.0.0.1:8765:8765" in quadlet(made).splitlines()
+    assert made.command[-2:] == ("--listen", ANY_ADDRESS) and ("HF_HUB_OFFLINE", "1") in made.env
+
+
+def test_without_a_container_the_server_itself_listens_there_and_a_key_given_is_not_handed_down(tmp_path: Path) -> None:
+    made = serve_plan(tmp_path, image=None)
+    assert made.ports == (HERE,) and "--listen" not in made.command
+    assert KEY_VARIABLE in made.unset and made.network is None
+
+
+@pytest.mark.parametrize("image", [IMAGE, None])
+def test_a_plan_with_a_port_survives_being_written_down(tmp_path: Path, image: Image | None) -> None:
+    made = serve_plan(tmp_path, image)
+    assert LaunchPlan.from_record(json.loads(json.dumps(made.as_record()))) == made
+
+
+def test_the_key_is_one_file_that_its_owner_alone_can_read_and_nowhere_else(drafted: Draft) -> None:
+    file = drafted.run.path / KEY_FILE
+    assert file.read_text() == KEY and stat.S_IMODE(file.stat().st_mode) == 0o600
+    others = [path for path in drafted.run.path.rglob("*") if path.is_file() and path != file]
+    assert {path.name for path in others} >= {"plan.json", "config.json", "status.json", "events.jsonl"}
+    assert not [path for path in others if KEY in path.read_text()]
+    config = container_config(drafted.plan, "1.41")
+    assert KEY not in json.dumps(config) + " ".join(run_arguments(drafted.plan)) + compose(drafted.plan)
+    assert drafted.plan.secrets == ()
+    mounts = {mount.target: mount for mount in drafted.plan.mounts}
+    assert mounts["/radeon-stack/run/api-key"].read_only and mounts["/radeon-stack/run/api-key"].source == str(file)
+    assert KEY not in repr(endpoint_of(drafted.run)) + "\n".join(how_to_call(drafted.run, endpoint_of(drafted.run)))
+    assert endpoint_of(drafted.run).key == KEY
+
+
+def test_a_run_has_a_key_of_its_own_and_keeps_it(tmp_path: Path) -> None:
+    keys = set()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for _ in range(2):
+            write_key(tmp_path / name, {})
+            keys.add((tmp_path / name / KEY_FILE).read_text())
+    assert len(keys) == 2 and all(len(key) >= 43 for key in keys)
+
+
+@pytest.mark.parametrize(
+    "key", ["", "too-short", "with a blank in it 0123", "größer-als-sechzehn", "line\nbreak-0123456789"]
+)
+def test_a_key_that_no_header_takes_is_refused_before_anything_is_written(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    with pytest.raises(UsageError, match=KEY_VARIABLE):
+        draft(recipe(tmp_path / "source"), circumstances(), RunStore(home))
+    assert not list(RunStore(home))
+
+
+def test_pasted_by_hand_the_key_is_as_closed(drafted: Draft, tmp_path: Path) -> None:
+    assert key_line(drafted.run.path) in paste_lines(drafted, RunStore(tmp_path))
+    subprocess.run(["bash", "-c", key_line(tmp_path)], check=True, env={"PATH": "/usr/bin:/bin"})
+    file = tmp_path / KEY_FILE
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    write_key(tmp_path, {KEY_VARIABLE: file.read_text()})  # it is one
+    assert len(file.read_text()) == 43
+
+
+def test_an_export_has_a_key_too(cli: Cli, home: Path, tmp_path: Path) -> None:
+    python = environment_for("verify", home).python
+    python.parent.mkdir(parents=True)
+    python.touch()  # it is ready, then, and none is made
+    (tmp_path / "source").mkdir()
+    words = ("export", "serve", "--from", f"{tmp_path}/source", "--set", "port=0", "--engine", "local", "--as", "shell")
+    made = cli(*words, "-o", tmp_path / "mine")
+    assert made.code == Exit.OK, made.err
+    key = tmp_path / "mine" / KEY_FILE
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert key.read_text() not in (tmp_path / "mine" / "run.sh").read_text()
+
+
+def test_a_taken_port_is_told_with_the_way_out_and_0_is_one_that_is_free(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        wanted = recipe(tmp_path / "source", port=taken)
+        with pytest.raises(MachineError, match=rf"config.port: port {taken} of 127.0.0.1 is taken; .*--set port=0"):
+            with_port(wanted, live=True)
+        assert with_port(wanted, live=False) is wanted  # of another machine we know nothing
+        found = with_port(recipe(tmp_path / "source", port=0), live=True).config
+        assert isinstance(found, ServeConfig) and found.port not in (0, taken)
+
+
+def test_what_is_not_served_has_no_way_with(cli: Cli) -> None:
+    refused = cli("run", "train-llama", "--preset", "demo", "--with", "vllm", "--engine", "local")
+    assert refused.code == Exit.USAGE and "--with: train-llama serves nothing" in refused.error
+    near = cli("run", "serve", "--from", ".", "--with", "lama.cpp", "--engine", "local")
+    assert near.code == Exit.USAGE and "--with" in near.error and "'llama.cpp'" in near.error
+
+
+def test_a_name_from_inside_cannot_leave_its_quotes(drafted: Draft) -> None:
+    write = ev.EventWriter(drafted.run.events)
+    write(ev.Fact(name="endpoint", value={"model": "a'; rm -rf ~ \x1b[2J\n#", "url": "http://elsewhere.example/v1"}))
+    told = how_to_call(drafted.run, endpoint_of(drafted.run))
+    assert "elsewhere" not in "\n".join(told) and "\x1b" not in "\n".join(told)
+    words = subprocess.run(
+        ["bash", "-c", f"curl() {{ printf '%s\\n' \"$#\"; }}\n{chr(10).join(told[1:4])}"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert words.strip() == "7"
+
+
+def test_it_answers_since_its_last_attempt_said_so() -> None:
+    begun, answers = ev.Attempt(pid=1), ev.Fact(name="endpoint", value={"model": "m"})
+    assert [served(list(told)) for told in ((), (begun, answers), (begun, answers, begun))] == ["", "m", ""]
+
+
+# What is served
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Callable[..., Path]:
+    def make(*names: str) -> Path:
+        for name in names:
+            file = tmp_path / "made" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+        return tmp_path / "made"
+
+    return make
+
+
+def config(**values: Any) -> ServeConfig:
+    return ServeConfig.model_validate({"source": "/home/me/runs/20260101-serve", **values})
+
+
+BOTH = ("llama.cpp", "vllm")
+GGUF = tuple(f"artifacts/gguf/model-{name}.gguf" for name in ("bf16", "q4_k_m", "q8_0"))
+MERGED = ("artifacts/merged/config.json", "artifacts/merged/model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("names", "asked", "installed", "served"),
+    [
+        (GGUF + MERGED, {}, BOTH, ("llama.cpp", "artifacts/gguf/model-q8_0.gguf")),
+        (GGUF[:2], {}, BOTH, ("llama.cpp", "artifacts/gguf/model-bf16.gguf")),
+        (GGUF, {"quantization": "q4_k_m"}, BOTH, ("llama.cpp", "artifacts/gguf/model-q4_k_m.gguf")),
+        (GGUF + MERGED, {"server": "vllm"}, BOTH, ("vllm", "artifacts/merged")),
+        (GGUF + MERGED, {}, ("vllm",), ("vllm", "artifacts/merged")),
+        (MERGED, {}, BOTH, ("vllm", "artifacts/merged")),
+        (("gguf/a.gguf",), {}, BOTH, ("llama.cpp", "gguf/a.gguf")),
+        (("My.Q4_1.gguf",), {}, BOTH, ("llama.cpp", "My.Q4_1.gguf")),
+        (("My.Q4_1.gguf", "My.Q8_0.gguf"), {"quantization": "q4_1"}, BOTH, ("llama.cpp", "My.Q4_1.gguf")),
+        (("config.json", "model.safetensors"), {}, BOTH, ("vllm", ".")),
+    ],
+)
+def test_what_is_there_decides_what_is_served_by_which_program(
+    made: Callable[..., Path],
+    names: tuple[str, ...],
+    asked: dict[str, str],
+    installed: tuple[str, ...],
+    served: tuple[str, str],
+) -> None:
+    folder = made(*names)
+    found = choose(config(**asked), folder, installed)
+    assert (found.server, found.path) == (served[0], folder / served[1])
+    assert found.name == "20260101-serve"
+
+
+@pytest.mark.parametrize(
+    ("names", "asked", "installed", "says"),
+    [
+        (("a.txt",), {}, BOTH, "--from: 20260101-serve has no GGUF file and no merged model; export it"),
+        (GGUF, {"server": "vllm"}, BOTH, "config.server: 20260101-serve has GGUF files and no merged model"),
+        (GGUF, {"quantization": "q6_k"}, BOTH, "no GGUF file in q6_k; there is: bf16, q4_k_m, q8_0"),
+        (MERGED, {"quantization": "q8_0"}, BOTH, "no GGUF file in q8_0; there is: none"),
+        (MERGED, {"server": "vllm", "quantization": "q8_0"}, BOTH, "vLLM serves the merged model, in 16 bit"),
+        (MERGED, {}, ("llama.cpp",), "vllm is not installed where it runs; of the two there is: llama.cpp"),
+        (GGUF, {}, (), "llama.cpp is not installed where it runs; of the two there is: neither"),
+    ],
+)
+def test_what_cannot_be_served_is_told_with_what_there_is(
+    made: Callable[..., Path], names: tuple[str, ...], asked: dict[str, str], installed: tuple[str, ...], says: str
+) -> None:
+    with pytest.raises((UsageError, MachineError)) as caught:
+        choose(config(**asked), made(*names), installed)
+    assert says in str(caught.value)
+
+
+def test_neither_servers_command_line_names_the_key(made: Callable[..., Path]) -> None:
+    folder = made(*GGUF, *MERGED)
+    for server in BOTH:
+        wanted = config(server=server, port=8765, threads=3)
+        words = command(choose(wanted, folder, BOTH), wanted, "127.0.0.1")
+        assert "key" not in " ".join(words).replace(str(folder), "") and "8765" in " ".join(words)
+        assert "127.0.0.1" in " ".join(words)
+
+
+# The guard
+
+
+def answered(guard: Guard, **scope: Any) -> int:
+    """The status with which a request is answered: 200 by what stands behind."""
+    told: list[Any] = []
+
+    async def send(message: Any) -> None:
+        told.append(message)
+
+    asyncio.run(guard({"type": "http", "method": "GET", "path": "/", "headers": [], **scope}, nothing, send))
+    return int(told[0].get("status") or told[0]["code"])
+
+
+async def nothing() -> dict[str, Any]:
+    return {"type": "http.disconnect"}
+
+
+async def behind(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+
+
+@pytest.fixture
+def guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Guard:
+    (tmp_path / KEY_FILE).write_text(KEY)
+    monkeypatch.setenv(KEY_FILE_VARIABLE, str(tmp_path / KEY_FILE))
+    return Guard(behind)
+
+
+def bearer(text: str) -> list[tuple[bytes, bytes]]:
+    return [(b"authorization", text.encode())]
+
+
+def test_nobody_is_answered_without_the_key_on_any_path_but_one(guard: Guard) -> None:
+    assert answered(guard, headers=bearer(f"Bearer {KEY}"), path="/v1/models") == 200
+    assert answered(guard, path="/health") == 200
+    for path in ("/v1/models", "/", "/docs", "/invocations", "/metrics", "/health/", "//health"):
+        assert answered(guard, path=path) == 401, path
+    assert answered(guard, path="/health", method="POST") == 401
+    assert answered(guard, path="/v1/chat/completions", method="OPTIONS") == 401  # a web page's first question
+    for text in (KEY, f"bearer {KEY}", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", "Bearer ", f"Basic {KEY}", "Bearer é"):
+        assert answered(guard, headers=bearer(text)) == 401, text
+    assert answered(guard, headers=bearer(f"Bearer {KEY}") * 2) == 401
+    assert answered(guard, type="websocket", path="/v1/realtime") == 1008
+
+
+def test_an_empty_key_opens_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / KEY_FILE).write_text("\n")
+    monkeypatch.setenv(KEY_FILE_VARIABLE, str(tmp_path / KEY_FILE))
+    with pytest.raises(ValueError, match="is empty"):
+        Guard(behind)
+
+
+# The server's process
+
+
+@pytest.mark.parametrize(
+    ("lines", "last"),
+    [
+        (["Traceback", "ValueError: no architecture 'x'", "warnings.warn("], "ValueError: no architecture 'x'"),
+        (["loading", "llama_model_load: error loading model", "done"], "llama_model_load: error loading model"),
+        (["loading", "", "gone"], "gone"),
+        ([], ""),
+        (["x\x1b[2J" + "y" * 1000], "x�[2J" + "y" * 294 + "…"),
+    ],
+)  # fmt: skip
+def test_a_servers_last_words_are_the_line_that_tells(lines: list[str], last: str) -> None:
+    assert last_words(lines) == last
+
+
+def test_a_server_that_ends_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    with Child([sys.executable, "-c", "print('hello'); raise OSError('address in use')"], {}) as child:
+        child.wait()
+        assert child.failure().what == "the server ended: OSError: address in use"
+    assert "hello" in capsys.readouterr().out
+
+
+def test_one_that_will_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("radeon_stack.workloads.serve.child.STOP_SECONDS", 0.2)
+    stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+    with Child([sys.executable, "-c", stubborn], {}) as child:
+        while "deaf\n" not in child._last:
+            assert not child.ended
+    assert child._process.returncode == -9
+
+
+def test_a_run_that_answers_on_no_port_is_not_called(home: Path) -> None:
+    run = Run(home / "runs" / "20260101-000000-train-abcd")
+    with pytest.raises(UsageError, match="answers on no port; start one that does"):
+        endpoint_of(run)
+
+
+def test_one_whose_key_has_gone_is_told_by_its_file(drafted: Draft) -> None:
+    (drafted.run.path / KEY_FILE).unlink()
+    with pytest.raises(UsageError, match="api-key: there is no key to be read"):
+        endpoint_of(drafted.run)
+
+
+def test_the_plan_of_what_answers_nobody_says_so(tmp_path: Path) -> None:
+    from tests.unit.test_launch import demo_plan
+
+    made = demo_plan(tmp_path)
+    assert made.ports == () and made.reasons["ports"] == "it answers nobody"
+    assert "--publish" not in run_arguments(replace(made)) and "ports" not in compose(made)
