@@ -25,7 +25,7 @@ from radeon_stack.dialogue import Endpoint
 from radeon_stack.errors import MachineError, UsageError
 from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.launch.torchrun import LOOPBACK
-from radeon_stack.runs.events import Event, Fact, read_events
+from radeon_stack.runs.events import Fact, read_events
 from radeon_stack.runs.store import Run
 from radeon_stack.text import one_line
 
@@ -101,18 +101,16 @@ def endpoint_of(run: Run) -> Endpoint:
         key = (run.path / KEY_FILE).read_text(encoding="ascii").strip()
     except (OSError, ValueError) as error:
         raise UsageError("there is no key to be read", where=str(run.path / KEY_FILE)) from error
-    return Endpoint(ports[0].address, ports[0].host, key, model=served(read_events(run.events)))
+    return Endpoint(ports[0].address, ports[0].host, key, model=served(run))
 
 
-def served(events: list[Event]) -> str:
-    """The model's name for clients, by the last attempt that answers; "" where none does yet."""
-    name = ""
-    for event in events:
-        if event.kind == "attempt":
-            name = ""
-        elif isinstance(event, Fact) and event.name == FACT and isinstance(event.value, dict):
-            name = one_line(str(event.value.get("model", "")), MOST_OF_A_NAME)
-    return name
+def served(run: Run) -> str:
+    """The model's name for clients; "" while it does not answer yet, also where an earlier attempt did."""
+    status = run.status()
+    told = [event for event in read_events(run.events) if isinstance(event, Fact) and event.name == FACT]
+    if not told or status is None or told[-1].time < status.started or not isinstance(told[-1].value, dict):
+        return ""
+    return one_line(str(told[-1].value.get("model", "")), MOST_OF_A_NAME)
 
 
 def how_to_call(run: Run, endpoint: Endpoint) -> list[str]:

@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -180,9 +181,15 @@ def test_a_name_from_inside_cannot_leave_its_quotes(drafted: Draft) -> None:
     assert words.strip() == "7"
 
 
-def test_it_answers_since_its_last_attempt_said_so() -> None:
-    begun, answers = ev.Attempt(pid=1), ev.Fact(name="endpoint", value={"model": "m"})
-    assert [served(list(told)) for told in ((), (begun, answers), (begun, answers, begun))] == ["", "m", ""]
+def test_it_answers_once_this_attempt_has_said_so_and_not_because_an_earlier_one_did(drafted: Draft) -> None:
+    run = drafted.run
+    assert served(run) == ""
+    ev.EventWriter(run.events)(ev.Fact(name="endpoint", value={"model": "m"}))
+    assert served(run) == "m"
+    status = run.status()
+    assert status is not None
+    run.write_status(status.model_copy(update={"started": time.time() + 1}))  # as it is resumed
+    assert served(run) == ""
 
 
 # What is served
