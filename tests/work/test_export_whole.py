@@ -20,7 +20,7 @@ import pytest
 from radeon_stack.images.environments import environment_for
 from radeon_stack.runs import events as ev
 from radeon_stack.runs.store import home as store_home
-from tests.conftest import Cli, Result, wait_for
+from tests.conftest import Cli, Result, tiny_llama, wait_for
 from tests.work.test_merging import flip
 
 MADE = environment_for("verify", store_home())  # before each test is given a home of its own
@@ -41,13 +41,19 @@ def environments(home: Path) -> None:
 
 
 @pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaMA with a whole tokenizer: llama.cpp's converter knows tokenizers by what they make of a text."""
+    return tiny_llama(tmp_path_factory.mktemp("base") / "tiny-llama", words=None)
+
+
+@pytest.fixture(scope="module")
 def trained(
-    tmp_path_factory: pytest.TempPathFactory, tiny_run: tuple[str, ...], cli: Cli, shared_cache: Path
+    tmp_path_factory: pytest.TempPathFactory, tiny_run: tuple[str, ...], base: Path, cli: Cli, shared_cache: Path
 ) -> dict[str, Any]:
     """A tiny LLaMA that was trained, and merged."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "cache").symlink_to(shared_cache)
-    done = cli(*tiny_run, "--engine", "local", env={**os.environ, "RADEON_STACK_HOME": str(folder)})
+    done = cli(*tiny_run, "--model", base, "--engine", "local", env={**os.environ, "RADEON_STACK_HOME": str(folder)})
     assert done.code == 0, done.err
     return dict(done.json)
 
@@ -84,9 +90,7 @@ def test_a_run_is_converted_loaded_and_answers_the_same_by_llama_cpp(cli: Cli, s
     assert sums.returncode == 0
 
 
-def test_an_adapter_alone_is_merged_first_into_the_base_that_it_was_trained_on(
-    cli: Cli, source: Path, tiny_model: Path
-) -> None:
+def test_an_adapter_alone_is_merged_first_into_the_base_that_it_was_trained_on(cli: Cli, source: Path) -> None:
     merged = source / "artifacts/merged"
     sums = (merged / "SHA256SUMS").read_text()
     shutil.rmtree(merged)
@@ -161,14 +165,20 @@ def test_so_is_one_of_a_gguf_file_before_anything_loads_it_again(cli: Cli, sourc
     assert again.code == 7 and "model-q8_0.gguf: has changed since it was written" in again.error
 
 
-def test_a_base_that_is_not_the_adapters_is_refused(cli: Cli, source: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_base_that_is_not_the_adapters_is_refused(cli: Cli, source: Path, base: Path, tmp_path: Path) -> None:
     shutil.rmtree(source / "artifacts/merged")
-    other = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+    other = Path(shutil.copytree(base, tmp_path / "other"))
     size = (other / "model.safetensors").stat().st_size
     for place in range(size // 2, size // 2 + 100_000, 500):
         flip(other / "model.safetensors", place)
     done = exported(cli, source, "--model", str(other))
     assert done.code == 7 and "is not the base that this adapter was trained on" in done.error, done.err
+
+
+def test_a_tokenizer_that_the_converter_does_not_know_is_told_as_that(cli: Cli, tiny_model: Path) -> None:
+    """Shortened, it reads texts otherwise than any tokenizer that llama.cpp has rules for."""
+    done = exported(cli, tiny_model)
+    assert done.code == 7 and "llama.cpp does not know this tokenizer" in done.error, done.err
 
 
 def test_so_is_another_models_tokenizer(cli: Cli, source: Path) -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from radeon_stack.atomic import PARTIAL
-from radeon_stack.errors import MachineError, WorkloadError
+from radeon_stack.errors import CheckError, MachineError, WorkloadError
 from radeon_stack.workloads.export import apart
-from radeon_stack.workloads.export.gguf_files import require_whole_gguf
 
+# It tells tokenizers apart by what they make of a text, and has rules for those that it knows.
+UNKNOWN_TOKENIZER = "pre-tokenizer was not recognized"
+CHECK = "radeon_stack.workloads.export.gguf_files"
 CONVERTED = ("bf16", "f16", "q8_0")  # what the converter writes by itself
 BITS = {"bf16": 16.0, "f16": 16.0, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q4_k_m": 4.9}  # a weight's, about
 FTYPES = {
@@ -44,7 +46,16 @@ def convert(folder: Path, file: Path, kind: str, tick: Callable[[int], None]) ->
     """Convert a folder; `tick` hears how many bytes are written."""
     partial = file.with_name(file.name + PARTIAL)
     command = [sys.executable, str(converter()), str(folder), "--outfile", str(partial), "--outtype", kind]
-    return _whole(partial, file, lambda: apart.run(command, lambda: tick(_size(partial))))
+    try:
+        return _whole(partial, file, lambda: apart.run(command, lambda: tick(_size(partial))))
+    except WorkloadError as error:
+        if UNKNOWN_TOKENIZER not in error.what:
+            raise
+        raise CheckError(
+            "llama.cpp does not know this tokenizer: it was changed, is another model's, or is newer than its converter",
+            where=f"{folder}/tokenizer.json",
+            remedy="take the tokenizer of the base as it was published, and merge again",
+        ) from error
 
 
 def quantize(source: Path, file: Path, kind: str, threads: int, tick: Callable[[int], None]) -> apart.Done:
@@ -58,7 +69,7 @@ def _whole(partial: Path, file: Path, make: Callable[[], apart.Done]) -> apart.D
     partial.unlink(missing_ok=True)
     try:
         done = make()
-        require_whole_gguf(partial)
+        apart.called(CHECK, {"file": str(partial)})
         with partial.open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(partial, file)
