@@ -61,9 +61,9 @@ test-work:
 
 # Beyond `test`, which skips them by name where that environment is not there: llama.cpp is compiled once for it.
 .PHONY: test-export
-test-export: setup  ## exports from beginning to end, by llama.cpp and vLLM themselves: some 15 minutes
+test-export: setup  ## exports and serving from beginning to end, by llama.cpp and vLLM themselves: some 20 minutes
 	@$(BIN)/python tools/environment.py verify
-	@$(BIN)/python -m pytest tests/work/test_export_whole.py
+	@$(BIN)/python -m pytest tests/work/test_export_whole.py tests/work/test_serve.py
 
 lint: setup  ## ruff, mypy, and whether the locks are made from today's inputs
 	@$(BIN)/ruff check .

@@ -66,15 +66,15 @@ def chat(
     store = RunStore(home())
     asked = {"max_tokens": max_tokens, "temperature": temperature}
     given = {name: value for name, value in asked.items() if value is not None}
+    question = once if once is not None or sys.stdin.isatty() else sys.stdin.read()
+    if question is not None and not question.strip():
+        raise UsageError("there is no question", where="stdin", remedy="give one: --once QUESTION")
     with _ended_by_signals(), _going(store, running) if running else _started(store, source, **options) as endpoint:
         conversation = Conversation(endpoint, system, given)
-        question = once if once is not None or sys.stdin.isatty() else sys.stdin.read()
         if question is None:
             converse(conversation)
-        elif question.strip():
-            _print(conversation.ask(question))
         else:
-            raise UsageError("there is no question", where="stdin", remedy="give one: --once QUESTION")
+            _print(conversation.ask(question))
     return Exit.OK
 
 

