@@ -52,7 +52,7 @@ def convert(folder: Path, file: Path, kind: str, tick: Callable[[int], None]) ->
         if UNKNOWN_TOKENIZER not in error.what:
             raise
         raise CheckError(
-            "llama.cpp does not know this tokenizer: it was changed, is another model's, or is newer than its converter",
+            "llama.cpp does not know this tokenizer: changed, another model's, or newer than its converter",
             where=f"{folder}/tokenizer.json",
             remedy="take the tokenizer of the base as it was published, and merge again",
         ) from error
