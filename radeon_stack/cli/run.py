@@ -27,13 +27,14 @@ from radeon_stack.runs.compare import Side, as_data, compare, side
 from radeon_stack.runs.compare import lines as comparison_lines
 from radeon_stack.runs.events import read_events
 from radeon_stack.runs.outcome import Outcome, recorded
-from radeon_stack.runs.sources import find_source
+from radeon_stack.runs.sources import LAST, find_source
 from radeon_stack.runs.store import Run, RunStore, home
 from radeon_stack.runs.summary import lines, summary
 from radeon_stack.runs.view import view_for
 from radeon_stack.text import even_unheard, print_line
 
 Command = Callable[..., Any]
+SOURCE_SETS = ("source=", "config.source=")  # a folder named by --set, in place of --from
 
 
 def not_empty(_: click.Context, option: click.Parameter, value: str | None) -> str | None:
@@ -220,11 +221,11 @@ def asked_recipe(
     flags: dict[str, dict[str, Any]] = {}
     file = read(recipe)
     takes = config_fields(file)
-    if source is not None:
-        makes = SOURCES.get(str(file.tree.get("workload")))
-        if makes is None:
-            raise UsageError(f"{file.name} takes nothing that a run made", where="--from", remedy="leave it out")
-        found = find_source(RunStore(home()), source, makes)
+    makes = SOURCES.get(str(file.tree.get("workload")))
+    if source is not None and makes is None:
+        raise UsageError(f"{file.name} takes nothing that a run made", where="--from", remedy="leave it out")
+    if makes is not None and not any(text.startswith(SOURCE_SETS) for text in sets):
+        found = find_source(RunStore(home()), source or LAST, makes)
         flags["--from"] = {"config": {name: value for name, value in found.items() if name in takes}}
     if server is not None:
         if "server" not in takes:

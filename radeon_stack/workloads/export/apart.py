@@ -20,6 +20,10 @@ from radeon_stack.text import one_line
 from radeon_stack.workloads.bench.isolate import how_it_ended, last_words
 
 POLL_SECONDS = 0.1
+OUT_OF_MEMORY = (
+    "was it for want of memory? see dmesg for 'oom'; give more (--set resources.memory=…), or leave a loader out "
+    "(--set loaders='[\"llama.cpp\"]'), and continue: radeon-stack run --resume RUN"
+)
 TAIL_BYTES = 64 << 10
 TOLD: dict[str, type[StackError]] = {"CheckError": CheckError, "UsageError": UsageError, "WorkloadError": WorkloadError}
 
@@ -47,7 +51,7 @@ def called(module: str, request: Mapping[str, Any], tick: Callable[[], None] = l
     if error := told.get("error"):
         raise TOLD.get(error["kind"], WorkloadError)(error["what"], where=error["where"], remedy=error["remedy"])
     if code or "value" not in told:
-        raise WorkloadError(f"{module.rpartition('.')[2]}: {how_it_ended(code)}: {said}", where="log.txt")
+        raise _ended(module.rpartition(".")[2], code, said)
     return Done(told["value"], done.seconds, done.peak_memory)
 
 
@@ -56,8 +60,18 @@ def run(command: Sequence[str], tick: Callable[[], None] = lambda: None) -> Done
     with tempfile.TemporaryDirectory(prefix="radeon-stack-") as folder:
         code, done, said = _run(command, Path(folder, "said"), tick)
     if code:
-        raise WorkloadError(f"{Path(command[1]).name}: {how_it_ended(code)}: {said}", where="log.txt")
+        raise _ended(Path(command[1]).name, code, said)
     return done
+
+
+def _ended(name: str, code: int, said: str) -> WorkloadError:
+    """The error for a process that ended without an answer. The kernel ends one without a word when memory is short."""
+    killed = code == -signal.SIGKILL
+    return WorkloadError(
+        f"{name}: {how_it_ended(code)}: {said}",
+        where="log.txt",
+        remedy=OUT_OF_MEMORY if killed else "the whole of it: radeon-stack runs logs RUN",
+    )
 
 
 def _run(command: Sequence[str], said: Path, tick: Callable[[], None]) -> tuple[int, Done, str]:
