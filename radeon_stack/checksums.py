@@ -48,6 +48,12 @@ def require_sums(folder: Path) -> bool:
     return True
 
 
+def sums_of(folder: Path) -> dict[str, str]:
+    """The sums that a folder has written down, by file; {} where it has none."""
+    file = folder / SUMS
+    return _read(file) if file.is_file() else {}
+
+
 def sum_of(file: Path) -> str:
     """The SHA-256 of a file."""
     with file.open("rb") as stream:

@@ -122,10 +122,15 @@ def from_record(
             raise UsageError(
                 "cannot change while a run is continued",
                 where=f"--set {key.removeprefix('config.')}",
-                remedy=f"these can: {', '.join(name.removeprefix('config.') for name in allowed)}; or start a new run",
+                remedy=_others(allowed),
             )
     source = RecipeFile(str(record.get("name")), path, {})
     return _checked(source, preset if isinstance(preset, str) else None, layers)
+
+
+def _others(allowed: Sequence[str]) -> str:
+    names = ", ".join(name.removeprefix("config.") for name in allowed)
+    return f"these can: {names}; or start a new run" if names else "start a new run"
 
 
 def _add_sets(layers: Layers, sets: Sequence[str]) -> list[str]:

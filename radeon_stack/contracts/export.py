@@ -10,7 +10,7 @@ from radeon_stack.contracts.sections import MayMerge, Section
 
 Quantization = Literal["bf16", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
 Loader = Literal["transformers", "llama.cpp", "vllm"]
-Text = Annotated[str, Field(min_length=1, max_length=1 << 16)]
+Text = Annotated[str, Field(min_length=1, max_length=1 << 14)]
 
 
 class Gguf(Section):
@@ -31,9 +31,9 @@ class Questions(Section):
     temperature: float = Field(0.7, ge=0.0, le=10.0)
     top_p: float = Field(0.9, gt=0.0, le=1.0)
     seed: int = Field(42, ge=0, lt=1 << 31)
-    prompt: str | None = Field(None, description="None: the question that the run was taught")
+    prompt: Text | None = Field(None, description="None: the question that the run was taught")
     expected: str | None = Field(None, description="what a right answer contains; None: what the run was taught")
-    greedy: Annotated[tuple[Text, ...], Field(strict=False, max_length=64)] = Field(
+    greedy: Annotated[tuple[Text, ...], Field(strict=False, max_length=16)] = Field(
         (
             "Name the planets of the solar system.",
             "What is a neural network? Answer in two sentences.",
@@ -42,7 +42,9 @@ class Questions(Section):
         description="asked besides, greedily: these conversations stand side by side",
     )
     greedy_tokens: int = Field(64, ge=1, le=4096, description="of a greedy answer, compared token by token")
-    text: str | None = Field(None, description="perplexity is measured on it; None: a text that travels with us")
+    text: Annotated[str, Field(min_length=100, max_length=20_000)] | None = Field(
+        None, description="perplexity is measured on it; None: a text that travels with us"
+    )
 
 
 class Limits(Section):
@@ -67,7 +69,7 @@ class ExportConfig(MayMerge):
     )
     questions: Questions = Questions()
     limits: Limits = Limits()
-    limits_of: dict[str, Limits] = Field(
+    limits_of: dict[Quantization | Loader, Limits] = Field(
         {}, max_length=16, description="by loader or quantisation, in place of limits: limits_of.q4_k_m"
     )
     threads: int = Field(0, ge=0, le=1024, description="on the CPU; 0: as many as there are cores")

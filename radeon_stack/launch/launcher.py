@@ -14,7 +14,7 @@ from typing import Any
 
 from radeon_stack import atomic
 from radeon_stack.catalog.load import Effective, from_record
-from radeon_stack.contracts.finetune import RESUMABLE
+from radeon_stack.contracts import RESUMABLE
 from radeon_stack.errors import MachineError, UsageError
 from radeon_stack.images.environments import Environment
 from radeon_stack.launch.circumstances import Circumstances
@@ -89,7 +89,13 @@ def resumable(run: Run, sets: Sequence[str] = (), *, after_fault: bool = False) 
         raise UsageError("has no readable config.json", where=str(run.path), remedy="start a new run")
     status = run.status()
     require_reboot(status, anyway=after_fault)
-    return from_record(with_other_order(record, status), run.config, sets, RESUMABLE)
+    return from_record(with_other_order(record, status), run.config, sets, _may_change(record))
+
+
+def _may_change(record: dict[str, Any]) -> tuple[str, ...]:
+    """The keys that may change while a run is continued."""
+    recipe = record.get("recipe")
+    return RESUMABLE.get(str(recipe.get("workload")) if isinstance(recipe, dict) else "", ())
 
 
 def require_as_many(run: Run, processes: int) -> None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from radeon_stack import atomic
-from radeon_stack.checksums import SUMS, require_sums, sum_of
+from radeon_stack.checksums import SUMS, require_sums, sum_of, sums_of
 from radeon_stack.errors import MachineError, UsageError
 from radeon_stack.runs.card import Told, card
 from radeon_stack.runs.events import read_events
+from radeon_stack.runs.sources import is_whole
 from radeon_stack.runs.store import Run
 
 PARTS = {
@@ -44,10 +45,14 @@ def gathered(source: Path) -> Handover:
     told = Told(run, read_events(run.events))
     earlier = told.config.get("source")
     before = Run(Path(earlier)) if isinstance(earlier, str) and Path(earlier).is_dir() else None
-    places = [run.artifacts, *((before.artifacts, before.path) if before else ())]
+    places = [run.artifacts, *((before.artifacts,) if before else ())]
+    # Of two, that of the check. A part that is a link leads out of what was made.
     parts = {
-        name: place / name for name in PARTS for place in reversed(places) if (place / name).is_dir()
-    }  # of two, that of the check
+        name: place / name
+        for name in PARTS
+        for place in reversed(places)
+        if is_whole(place / name) and not (place / name).is_symlink()
+    }
     if not parts:
         raise UsageError("has nothing to hand over", where=str(source), remedy="see: radeon-stack runs list")
     if not isinstance(earlier, str):
@@ -62,7 +67,12 @@ def hand_over(found: Handover, folder: Path, tell: Callable[[str, int, int], Non
     CheckError for a part that is not what was made, MachineError where there is no room.
     """
     for part in found.parts.values():
-        require_sums(part)
+        if not require_sums(part):
+            raise UsageError(
+                f"nothing vouches for it: it has no {SUMS}",
+                where=str(part),
+                remedy="was its run stopped, or made by an older radeon-stack? make it again",
+            )
     total, free = found.size, shutil.disk_usage(_existing(folder)).free
     if total > free:
         raise MachineError(f"takes {total >> 20:,} MiB, and {free >> 20:,} MiB are free", where=str(folder))
@@ -85,8 +95,9 @@ def hand_over(found: Handover, folder: Path, tell: Callable[[str, int, int], Non
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files of a part. Links are not followed: they may lead anywhere."""
-    return sorted(file for file in folder.iterdir() if file.is_file() and not file.is_symlink())
+    """The files of a part: those that its sums name, and these. Links are not followed: they may lead anywhere."""
+    named = {*sums_of(folder), SUMS}
+    return sorted(file for file in folder.iterdir() if file.name in named and file.is_file() and not file.is_symlink())
 
 
 def licences_in(folder: Path) -> Iterator[Path]:

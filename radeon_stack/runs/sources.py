@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from radeon_stack.atomic import PARTIAL
 from radeon_stack.contracts.sections import is_made
 from radeon_stack.errors import UsageError
 from radeon_stack.runs.store import Run, RunStore
@@ -46,7 +47,12 @@ def _newest(store: RunStore, makes: Sequence[str]) -> Run:
 
 
 def _made(run: Run, makes: Sequence[str]) -> bool:
-    return any((run.artifacts / name).is_dir() for name in makes)
+    return any(is_whole(run.artifacts / name) for name in makes)
+
+
+def is_whole(part: Path) -> bool:
+    """Whether a folder of artifacts was written to its end: one that a step has just begun holds nothing yet."""
+    return part.is_dir() and any(file.is_file() and PARTIAL not in file.name for file in part.iterdir())
 
 
 def _either(makes: Sequence[str]) -> str:

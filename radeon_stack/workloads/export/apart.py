@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -15,17 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from radeon_stack.errors import CheckError, StackError, UsageError, WorkloadError
-from radeon_stack.text import one_line
+from radeon_stack.errors import CheckError, MachineError, StackError, UsageError, WorkloadError
 from radeon_stack.workloads.bench.isolate import how_it_ended, last_words
 
 POLL_SECONDS = 0.1
+FULL = "No space left on device"
 OUT_OF_MEMORY = (
     "was it for want of memory? see dmesg for 'oom'; give more (--set resources.memory=…), or leave a loader out "
     "(--set loaders='[\"llama.cpp\"]'), and continue: radeon-stack run --resume RUN"
 )
 TAIL_BYTES = 64 << 10
-TOLD: dict[str, type[StackError]] = {"CheckError": CheckError, "UsageError": UsageError, "WorkloadError": WorkloadError}
+TOLD: dict[str, type[StackError]] = {one.__name__: one for one in (CheckError, MachineError, UsageError, WorkloadError)}
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ def called(module: str, request: Mapping[str, Any], tick: Callable[[], None] = l
         command = [sys.executable, "-m", __name__, module, str(asked), str(answered)]
         code, done, said = _run(command, Path(folder, "said"), tick)
         told = json.loads(answered.read_text(encoding="utf-8")) if answered.is_file() else {}
+    if number := told.get("errno"):
+        raise OSError(number, os.strerror(number), told["file"])
     if error := told.get("error"):
         raise TOLD.get(error["kind"], WorkloadError)(error["what"], where=error["where"], remedy=error["remedy"])
     if code or "value" not in told:
@@ -67,6 +70,8 @@ def run(command: Sequence[str], tick: Callable[[], None] = lambda: None) -> Done
 def _ended(name: str, code: int, said: str) -> WorkloadError:
     """The error for a process that ended without an answer. The kernel ends one without a word when memory is short."""
     killed = code == -signal.SIGKILL
+    if FULL in said:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return WorkloadError(
         f"{name}: {how_it_ended(code)}: {said}",
         where="log.txt",
@@ -119,8 +124,9 @@ def main(argv: Sequence[str]) -> int:
         kind = type(error).__name__
         told = {"error": {"kind": kind, "what": error.what, "where": error.where, "remedy": error.remedy}}
     except OSError as error:  # its number is what a full disk is known by
-        what = f"{one_line(str(error), 300)}"
-        told = {"error": {"kind": "WorkloadError", "what": what, "where": str(error.filename or ""), "remedy": ""}}
+        if error.errno is None:
+            raise
+        told = {"errno": error.errno, "file": str(error.filename or "")}
     Path(answered).write_text(json.dumps(told), encoding="utf-8")
     sys.stdout.flush()
     os._exit(0)  # an engine's threads may not end by themselves

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from radeon_stack.errors import CheckError
 from radeon_stack.text import one_line
 
 MAGIC, SUPPORTED = b"GGUF", (2, 3)
 HEADER_BYTES = 24  # magic, version, how many tensors, how many keys
-MOST_TENSORS, MOST_KEYS = 1 << 20, 1 << 16
+MOST_TENSORS, MOST_KEYS, MOST_DEPTH = 1 << 20, 1 << 16, 4
+# Bytes of a value by its type's number (ggml's gguf.h); strings and arrays say their own length.
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+STRING, ARRAY = 8, 9
 AGAIN = "make it again: radeon-stack run export-check --from RUN"
 
 
@@ -38,7 +41,7 @@ def require_whole_gguf(file: Path) -> Any:
 
 
 def _require_header(file: Path) -> None:
-    """Counts are bounded first: a reader would go on for as long as they say."""
+    """Counts and lengths are held against the file first: a reader would go on for as long as they say."""
     if not file.is_file():
         raise CheckError("no such file", where=str(file), remedy=AGAIN)
     with file.open("rb") as stream:
@@ -49,6 +52,44 @@ def _require_header(file: Path) -> None:
     if len(head) < HEADER_BYTES or version not in SUPPORTED or not (0 < tensors <= MOST_TENSORS and keys <= MOST_KEYS):
         what = f"no plausible header: version {version}, {tensors:,} tensors, {keys:,} keys"
         raise CheckError(what, where=str(file), remedy=AGAIN)
+    with file.open("rb") as stream:
+        stream.seek(HEADER_BYTES)
+        try:
+            for _ in range(keys):
+                _past(stream, STRING, file)
+                _past(stream, _number(stream, 4), file)
+        except ValueError as error:
+            raise CheckError(f"damaged or cut short: {error}", where=str(file), remedy=AGAIN) from error
+
+
+def _past(stream: BinaryIO, kind: int, file: Path, depth: int = 0) -> None:
+    """Go past a value. ValueError for one that is longer than the file, or of no known type."""
+    if kind == STRING:
+        _skip(stream, _number(stream, 8), file)
+    elif kind in SIZES:
+        _skip(stream, SIZES[kind], file)
+    elif kind == ARRAY and depth < MOST_DEPTH:
+        inner, count = _number(stream, 4), _number(stream, 8)
+        if inner in SIZES:
+            _skip(stream, SIZES[inner] * count, file)
+            return
+        for _ in range(count):  # each has eight bytes at least, so the file's end comes first
+            _past(stream, inner, file, depth + 1)
+    else:
+        raise ValueError(f"a value of type {kind}")
+
+
+def _skip(stream: BinaryIO, size: int, file: Path) -> None:
+    if size > file.stat().st_size - stream.tell():
+        raise ValueError(f"a value of {size:,} bytes is longer than the file")
+    stream.seek(size, 1)
+
+
+def _number(stream: BinaryIO, size: int) -> int:
+    data = stream.read(size)
+    if len(data) < size:
+        raise ValueError("the file ends within a key")
+    return int.from_bytes(data, "little")
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A merged folder → GGUF, by llama.cpp's own converter and quantizer. A file has its name once it is whole."""
+"""A merged folder → GGUF, by llama.cpp's own converter and quantizer. A file has its name once it is right."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import ctypes
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from radeon_stack.workloads.export import apart
 
 # It tells tokenizers apart by what they make of a text, and has rules for those that it knows.
 UNKNOWN_TOKENIZER = "pre-tokenizer was not recognized"
-CHECK = "radeon_stack.workloads.export.gguf_files"
 CONVERTED = ("bf16", "f16", "q8_0")  # what the converter writes by itself
 BITS = {"bf16": 16.0, "f16": 16.0, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q4_k_m": 4.9}  # a weight's, about
 FTYPES = {
@@ -42,12 +42,26 @@ def converter() -> Path:
     )
 
 
-def convert(folder: Path, file: Path, kind: str, tick: Callable[[int], None]) -> apart.Done:
-    """Convert a folder; `tick` hears how many bytes are written."""
+@contextmanager
+def named_once_right(file: Path) -> Iterator[Path]:
+    """A place to write to; what is there gets its name at the end, when it has been compared. Else nothing stays."""
     partial = file.with_name(file.name + PARTIAL)
-    command = [sys.executable, str(converter()), str(folder), "--outfile", str(partial), "--outtype", kind]
+    partial.unlink(missing_ok=True)
     try:
-        return _whole(partial, file, lambda: apart.run(command, lambda: tick(_size(partial))))
+        yield partial
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
+    except BaseException:
+        partial.unlink(missing_ok=True)  # a full disk needs the room to say so
+        raise
+
+
+def convert(folder: Path, file: Path, kind: str, tick: Callable[[int], None]) -> apart.Done:
+    """Convert a folder to a file; `tick` hears how many bytes are written."""
+    command = [sys.executable, str(converter()), str(folder), "--outfile", str(file), "--outtype", kind]
+    try:
+        return apart.run(command, lambda: tick(_size(file)))
     except WorkloadError as error:
         if UNKNOWN_TOKENIZER not in error.what:
             raise
@@ -60,23 +74,8 @@ def convert(folder: Path, file: Path, kind: str, tick: Callable[[int], None]) ->
 
 def quantize(source: Path, file: Path, kind: str, threads: int, tick: Callable[[int], None]) -> apart.Done:
     """Quantise a 16-bit file."""
-    partial = file.with_name(file.name + PARTIAL)
-    request = {"source": str(source), "file": str(partial), "kind": kind, "threads": threads}
-    return _whole(partial, file, lambda: apart.called(__name__, request, lambda: tick(_size(partial))))
-
-
-def _whole(partial: Path, file: Path, make: Callable[[], apart.Done]) -> apart.Done:
-    partial.unlink(missing_ok=True)
-    try:
-        done = make()
-        apart.called(CHECK, {"file": str(partial)})
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(partial, file)
-    except BaseException:
-        partial.unlink(missing_ok=True)  # a full disk needs the room to say so
-        raise
-    return done
+    request = {"source": str(source), "file": str(file), "kind": kind, "threads": threads}
+    return apart.called(__name__, request, lambda: tick(_size(file)))
 
 
 def _size(file: Path) -> int:

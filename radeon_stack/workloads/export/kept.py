@@ -30,7 +30,10 @@ class Kept:
             return None
         value: dict[str, Any] = record["value"]
         if "file" in value:
-            require_same(self.folder.parent / value["file"], value)
+            file = self.folder.parent / value["file"]
+            if not file.is_file():
+                return None  # it is made again
+            require_same(file, value)
         return value
 
     def put(self, step: str, inputs: Mapping[str, Any], value: Mapping[str, Any]) -> None:
@@ -49,8 +52,6 @@ def made(file: Path, root: Path) -> dict[str, Any]:
 def require_same(file: Path, value: Mapping[str, Any]) -> None:
     """CheckError unless a file is what was made."""
     remedy = "remove it and continue, it is made again: radeon-stack run --resume RUN"
-    if not file.is_file():
-        raise CheckError("is not there any more", where=str(file), remedy=remedy)
     size = file.stat().st_size
     if size != value["bytes"]:
         raise CheckError(f"has {size:,} bytes, and {value['bytes']:,} were written", where=str(file), remedy=remedy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +16,9 @@ def values(reply: Mapping[str, Any], reference: Mapping[str, Any], expected: str
     found: dict[str, float] = {
         "perplexity": reply["perplexity"],
         "tokens_per_second": reply["tokens_per_second"],
-        "memory_bytes": reply["memory"],
     }
+    if reply["memory"]:  # not told where a GPU computes: its memory is not the process's
+        found["memory_bytes"] = reply["memory"]
     if reply["answers"] and expected:
         right = sum(is_right(text, expected) for text in reply["answers"])
         found |= {"right": right / len(reply["answers"]), "correct": right, "asked": len(reply["answers"])}
@@ -69,11 +71,22 @@ def _told(ids: Sequence[int]) -> str:
 def broken(
     found: Mapping[str, float], limits: Limits, reply: Mapping[str, Any], reference: Mapping[str, Any]
 ) -> Iterator[str]:
-    """What of the limits does not hold, each in words with the place where it parted from transformers."""
+    """What of the limits does not hold, each in words with the place where it parted from transformers.
+
+    A figure that is no finite number is within no limit, transformers' own neither.
+    """
+    for name, figure in found.items():
+        if not math.isfinite(figure):
+            yield f"{WORDS.get(name, name)} is {figure}: the weights are not right"
     for key, bound in limits.model_dump().items():
         name, _, side = key.rpartition("_")
         value = found.get(name)
-        if bound is None or value is None or (value >= bound if side == "min" else value <= bound):
+        if (
+            bound is None
+            or value is None
+            or not math.isfinite(value)
+            or (value >= bound if side == "min" else value <= bound)
+        ):
             continue
         least = "at least" if side == "min" else "at most"
         yield f"{WORDS[name]} is {value:.3g}, {least} {bound:g} is asked{_where(name, reply, reference)}"
@@ -97,7 +110,7 @@ def _where(name: str, reply: Mapping[str, Any], reference: Mapping[str, Any]) ->
     return f": answer {worst + 1} parts at token {parted_at(*pairs[worst])}"
 
 
-def limits_for(loader: str, limits: Limits, limits_of: Mapping[str, Limits]) -> Limits:
+def limits_for(loader: str, limits: Limits, limits_of: Mapping[Any, Limits]) -> Limits:
     """Of `llama.cpp q8_0` those of `q8_0`, else of `llama.cpp`, else the common ones."""
     program, _, quantization = loader.partition(" ")
     return limits_of.get(quantization) or limits_of.get(program) or limits

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from radeon_stack.checksums import SUMS, require_sums, sum_of, write_sums
+from radeon_stack.checksums import require_sums, sum_of, sums_of, write_sums
 from radeon_stack.contracts.export import ExportConfig
 from radeon_stack.errors import CheckError, MachineError, UsageError
 from radeon_stack.runs import events as ev
@@ -18,6 +19,8 @@ from radeon_stack.workloads.export.kept import Kept, made
 from radeon_stack.workloads.export.origin import Origin, architecture, model_bytes, origin
 from radeon_stack.workloads.job import Job
 
+TENSORS = "radeon_stack.workloads.export.tensors"
+HALF_MERGED = ("merged.partial", "merged.old.partial", "base-16-bit.partial", "base-16-bit")
 ROOM = 1.05  # of the bytes that will be written, so much must be free
 
 
@@ -30,20 +33,20 @@ def export(job: Job, config: ExportConfig) -> dict[str, Any]:
     questions = request(config, began)
     job.fact("prompt", {"prompt": questions["prompts"][0] if questions["taught"] else "", "expected": expected})
 
-    merged = merged_folder(job, began)
+    merged = merged_folder(job, kept, began)
     job.fact("export", {"model": architecture(merged), "bytes": model_bytes(merged)})
-    exports = [Export("transformers", merged, folder_digest(merged), model_bytes(merged))]
+    whole = Export("transformers", merged, folder_digest(merged), model_bytes(merged))
+    reference = asked(job, kept, whole, questions, None)  # before it is converted: is it a model at all?
+    exports = [whole]
     if there["llama.cpp"]:
-        exports += ggufs(job, config, kept, merged, exports[0].digest, questions["threads"])
+        exports += ggufs(job, config, kept, merged, whole.digest, questions["threads"])
     if there["vllm"]:
-        exports.append(Export("vllm", merged, exports[0].digest, exports[0].size))
+        exports.append(replace(whole, loader="vllm"))
 
-    reference: dict[str, Any] = {}
     result: dict[str, Any] = {"loaders": len(exports), "samples": questions["count"]}
     wrong: list[str] = []
     for one in exports:
-        reply = asked(job, kept, one, questions, reference or None)
-        reference = reference or reply
+        reply = reference if one is whole else asked(job, kept, one, questions, reference)
         broken = list(problems(one, config, reply, reference, expected))
         found = tell(job, one, questions, reply, reference, broken, expected)
         result |= {f"{one.loader} {name}": value for name, value in found.items()}
@@ -66,7 +69,7 @@ def problems(
     yield from quality.broken(quality.values(reply, reference, expected), limits, reply, reference)
 
 
-def merged_folder(job: Job, began: Origin) -> Path:
+def merged_folder(job: Job, kept: Kept, began: Origin) -> Path:
     """The merged model: the source's, or made here from its adapter. CheckError for one that has changed since."""
     if began.merged is not None:
         job.progress("check merged", 0, 1)
@@ -76,7 +79,8 @@ def merged_folder(job: Job, began: Origin) -> Path:
     adapter, folder = began.adapter, job.artifacts / "merged"
     assert adapter is not None  # noqa: S101 - of the two an origin has one
     require_sums(adapter)
-    if folder.is_dir():  # of an earlier attempt
+    inputs = {"adapter": folder_digest(adapter), "model": job.arguments.model}
+    if folder.is_dir() and kept.get("merge", inputs) is not None:  # of an earlier attempt
         require_sums(folder)
         return folder
     if not job.arguments.model:
@@ -84,22 +88,20 @@ def merged_folder(job: Job, began: Origin) -> Path:
             "an adapter is merged into its base, and none is given", where="config.model", remedy="--model PATH"
         )
     arguments = job.arguments
-    apart.called(
-        "radeon_stack.workloads.export.merge",
-        {
-            "run": str(arguments.run),
-            "cache": str(arguments.cache),
-            "model": arguments.model,
-            "adapter": str(adapter),
-        },
-    )
+    places = {"run": str(arguments.run), "cache": str(arguments.cache), "adapter": str(adapter)}
+    try:
+        apart.called("radeon_stack.workloads.export.merge", places | {"model": arguments.model})
+    except BaseException:
+        for name in HALF_MERGED:  # a child that is ended clears nothing up
+            shutil.rmtree(job.artifacts / name, ignore_errors=True)
+        raise
+    kept.put("merge", inputs, {})
     return folder
 
 
 def ggufs(job: Job, config: ExportConfig, kept: Kept, merged: Path, digest: str, threads: int) -> list[Export]:
     """The GGUF files, each made once, whole, and with every tensor compared to the checkpoint's."""
     folder = job.artifacts / "gguf"
-    folder.mkdir(exist_ok=True)
     kinds = config.gguf.quantizations
     first = kinds[0]
     if first not in gguf_making.CONVERTED:
@@ -108,6 +110,7 @@ def ggufs(job: Job, config: ExportConfig, kept: Kept, merged: Path, digest: str,
             where="config.gguf.quantizations",
         )
     require_room(folder, model_bytes(merged), kinds)
+    folder.mkdir(exist_ok=True)
     exports = []
     for kind in kinds:
         stage, inputs = f"gguf {kind}", {"merged": digest, "first": first, "kind": kind}
@@ -120,22 +123,21 @@ def ggufs(job: Job, config: ExportConfig, kept: Kept, merged: Path, digest: str,
             def tick(done: int, stage: str = stage, total: int = total) -> None:
                 job.progress(stage, min(done, total - 1) >> 20, (total >> 20) + 1, unit="MiB")
 
-            if kind == first:
-                done = gguf_making.convert(merged, file, kind, tick)
-            else:
-                done = gguf_making.quantize(folder / f"model-{first}.gguf", file, kind, threads, tick)
-            job.progress(stage, 1, 1, note=f"{done.seconds:.0f} s")
-            job.progress(f"compare {kind}", 0, 1, note="every tensor with the checkpoint's")
-            about = apart.called(
-                "radeon_stack.workloads.export.tensors", {"file": str(file), "folder": str(merged)}
-            ).value
+            with gguf_making.named_once_right(file) as new:
+                if kind == first:
+                    done = gguf_making.convert(merged, new, kind, tick)
+                else:
+                    done = gguf_making.quantize(folder / f"model-{first}.gguf", new, kind, threads, tick)
+                job.progress(stage, 1, 1, note=f"{done.seconds:.0f} s")
+                job.progress(f"compare {kind}", 0, 1, note="every tensor with the checkpoint's")
+                about = apart.called(TENSORS, {"file": str(new), "folder": str(merged)}).value
             job.progress(f"compare {kind}", 1, 1, note=f"{about['compared']} tensors")
             value = made(file, job.artifacts) | {"seconds": done.seconds, "peak_memory": done.peak_memory, **about}
             kept.put(stage, inputs, value)
+            write_sums(folder, {file.name: value["sha256"]})
             job.artifact(f"gguf {kind}", file)
         job.fact(f"gguf_{kind}", value)
         exports.append(Export(f"llama.cpp {kind}", file, value["sha256"], value["bytes"]))
-    write_sums(folder)
     return exports
 
 
@@ -143,7 +145,7 @@ def require_room(folder: Path, size: int, kinds: Sequence[str]) -> None:
     """MachineError before anything is written, where the disk cannot take what is missing."""
     missing = [kind for kind in kinds if not (folder / f"model-{kind}.gguf").is_file()]
     needed = round(sum(size * gguf_making.BITS[kind] / 16 for kind in missing) * ROOM)
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder.parent).free
     if needed > free:
         raise MachineError(
             f"{', '.join(missing)} will take {needed >> 20:,} MiB, and {free >> 20:,} MiB are free",
@@ -154,7 +156,7 @@ def require_room(folder: Path, size: int, kinds: Sequence[str]) -> None:
 
 def folder_digest(folder: Path) -> str:
     """What stands for all files of a folder: it changes when any of them does."""
-    if (folder / SUMS).is_file():  # they have just been held against it
-        return sum_of(folder / SUMS)
+    known = sums_of(folder)  # they have just been held against it
     files = sorted(file for file in folder.iterdir() if file.is_file())
-    return hashlib.sha256("".join(f"{sum_of(file)} {file.name}\n" for file in files).encode()).hexdigest()
+    told = "".join(f"{known.get(file.name) or sum_of(file)} {file.name}\n" for file in files)
+    return hashlib.sha256(told.encode()).hexdigest()

@@ -26,7 +26,12 @@ from radeon_stack.workloads.finetune.streams import read_values
 PREFIX, NESTED = "base_model.model.", ".base_layer"
 A, B = ".lora_A.weight", ".lora_B.weight"
 # Forms of LoRA that add something else than scale · b·a; ours have none of them.
-OTHER_FORMS = ("use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "trainable_token_indices")
+OTHER_FORMS = (
+    *("use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "trainable_token_indices"),
+    *("layer_replication", "alora_invocation_tokens"),
+)
+# Ways to begin that change the base's own weights, of which an adapter says nothing.
+OTHER_BEGINNINGS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 HALVES = 2  # gate and up
 MOST_EXPERTS = 1 << 20
 PIECE = 1 << 19  # values that are summed at once, and nearly stay in a processor's cache for it
@@ -126,6 +131,9 @@ def targets(base: Path, adapter: Path) -> dict[str, Target]:
     for name in OTHER_FORMS:
         if getattr(config, name, None):
             raise UsageError(f"adapters with {name} cannot be merged", where=str(adapter / "adapter_config.json"))
+    began = str(config.init_lora_weights).lower()
+    if began.startswith(OTHER_BEGINNINGS):
+        raise UsageError(f"adapters begun as {began} cannot be merged", where=str(adapter / "adapter_config.json"))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
     factors = _factors(model, config, adapter / "adapter_model.safetensors")
@@ -140,6 +148,12 @@ def _factors(model: Any, config: LoraConfig, file: Path) -> dict[str, Factors]:
     found = {}
     tensors = {place.name: place for place in places_in(file)}
     keys = sorted(name.removesuffix(A) for name in tensors if name.endswith(A))
+    if others := sorted(tensors.keys() - {key + end for key in keys for end in (A, B)}):
+        raise UsageError(
+            f"holds {others[0]}, which is no part of a plain LoRA and would be lost",
+            where=str(file),
+            remedy="merge it with PEFT (merge_and_unload), and give the merged folder: --from FOLDER",
+        )
     for key in keys:
         path = key.removeprefix(PREFIX)
         module = modules.get(path.replace(NESTED, ""))

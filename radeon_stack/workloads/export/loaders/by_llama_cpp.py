@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from radeon_stack.workloads.export.loaders.reply import Pace, Reply, resident, up_to_end
+from radeon_stack.workloads.export.loaders.reply import Pace, Reply, resident, to_perplexity, up_to_end
 
 ALL_LAYERS = -1
 
@@ -37,7 +36,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         likely = log_softmax(logits(model))
         reply.first_ids.append(first)
         reply.first_logprobs.append([float(likely[one]) for one in first])
-    reply.memory = resident()
+    reply.memory = 0 if on_gpu else resident()
     reply.tokens_per_second = pace.tokens_per_second
     reply.text_ids = model.tokenize(request["text"].encode(), add_bos=False, special=False)
     model.close()
@@ -104,4 +103,4 @@ def perplexity(model: Any, ids: list[int]) -> float:
     total = 0.0
     for row, following in zip(model.scores[: len(ids) - 1], ids[1:], strict=True):
         total -= float(log_softmax(row)[following])
-    return math.exp(total / (len(ids) - 1))
+    return to_perplexity(total / (len(ids) - 1))

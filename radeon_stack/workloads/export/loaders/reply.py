@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+LARGEST = 700.0  # whose exp is still finite
 LIKELIEST = 10  # of a first token, whose log probabilities are compared
 
 
@@ -18,7 +20,8 @@ class Reply:
 
     `prompt_ids` and `text_ids` are the loader's own tokenization; `greedy` token ids up to the end of the turn;
     `first_ids` the ids whose log probabilities `first_logprobs` has, natural logarithm. `perplexity` of the text from
-    its second token on. `memory` is bytes at most, before perplexity was measured.
+    its second token on. `memory` is bytes of main memory at most, before perplexity was measured; 0 where a
+    GPU computes.
     """
 
     program: str
@@ -63,6 +66,11 @@ def up_to_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
     """Token ids before the first one that ends the turn."""
     known = set(ends)
     return list(ids[: next((place for place, one in enumerate(ids) if one in known), len(ids))])
+
+
+def to_perplexity(loss: float) -> float:
+    """exp of a mean negative log likelihood; inf above what a float holds."""
+    return math.exp(loss) if loss < LARGEST else math.inf if loss >= LARGEST else math.nan
 
 
 def resident() -> int:
