@@ -10,7 +10,7 @@ import click
 
 from radeon_stack.cli.run import end
 from radeon_stack.cli.serving import announced, calling
-from radeon_stack.errors import Exit, UsageError
+from radeon_stack.errors import Exit, MachineError, UsageError
 from radeon_stack.launch.launcher import read_plan
 from radeon_stack.launch.supervise import attach, carry_out, settle, stop
 from radeon_stack.runs.compare import MARGIN, compare, side
@@ -124,6 +124,8 @@ def stop_run(run: str, force: bool, seconds: int) -> int:
     if settle(found).state is not State.RUNNING:
         raise UsageError(f"{found.id} is not running")
     outcome = stop(found, seconds=seconds, force=force)
+    if not outcome.state.ended:
+        raise MachineError(f"{found.id} is {outcome.what}", remedy=f"see: radeon-stack runs show {found.id}")
     print_line(f"{outcome.state}  {found.id}  {outcome.what}")
     return Exit.OK
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from radeon_stack import atomic
 from radeon_stack.catalog.load import Effective, from_record
 from radeon_stack.contracts import RESUMABLE
 from radeon_stack.errors import MachineError, UsageError
+from radeon_stack.host.processes import Process
 from radeon_stack.images.environments import Environment
 from radeon_stack.launch.circumstances import Circumstances
 from radeon_stack.launch.endpoint import key_line, with_port, write_key
@@ -27,7 +28,7 @@ from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.launch.planner import plan
 from radeon_stack.launch.probing import decided
 from radeon_stack.launch.recomputation import recomputed
-from radeon_stack.launch.supervise import settle
+from radeon_stack.launch.supervise import UNSTARTED, call_off, settle
 from radeon_stack.runs.store import Run, RunStore, State, Status, cannot_write
 
 START_SECONDS = 60
@@ -129,6 +130,7 @@ def write_records(drafted: Draft, store: RunStore) -> None:
                 recipe=effective.name,
                 preset=effective.preset,
                 engine=drafted.plan.engine,
+                launcher=asdict(Process.current()),
                 started=time.time(),
             )
         )
@@ -177,6 +179,7 @@ def detach(run: Run) -> None:
         if keeper.poll() is not None:
             break
         time.sleep(POLL_SECONDS)
+    call_off(run, UNSTARTED)
     raise MachineError("the run did not start", where=str(run.path), remedy=f"see: radeon-stack runs logs {run.id}")
 
 

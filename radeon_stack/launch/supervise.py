@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -32,20 +33,32 @@ POLL_SECONDS = 0.1
 FULL_DISK_BYTES = 16 << 20
 FULL_DISK = "the disk is full"
 FULL = (errno.ENOSPC, errno.EDQUOT)
+CALLED_OFF = Outcome(State.STOPPED, Exit.INTERRUPTED, "stopped before it had begun", remedy="run it again")
+STILL_STARTING = "still starting: its engine does not answer; it is stopped once it has started"
+UNSTARTED = Outcome(State.LOST, Exit.WORKLOAD, "killed while it was starting", remedy="run it again")
 Watcher = Callable[[Event], None]
 Speaker = Callable[[str], None]
 
 
 def carry_out(run: Run, plan: LaunchPlan, watch: Watcher, say: Speaker) -> Outcome:
-    """Start a run and watch it to its end. Nothing of it is left behind, however it ends."""
+    """Start a run and watch it to its end. Nothing of it is left behind, however it ends.
+
+    One that has ended before it began, because somebody called it off, is not started any more.
+    """
     engine = engine_named(plan.engine)
     begins = run.events.stat().st_size if run.events.exists() else 0  # a resumed run has told its first part before
     audience = _Audience(watch, say)
-    with _interrupts() as interrupts, _leased(run, plan):
-        handle = _start(run, plan, engine)
-        reader = EventReader(run.events, offset=begins)
-        _watch_to_the_end(engine, handle, reader, audience, interrupts, plan)
-        return _settle(run, engine)
+    with _interrupts() as interrupts:  # before we are on record: whoever finds us there may signal us
+        status = _begun(run)
+        if status.state.ended:
+            return recorded(status)
+        with _leased(run, plan):
+            if interrupts.count:
+                return _record(run, CALLED_OFF)
+            handle = _start(run, status, plan, engine)
+            reader = EventReader(run.events, offset=begins)
+            _watch_to_the_end(engine, handle, reader, audience, interrupts, plan)
+            return _settle(run, engine)
 
 
 def going_on(folder: Path) -> bool:
@@ -73,26 +86,50 @@ def settle(run: Run) -> Outcome:
         return Outcome(State.LOST, Exit.WORKLOAD, "the run was killed before it had a record", remedy="run it again")
     if status.state.ended:
         return recorded(status)
-    if status.keeper is not None and Process(**status.keeper).alive:
+    if any(Process(**one).alive for one in (status.launcher, status.keeper) if one):
         return Outcome(State.RUNNING, Exit.OK)
     return _settle(run, engine_named(status.engine))
 
 
 def stop(run: Run, *, seconds: float, force: bool = False) -> Outcome:
-    """Ask a run to stop and wait for it; it is ended when it has not stopped in time."""
-    status = run.status()
-    if status is None or status.state.ended:
-        return settle(run)
-    engine = engine_named(status.engine)
-    if status.handle:
-        engine.stop(status.handle, force=force)
+    """Ask a run to stop and wait for it; it is ended when it has not stopped in time.
+
+    Without a workload there is nothing to end: its keeper is asked, and stops what its engine may yet start. When
+    the engine does not answer in time the outcome is a run that goes on, and says so.
+    """
     deadline = time.monotonic() + seconds
+    keeper_asked = workload_asked = call_off(run)
     while (outcome := settle(run)).state is State.RUNNING:
-        if time.monotonic() > deadline and status.handle:
-            engine.stop(status.handle, force=True)
-            deadline = float("inf")
+        status = run.status()
+        if status is None or status.state.ended:
+            continue  # its end has been recorded just now
+        late = time.monotonic() > deadline
+        if status.handle:
+            if late or not workload_asked:
+                engine_named(status.engine).stop(status.handle, force=force or late)
+                workload_asked = True
+                deadline = float("inf") if late else deadline
+        elif status.keeper and not keeper_asked:
+            with suppress(ProcessLookupError):
+                os.kill(status.keeper["pid"], signal.SIGTERM)
+            keeper_asked = True  # once: a second signal would be the wish to end it without saving
+        elif late:
+            return dataclasses.replace(outcome, what=STILL_STARTING)
         time.sleep(POLL_SECONDS)
     return outcome
+
+
+def call_off(run: Run, why: Outcome = CALLED_OFF) -> bool:
+    """Have a run that no keeper has begun never begin. False for any other: its keeper is on record."""
+    status = run.status()
+    if status is None or status.state.ended:
+        return False
+    with run.changing():
+        status = run.status()
+        if status is None or status.state is not State.STARTING or status.keeper:
+            return False
+        _record(run, why)
+        return True
 
 
 @contextmanager
@@ -106,8 +143,7 @@ def _leased(run: Run, plan: LaunchPlan) -> Iterator[None]:
         yield
 
 
-def _start(run: Run, plan: LaunchPlan, engine: Engine) -> Handle:
-    status = _begun(run, dataclasses.asdict(Process.current()))
+def _start(run: Run, status: Status, plan: LaunchPlan, engine: Engine) -> Handle:
     try:
         handle = engine.start(plan)
     except StackError as error:
@@ -122,21 +158,25 @@ def _start(run: Run, plan: LaunchPlan, engine: Engine) -> Handle:
     return handle
 
 
-def _begun(run: Run, keeper: dict[str, int]) -> Status:
-    status = run.status()
-    if status is None:
-        raise MachineError("the run has no status record", where=str(run.path))
-    begun = Status(
-        state=State.STARTING,
-        recipe=status.recipe,
-        preset=status.preset,
-        engine=status.engine,
-        boot=boot_id(Sysroot()),
-        started=time.time(),
-        keeper=keeper,
-    )
-    _write(run, begun)
-    return begun
+def _begun(run: Run) -> Status:
+    """The status with us as its keeper; as it was when the run has ended."""
+    with run.changing():
+        status = run.status()
+        if status is None:
+            raise MachineError("the run has no status record", where=str(run.path))
+        if status.state.ended:
+            return status
+        begun = Status(
+            state=State.STARTING,
+            recipe=status.recipe,
+            preset=status.preset,
+            engine=status.engine,
+            boot=boot_id(Sysroot()),
+            started=time.time(),
+            keeper=dataclasses.asdict(Process.current()),
+        )
+        _write(run, begun)
+        return begun
 
 
 def _write(run: Run, status: Status) -> None:
@@ -182,8 +222,10 @@ def _settle(run: Run, engine: Engine) -> Outcome:
 
 def _take_down(run: Run, engine: Engine) -> Outcome:
     status = run.status()
-    if status is None or not status.handle:
-        return _record(run, Outcome(State.LOST, Exit.WORKLOAD, "killed while it was starting", remedy="run it again"))
+    if status is None:
+        return UNSTARTED
+    if not status.handle:
+        return _lost(run, status)
     if engine.alive(status.handle):
         return Outcome(State.RUNNING, Exit.OK)
     engine.logs(status.handle)
@@ -198,6 +240,14 @@ def _take_down(run: Run, engine: Engine) -> Outcome:
         begins = status.handle.get("log_begins", 0)
         outcome = explained(outcome, run, boot=status.boot, begins=begins if isinstance(begins, int) else 0)
     return _record(run, outcome)
+
+
+def _lost(run: Run, status: Status) -> Outcome:
+    """Record that nobody starts the run any more, unless another has begun it since that was its status."""
+    with run.changing():
+        if run.status() == status:
+            return _record(run, UNSTARTED)
+    return settle(run)
 
 
 def _for_want_of_room(run: Run, outcome: Outcome) -> bool:

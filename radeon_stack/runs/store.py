@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
@@ -58,6 +60,7 @@ class Status(BaseModel):
     preset: str | None = None
     engine: str
     handle: dict[str, JsonValue] = {}
+    launcher: dict[str, int] | None = None  # the process that has it carried out, until its keeper has begun
     keeper: dict[str, int] | None = None  # the process that carries the run out and will record its end
     boot: str = ""  # of the machine, in which the attempt was started
     started: float
@@ -120,6 +123,17 @@ class Run:
 
     def write_status(self, status: Status) -> None:
         atomic.write_text(self.path / "status.json", status.model_dump_json(indent=2) + "\n")
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """One at a time: the status that is read in here is still the run's when another is written."""
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # a file system without locks for folders
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
 
 def home(environ: dict[str, str] | None = None) -> Path:

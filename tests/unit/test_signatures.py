@@ -227,7 +227,8 @@ def test_a_fault_that_took_the_machine_down_is_known_by_the_boot_before(tmp_path
     status = run.status()
     assert status is not None
     gone = {"pid": 1 << 22, "started": 1}
-    run.write_status(status.model_copy(update={"state": State.RUNNING, "handle": gone, "boot": "the one before"}))
+    before = {"state": State.RUNNING, "handle": gone, "boot": "the one before", "launcher": None}
+    run.write_status(status.model_copy(update=before))
     run.log.write_bytes(excerpt("RS-ER-001"))
     outcome = settle(run)
     assert outcome.state is State.LOST and outcome.diagnosis is not None

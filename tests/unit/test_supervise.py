@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import replace
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,19 +20,22 @@ from pydantic import JsonValue
 
 from radeon_stack import atomic
 from radeon_stack.errors import Exit, MachineError
+from radeon_stack.host.processes import Process
+from radeon_stack.launch import supervise
 from radeon_stack.launch.engine import Handle
 from radeon_stack.launch.local import LocalEngine
 from radeon_stack.launch.plan import LaunchPlan
-from radeon_stack.launch.supervise import carry_out, settle
+from radeon_stack.launch.supervise import call_off, carry_out, settle, stop
 from radeon_stack.runs import events as ev
 from radeon_stack.runs.store import Run, RunStore, State, Status
-from tests.conftest import Cli
+from tests.conftest import Cli, wait_for
 from tests.unit.test_launch import demo_plan
 
 # It tells one event, waits until the test lets it go or it is asked to stop, and says what it came to.
 WORKLOAD = """
 import os, pathlib, signal, sys, time
 run = pathlib.Path(sys.argv[1])
+(run / "workload").write_text(str(os.getpid()))
 stopped = []
 signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
 tell = lambda text: (run / "events.jsonl").open("a").write(text + chr(10))
@@ -186,3 +192,136 @@ def test_on_a_full_disk_runs_are_listed_shown_and_removed(
         assert cli("runs", "rm", "last").code == Exit.OK and not run.path.exists()
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+# Stopped before there is a workload to be told so
+
+GONE = {"pid": 4_000_000, "started": 1}
+
+
+def launched_by(run: Run, launcher: dict[str, int]) -> None:
+    status = run.status()
+    assert status is not None
+    run.write_status(status.model_copy(update={"launcher": launcher}))
+
+
+def has_started(run: Run) -> bool:
+    return (run.path / "workload").exists()
+
+
+def test_a_run_that_is_stopped_before_its_keeper_begins_never_starts(cli: Cli, run: Run, plan: LaunchPlan) -> None:
+    run.plan.write_text(json.dumps(plan.as_record()))
+    launched_by(run, asdict(Process.current()))
+    outcome = stop(run, seconds=10)
+    assert outcome.state is state(run) is State.STOPPED and outcome.what == "stopped before it had begun"
+    assert cli("runs", "supervise", run.id, timeout=60).code == Exit.INTERRUPTED
+    assert state(run) is State.STOPPED and not has_started(run)
+
+
+def test_a_launch_that_is_looked_at_in_its_first_moment_goes_on(cli: Cli, run: Run, plan: LaunchPlan) -> None:
+    run.plan.write_text(json.dumps(plan.as_record()))
+    (run.path / "go").touch()
+    launched_by(run, asdict(Process.current()))
+    assert cli("runs", "list", "--json").json[0]["state"] == "running" and state(run) is State.STARTING
+    assert cli("runs", "supervise", run.id, timeout=60).code == Exit.OK
+    assert state(run) is State.DONE
+
+
+def test_a_launch_whose_launcher_and_keeper_were_killed_is_lost_and_stays_so(run: Run, plan: LaunchPlan) -> None:
+    launched_by(run, GONE)
+    assert settle(run).state is state(run) is State.LOST
+    assert carry_out(run, plan, lambda event: None, silent).state is state(run) is State.LOST
+    assert not has_started(run)
+
+
+def test_who_calls_a_run_off_while_its_keeper_begins_finds_the_keeper(run: Run) -> None:
+    found: list[bool] = []
+    calling_off = threading.Thread(target=lambda: found.append(call_off(run)))
+    with run.changing():
+        calling_off.start()
+        time.sleep(0.2)
+        status = run.status()
+        assert status is not None
+        run.write_status(status.model_copy(update={"keeper": asdict(Process.current())}))
+    calling_off.join(10)
+    assert found == [False] and state(run) is State.STARTING
+
+
+def test_a_run_that_is_stopped_while_it_waits_for_its_gpu_never_starts(
+    run: Run, plan: LaunchPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def waiting(*_: object) -> Iterator[None]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield
+
+    monkeypatch.setattr(supervise, "leased", waiting)
+    outcome = carry_out(run, plan, lambda event: None, silent)
+    assert (outcome.state, outcome.exit_code) == (State.STOPPED, Exit.INTERRUPTED)
+    assert state(run) is State.STOPPED and not has_started(run)
+
+
+# A keeper whose engine starts the workload only when the test lets it.
+SLOW_KEEPER = """
+import json, pathlib, sys, time
+from radeon_stack.launch.local import LocalEngine
+from radeon_stack.launch.launcher import read_plan
+from radeon_stack.launch.supervise import carry_out
+from radeon_stack.runs.store import Run
+run = Run(pathlib.Path(sys.argv[1]))
+start = LocalEngine.start
+def slowly(self, plan):
+    (run.path / "starting").touch()
+    while not (run.path / "engine answers").exists():
+        time.sleep(0.01)
+    return start(self, plan)
+LocalEngine.start = slowly
+carry_out(run, read_plan(run), lambda event: None, lambda text: None)
+"""
+
+
+@pytest.fixture
+def slow_keeper(run: Run, plan: LaunchPlan) -> Iterator[subprocess.Popen[bytes]]:
+    run.plan.write_text(json.dumps(plan.as_record()))
+    with subprocess.Popen([sys.executable, "-c", SLOW_KEEPER, str(run.path)]) as keeper:
+        wait_for((run.path / "starting").exists, seconds=30, what="the engine's start")
+        yield keeper
+        for name in ("engine answers", "go"):
+            (run.path / name).touch()
+
+
+def test_a_run_that_is_stopped_while_its_engine_starts_it_is_stopped_once_it_is_there(
+    run: Run, slow_keeper: subprocess.Popen[bytes]
+) -> None:
+    threading.Timer(0.5, (run.path / "engine answers").touch).start()
+    assert stop(run, seconds=30).state is state(run) is State.STOPPED
+    assert slow_keeper.wait(20) == 0
+    status = run.status()
+    assert status is not None and not LocalEngine().alive(status.handle)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_stopping_ends_in_its_time_though_the_engine_does_not_answer_and_the_keeper_stops_it_later(
+    run: Run, slow_keeper: subprocess.Popen[bytes], force: bool
+) -> None:
+    before = time.monotonic()
+    outcome = stop(run, seconds=1, force=force)
+    assert time.monotonic() - before < 5
+    assert outcome.state is State.RUNNING and "still starting" in outcome.what
+    (run.path / "engine answers").touch()
+    assert slow_keeper.wait(20) == 0 and state(run) is State.STOPPED
+
+
+def test_a_stop_that_could_not_wait_for_the_engine_says_so(
+    cli: Cli, run: Run, slow_keeper: subprocess.Popen[bytes]
+) -> None:
+    told = cli("runs", "stop", run.id, "--seconds", "1", timeout=30)
+    assert told.code == Exit.MACHINE and "still starting" in told.error
+
+
+def test_stopping_when_the_keeper_was_killed_while_its_engine_started_it_ends_at_once(
+    run: Run, slow_keeper: subprocess.Popen[bytes]
+) -> None:
+    slow_keeper.kill()
+    slow_keeper.wait()
+    assert stop(run, seconds=10).state is state(run) is State.LOST
