@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from typing import Any
 
@@ -142,8 +142,9 @@ def _started(store: RunStore, source: str | None, *, sets: tuple[str, ...], **op
         detach(run)
         yield _once_it_answers(run)
     finally:
-        if stop(run, seconds=STOP_SECONDS).state is State.STOPPED and _left(run):
-            store.remove(run)
+        with _signals_ignored():
+            if stop(run, seconds=STOP_SECONDS).state is State.STOPPED and _left(run):
+                store.remove(run)
 
 
 def _left(run: Run) -> bool:
@@ -180,9 +181,22 @@ def _ended_by_signals() -> Iterator[None]:
     def end(*_: object) -> None:
         sys.exit(Exit.INTERRUPTED)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    with _answered((signal.SIGTERM, signal.SIGHUP), end):
+        yield
+
+
+@contextmanager
+def _signals_ignored() -> Iterator[None]:
+    """Whoever is impatient with the end would leave the server behind."""
+    with _answered((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), signal.SIG_IGN):
+        yield
+
+
+@contextmanager
+def _answered(numbers: tuple[signal.Signals, ...], handler: Callable[..., None] | signal.Handlers) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)

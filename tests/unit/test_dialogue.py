@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import stat
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from radeon_stack.host.processes import Process
 from radeon_stack.launch.launcher import draft, write_records
 from radeon_stack.runs import events as ev
 from radeon_stack.runs.store import Run, RunStore, State
-from tests.conftest import Cli, wait_for
+from tests.conftest import ROOT, Cli, wait_for
 from tests.unit.test_launch import circumstances
 from tests.unit.test_serve import KEY, recipe
 
@@ -311,3 +312,45 @@ def test_a_conversation_on_a_terminal_goes_on_after_ctrl_c_and_a_refusal(server:
     asked = [[message["content"] for message in body["messages"]] for _, _, body in server.asked]
     assert asked[0] == ["Hi"] and asked[1] == ["Hi", "Hello", "Count"] and asked[3] == ["New"]
     assert asked[2][:3] == ["Hi", "Hello", "Count"] and asked[2][3].startswith("one")
+
+
+# `chat --from` with a server that loads for ever, and takes its time to end.
+SLOW_SERVER = """
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(2), sys.exit(143)))
+pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
+while True:
+    time.sleep(0.1)
+"""
+CHAT = f"""
+import sys
+from dataclasses import replace
+from pathlib import Path
+from radeon_stack.cli import chat, main
+from radeon_stack.launch.launcher import draft
+from tests.unit.test_launch import circumstances
+from tests.unit.test_serve import recipe
+folder = Path(sys.argv.pop(1))
+def drafted_from(store, **options):
+    made = draft(recipe(folder / "source", port=0), circumstances(image=None), store)
+    command = (sys.executable, "-c", {SLOW_SERVER!r}, str(folder / "server"))
+    return replace(made, plan=replace(made.plan, command=command)), ""
+chat.drafted_from = drafted_from
+main()
+"""
+
+
+@pytest.mark.parametrize("when", ["as its keeper is started", "while it loads"])
+def test_a_chat_that_is_left_with_more_than_one_ctrl_c_leaves_no_server(home: Path, tmp_path: Path, when: str) -> None:
+    words = [sys.executable, "-c", CHAT, str(tmp_path), "chat", "--from", "x", "--once", "Hi"]
+    with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True) as chat:
+        server = tmp_path / "server"
+        reached = server.exists if when == "while it loads" else lambda: any(home.glob("runs/*/status.json"))
+        wait_for(reached, seconds=30, what="the run")
+        for _ in range(3):
+            chat.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+        assert chat.wait(30) in (Exit.INTERRUPTED, -signal.SIGINT)  # the last one may come as Python itself ends
+    time.sleep(2)  # a server that was about to start would be there by now
+    assert not list(home.glob("runs/*"))
+    assert not server.exists() or Process.of(int(server.read_text())) is None
