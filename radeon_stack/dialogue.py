@@ -126,8 +126,13 @@ def reason(told: Any) -> str:
 def _asked(
     endpoint: Endpoint, method: str, path: str, body: bytes | None, seconds: float
 ) -> Iterator[http.client.HTTPResponse]:
-    """The response to a request. No proxy is asked, whatever the environment names: it is this machine."""
-    headers = {"Authorization": f"Bearer {endpoint.key}", "Content-Type": "application/json"}
+    """The response to a request. No proxy is asked, whatever the environment names: it is this machine.
+
+    The key goes with questions alone: before the server has the port, another program may listen there.
+    """
+    headers = {"Content-Type": "application/json"}
+    if body is not None:
+        headers["Authorization"] = f"Bearer {endpoint.key}"
     connection = http.client.HTTPConnection(endpoint.host, endpoint.port, timeout=seconds)
     try:
         connection.request(method, path, body, headers)
@@ -153,12 +158,12 @@ def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
 def _json(data: bytes) -> Any:
     try:
         return json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WorkloadError("the server said what is no JSON") from error
 
 
 def _refusal(told: bytes) -> str:
     try:
         return reason(json.loads(told))
-    except ValueError:
+    except (ValueError, RecursionError):
         return one_line(told.decode(errors="replace"), 300) or "no reason"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from radeon_stack.checksums import sum_of
 from radeon_stack.errors import CheckError, ImageError, MachineError
 from radeon_stack.images.registry import Registry
 
@@ -58,7 +58,7 @@ def fetch_blob(
             waiting(error.what, wait)
             time.sleep(wait)
             wait = min(2 * wait, LONGEST_WAIT_SECONDS)
-    if _size(partial) != size or _sha256(partial) != digest:
+    if _size(partial) != size or f"sha256:{sum_of(partial)}" != digest:
         partial.unlink()
         raise CheckError("a layer is not what its manifest says", where=f"{registry.repository}@{digest}")
     os.replace(partial, path)
@@ -96,8 +96,3 @@ def _continue(registry: Registry, digest: str, size: int, partial: Path, told: T
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from radeon_stack import atomic
+from radeon_stack.checksums import sum_of
 from radeon_stack.errors import CheckError
 
 RECORD = "wheel.json"
@@ -50,7 +50,7 @@ class WheelStore:
             return None
         for file, digest in record["files"].items():
             path = folder / file
-            if not path.is_file() or sha256(path) != digest:
+            if not path.is_file() or sum_of(path) != digest:
                 raise CheckError(
                     "a stored wheel is not what was stored", where=str(path), remedy=f"remove {folder} and build again"
                 )
@@ -59,14 +59,9 @@ class WheelStore:
     def put(self, name: str, key: str, built: Path, about: dict[str, Any]) -> StoredWheels:
         """Keep the wheels of a folder under a key, with their digests."""
         self.root.mkdir(parents=True, exist_ok=True)
-        record = {**about, "name": name, "key": key, "files": {f.name: sha256(f) for f in sorted(built.glob("*.whl"))}}
+        record = {**about, "name": name, "key": key, "files": {f.name: sum_of(f) for f in sorted(built.glob("*.whl"))}}
         with atomic.whole_directory(self.folder(name, key)) as partial:
             for file in built.glob("*.whl"):
                 shutil.copyfile(file, partial / file.name)
             (partial / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         return StoredWheels(self.folder(name, key), record)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -23,7 +23,7 @@ from radeon_stack.workloads.job import Job
 
 MERGED = "artifacts/merged"  # of the run; until it is right it has another name
 # What of the base goes along: its configuration, which file has which tensor, its tokenizer and its licence.
-REST = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
+REST = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 REMEMBERED = 2  # matrices' factors: files have the experts of a layer one after the other, and each its matrices
 
 Bytes = bytes | memoryview

@@ -27,6 +27,8 @@ def wait_until_it_answers(endpoint: Endpoint, child: Child, seconds: float) -> N
                 remedy="give it more, or see what it does: radeon-stack runs logs RUN",
             )
         time.sleep(POLL_SECONDS)
+    if child.ended:  # somebody else's server answered
+        raise child.failure()
     left = max(deadline - time.monotonic(), 1.0)
     for _ in answer(endpoint, QUESTION, seconds=left, max_tokens=TOKENS, temperature=0):
         pass
