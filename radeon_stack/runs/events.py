@@ -122,7 +122,7 @@ class Loaded(_Event):
 
     kind: Literal["loaded"] = "loaded"
     loader: Annotated[str, Field(pattern=r"^[a-z0-9_. ]{1,32}$")]
-    state: Literal["ok", "broken", "missing", "failed"] = "ok"
+    state: Literal["ok", "broken", "missing"] = "ok"
     program: Name = ""
     values: dict[Name, float] = Field(default={}, max_length=MAX_VALUES)
     turns: Annotated[tuple[Turn, ...], Field(max_length=MAX_VALUES)] = ()

@@ -36,7 +36,7 @@ ANSWER = 200  # characters of an answer
 COLOURS = {"works": "green", "missing": "dim", "not asked": "dim"}  # of an answer; what is bad is red
 MEASUREMENT_LENGTH = 240
 MEASURED = {"ok": "green", "missing": "dim", "wrong": "red", "crashed": "red", "failed": "red"}
-LOADED = {"ok": True, "missing": None, "broken": False, "failed": False}
+LOADED = {"ok": True, "missing": None, "broken": False}
 COUNTED = (
     ("parameters", "parameters"),
     ("quantized_parameters", "in 4 bit"),

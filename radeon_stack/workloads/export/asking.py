@@ -94,11 +94,11 @@ def tell(
     questions: Mapping[str, Any],
     reply: Mapping[str, Any],
     reference: Mapping[str, Any],
+    found: Mapping[str, float],
     broken: list[str],
     expected: str,
-) -> dict[str, float]:
-    """Tell how a loader did; returns its figures."""
-    found = quality.values(reply, reference, expected)
+) -> None:
+    """Tell how a loader did: its answers, figures, and what does not hold."""
     for index, text in enumerate(reply["answers"]):
         job.emit(
             ev.Sample(
@@ -121,9 +121,8 @@ def tell(
             loader=export.loader,
             state="broken" if broken else "ok",
             program=f"{reply['program']} on {reply['device']}"[:64],
-            values=found | {"seconds": reply["seconds"], "file_bytes": export.size},
+            values={**found, "seconds": reply["seconds"], "file_bytes": export.size},
             turns=turns,
             broken=tuple(broken),
         )
     )
-    return found

@@ -47,8 +47,9 @@ def export(job: Job, config: ExportConfig) -> dict[str, Any]:
     wrong: list[str] = []
     for one in exports:
         reply = reference if one is whole else asked(job, kept, one, questions, reference)
-        broken = list(problems(one, config, reply, reference, expected))
-        found = tell(job, one, questions, reply, reference, broken, expected)
+        found = quality.values(reply, reference, expected)
+        broken = list(problems(one, config, found, reply, reference))
+        tell(job, one, questions, reply, reference, found, broken, expected)
         result |= {f"{one.loader} {name}": value for name, value in found.items()}
         wrong += [f"{one.loader}: {text}" for text in broken]
     for name in (name for name, here in there.items() if not here and config.loaders == "auto"):
@@ -60,13 +61,13 @@ def export(job: Job, config: ExportConfig) -> dict[str, Any]:
 
 
 def problems(
-    one: Export, config: ExportConfig, reply: dict[str, Any], reference: dict[str, Any], expected: str
+    one: Export, config: ExportConfig, found: dict[str, float], reply: dict[str, Any], reference: dict[str, Any]
 ) -> Iterator[str]:
     """What does not hold for a loader: other tokens than the tokenizer's, and the limits."""
     if reply is not reference and (other := quality.other_tokens(reply, reference)):
         yield other
     limits = quality.limits_for(one.loader, config.limits, config.limits_of)
-    yield from quality.broken(quality.values(reply, reference, expected), limits, reply, reference)
+    yield from quality.broken(found, limits, reply, reference)
 
 
 def merged_folder(job: Job, kept: Kept, began: Origin) -> Path:
@@ -111,7 +112,7 @@ def ggufs(job: Job, config: ExportConfig, kept: Kept, merged: Path, digest: str,
         )
     require_room(folder, model_bytes(merged), kinds)
     folder.mkdir(exist_ok=True)
-    exports = []
+    exports, sums = [], dict[str, str]()
     for kind in kinds:
         stage, inputs = f"gguf {kind}", {"merged": digest, "first": first, "kind": kind}
         file = folder / f"model-{kind}.gguf"
@@ -134,8 +135,9 @@ def ggufs(job: Job, config: ExportConfig, kept: Kept, merged: Path, digest: str,
             job.progress(f"compare {kind}", 1, 1, note=f"{about['compared']} tensors")
             value = made(file, job.artifacts) | {"seconds": done.seconds, "peak_memory": done.peak_memory, **about}
             kept.put(stage, inputs, value)
-            write_sums(folder, {file.name: value["sha256"]})
             job.artifact(f"gguf {kind}", file)
+        sums[file.name] = value["sha256"]
+        write_sums(folder, sums)  # also of a file whose attempt ended before it was summed
         job.fact(f"gguf_{kind}", value)
         exports.append(Export(f"llama.cpp {kind}", file, value["sha256"], value["bytes"]))
     return exports
