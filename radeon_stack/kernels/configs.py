@@ -75,6 +75,12 @@ def linear_tile(family: str, rows: int) -> Tile:
     return tiles[row_block(rows, tiles)]
 
 
+def gate_tile(family: str, tokens: int, experts: int) -> Tile:
+    """For a router with its linear layer; `experts` padded. A step of the reduction takes fewer columns of more."""
+    tile = GATE[family][row_block(tokens, GATE[family])]
+    return replace(tile, k=max(16, min(tile.k, 128 * tile.k // experts)))
+
+
 def low_rank_split(rows: int) -> int:
     """Parts of the reduction in x·aᵀ: at few rows one program a row tile would leave the card idle."""
     return 16 if rows <= 128 else 8 if rows <= 512 else 4
@@ -127,9 +133,8 @@ LOW_RANK_WARPS = 8
 LOW_RANK_TILE = 64, 64  # of an adapter's product, where the layer's is torch's; wider, gfx1100 spills at MAX_RANK
 NF4_DECODE_BLOCK = 4096  # values that a program decodes
 FP8_DECODE_BLOCK = 1024  # columns of a row that a program decodes
-# Up to so many slots an expert's program looks at all of them, so many at a time: counted to take less than the launch
-# that it spares, not timed.
-FEW_SLOTS, SLOTS_CHUNK = 8192, 1024
+# Up to so many slots an expert's program looks at all of them: (so many at a time, warps). Else they are counted first.
+FEW_SLOTS = {8192: (1024, 4), 65536: (4096, 8)}
 HEAD_BLOCK, HEAD_WARPS = 2048, 8  # words at once, of a row of logits
 GATE_BLOCK = (8, 256)  # rows and columns at once, of the gate alone; no others were tried
 GATE_APART_ROWS = {"cuda": 96.0, "hip": float("inf")}
@@ -155,6 +160,10 @@ LINEAR = {
         64: Tile(64, 64, 64, 8, 2),
         128: Tile(64, 64, 64, 8, 2),
     },
+}
+GATE = {  # a router with its linear layer: up to so many tokens; n: columns of d_x on the way back
+    "cuda": {2048: Tile(16, 128, 128, 4, 4), 4096: Tile(32, 128, 64, 4, 4), 8192: Tile(64, 128, 64, 4, 4)},
+    "hip": {2048: Tile(16, 128, 64, 4, 2), 4096: Tile(32, 128, 64, 4, 2)},
 }
 FP8 = {  # compiled and audited, not timed yet
     ("cuda", False): {

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from radeon_stack.errors import UsageError
 from radeon_stack.kernels.configs import FP8_DECODE_BLOCK, Tile, decode_once, fp8_tile, full_precision_tile
-from radeon_stack.kernels.grouped import family
+from radeon_stack.kernels.launch import family
 from radeon_stack.kernels.launch import launch
 from radeon_stack.kernels.once import once_differentiable
 from radeon_stack.kernels.sizes import cdiv

@@ -22,7 +22,7 @@ from radeon_stack.kernels.configs import (
     gate_apart,
     grouped_tile,
 )
-from radeon_stack.kernels.launch import launch
+from radeon_stack.kernels.launch import family, launch
 from radeon_stack.kernels.nf4 import NF4, decode, decoding
 from radeon_stack.kernels.routing import Routing
 from radeon_stack.kernels.sizes import cdiv, next_power, padded_rank
@@ -46,12 +46,6 @@ class LowRank(NamedTuple):
     def none(cls, spare: Tensor) -> LowRank:
         """No adapter: pointers have to be handed over all the same, and are not read."""
         return cls(spare, spare, 1.0, 0)
-
-
-@cache
-def family(device: torch.device) -> str:
-    """Whose tiles: 'hip' or 'cuda' (also for the interpreter on a CPU)."""
-    return "hip" if torch.version.hip is not None and device.type == "cuda" else "cuda"
 
 
 @cache

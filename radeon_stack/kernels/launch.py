@@ -26,6 +26,12 @@ def can_run_on(device: torch.device) -> bool:
     return device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@cache
+def family(device: torch.device) -> str:
+    """Whose tiles: 'hip' or 'cuda' (also for the interpreter on a CPU)."""
+    return "hip" if torch.version.hip is not None and device.type == "cuda" else "cuda"
+
+
 class Launcher:
     """Compiled kernels by (kernel, device, options, constants, specialisation of the arguments)."""
 

@@ -22,7 +22,7 @@ from radeon_stack.kernels.configs import (
     linear_tile,
     low_rank_split,
 )
-from radeon_stack.kernels.grouped import family
+from radeon_stack.kernels.launch import family
 from radeon_stack.kernels.launch import launch
 from radeon_stack.kernels.nf4 import (
     NF4,

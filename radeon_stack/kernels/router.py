@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from radeon_stack.kernels.launch import launch
+from radeon_stack.kernels.configs import gate_tile
+from radeon_stack.kernels.launch import family, launch
 from radeon_stack.kernels.once import once_differentiable
 from radeon_stack.kernels.sizes import SIZES, cdiv, next_power
 
@@ -33,8 +34,8 @@ def router(logits: Tensor, top_k: int, *, normalise: bool = True) -> tuple[Tenso
 
 
 def gate(x: Tensor, matrix: Tensor, top_k: int, *, normalise: bool = True) -> tuple[Tensor, Tensor]:
-    """The router with the linear layer before it, x [tokens, hidden] · matrixᵀ [experts, hidden], as one operation:
-    at any number of tokens a GPU has, it is the host's time that a router takes.
+    """The router with the linear layer before it, x [tokens, width] · matrixᵀ [experts, width], in one launch too: at
+    any number of tokens a GPU has, it is the host's time that a router takes.
     """
     weight, index = _Gate.apply(x, matrix, top_k, normalise)
     return weight, index
@@ -53,14 +54,21 @@ class _Router(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_weight: Tensor, _: Any) -> tuple[Tensor, None, None]:
         logits, index = ctx.saved_tensors
-        return _d_logits(logits, index, d_weight, ctx.normalise), None, None
+        return _d_logits(logits, index, d_weight.contiguous(), ctx.normalise), None, None
 
 
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
-        logits = torch.nn.functional.linear(x, matrix)
-        weight, index = _chosen(logits, top_k, normalise)
+        x, matrix = x.contiguous(), matrix.contiguous()
+        tokens, width = x.shape
+        logits = x.new_empty(tokens, matrix.shape[0])
+        weight = x.new_empty(tokens, top_k)
+        index = x.new_empty(tokens, top_k, dtype=torch.int64)
+        programs, constants, options = _gate_sizes(x.device, tokens, matrix.shape[0], top_k, normalise)
+        launch(
+            _kernels().gate_forward, programs, (x, matrix, weight, index, logits, tokens, width), constants, **options
+        )
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, matrix, logits, index)
         ctx.normalise = normalise
         return weight, index
@@ -69,30 +77,60 @@ class _Gate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_weight: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, matrix, logits, index = ctx.saved_tensors
-        d_logits = _d_logits(logits, index, d_weight, ctx.normalise)
-        d_x = d_logits @ matrix if ctx.needs_input_grad[0] else None
+        d_weight = d_weight.contiguous()
+        if not ctx.needs_input_grad[0]:
+            return None, _d_logits(logits, index, d_weight, ctx.normalise).T @ x, None, None
+        tokens, width = logits.shape[0], matrix.shape[1]
+        d_x = matrix.new_empty(tokens, width)
+        d_logits = d_x if x is None else torch.empty_like(logits)
+        programs, constants, options = _gate_sizes(
+            matrix.device, tokens, matrix.shape[0], index.shape[1], ctx.normalise, width=width, save=x is not None
+        )
+        arguments = (logits, index, d_weight, matrix, d_x, d_logits, tokens, width)
+        launch(_kernels().gate_backward, programs, arguments, constants, **options)
         return d_x, None if x is None else d_logits.T @ x, None, None
 
 
 def _chosen(logits: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
-    from radeon_stack.kernels.jit.routing import router_forward
-
     tokens, experts = logits.shape
     weight = logits.new_empty(tokens, top_k)
     index = logits.new_empty(tokens, top_k, dtype=torch.int64)
     programs, constants = _sizes(tokens, experts, top_k, normalise)
-    launch(router_forward, programs, (logits, weight, index, tokens), constants)
+    launch(_kernels().router_forward, programs, (logits, weight, index, tokens), constants)
     return weight, index
 
 
 def _d_logits(logits: Tensor, index: Tensor, d_weight: Tensor, normalise: bool) -> Tensor:
-    from radeon_stack.kernels.jit.routing import router_backward
-
     tokens, experts = logits.shape
     d_logits = torch.empty_like(logits)
     programs, constants = _sizes(tokens, experts, index.shape[1], normalise, back=True)
-    launch(router_backward, programs, (logits, index, d_weight.contiguous(), d_logits, tokens), constants)
+    launch(_kernels().router_backward, programs, (logits, index, d_weight, d_logits, tokens), constants)
     return d_logits
+
+
+@cache
+def _kernels() -> Any:
+    """Triton's side, when it is first launched: a machine without it can read this module. An import statement in a
+    launch costs the host as much as a tensor.
+    """
+    from radeon_stack.kernels.jit import router
+
+    return router
+
+
+@lru_cache(SIZES)
+def _gate_sizes(
+    device: torch.device, tokens: int, experts: int, top_k: int, normalise: bool, width: int = 0, *, save: bool = False
+) -> tuple[tuple[int, int, int], dict[str, Any], dict[str, int]]:
+    """(programs, constants, options) of a gate's launch; with the width, of that back."""
+    padded = max(16, next_power(experts))
+    tile = gate_tile(family(device), tokens, padded)
+    sizes = {"EXPERTS": experts, "PADDED": padded, "TOP_K": top_k}
+    if width:
+        constants = {**sizes, "NORMALISE": normalise, "SAVE": save, "BLOCK_T": tile.m, "BLOCK_N": tile.n}
+        return (cdiv(tokens, tile.m), cdiv(width, tile.n), 1), constants, {"warps": tile.warps}
+    more = {"TOP_PADDED": next_power(top_k), "NORMALISE": normalise, "BLOCK_T": tile.m, "BLOCK_K": tile.k}
+    return (cdiv(tokens, tile.m), 1, 1), {**sizes, **more}, {"warps": tile.warps, "stages": tile.stages}
 
 
 @lru_cache(SIZES)

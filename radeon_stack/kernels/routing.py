@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from radeon_stack.kernels.configs import FEW_SLOTS, SLOTS_CHUNK
+from radeon_stack.kernels.configs import FEW_SLOTS, row_block
 from radeon_stack.kernels.launch import launch
 from radeon_stack.kernels.sizes import cdiv, next_power
 
@@ -44,24 +45,24 @@ def route_reference(index: Tensor, experts: int) -> Routing:
 
 def route(index: Tensor, experts: int, *, partial: bool = False) -> Routing:
     """The same on the device, without asking the host: in one launch, where slots are many in two."""
-    from radeon_stack.kernels.jit.routing import count_experts, place_slots, sort_few_slots
-
-    index = index.contiguous()
-    size, padded = index.numel(), next_power(experts)
+    kernels, index = _kernels(), index.contiguous()
+    size = index.numel()
     slots = (index.new_zeros if partial else index.new_empty)(size, dtype=torch.int32)
     offsets = index.new_empty(experts + 1, dtype=torch.int32)
     routing = Routing(slots, offsets, index.shape[0], index.shape[1], experts, partial)
-    if size <= FEW_SLOTS:
-        launch(sort_few_slots, (experts, 1, 1), (index, slots, offsets, size, experts), {"CHUNK": SLOTS_CHUNK})
+    if size <= max(FEW_SLOTS, default=0):
+        chunk, warps = FEW_SLOTS[row_block(size, FEW_SLOTS)]
+        arguments = (index, slots, offsets, size, experts)
+        launch(kernels.sort_few_slots, (experts, 1, 1), arguments, {"CHUNK": chunk}, warps=warps)
         return routing
-    block = 512
+    block, padded = 512, next_power(experts)
     chunk = max(16, min(128, 4096 // padded))  # so many slots' choices at a time fit in registers
     blocks = cdiv(size, block)
     counts = index.new_empty(blocks, padded, dtype=torch.int32)
     sizes = {"PADDED": padded, "BLOCK": block, "CHUNK": chunk}
-    launch(count_experts, (blocks, 1, 1), (index, counts, size), sizes, warps=8)
+    launch(kernels.count_experts, (blocks, 1, 1), (index, counts, size), sizes, warps=8)
     constants = {"EXPERTS": experts, **sizes, "BLOCKS": chunk}
-    launch(place_slots, (blocks, 1, 1), (index, counts, slots, offsets, size, blocks), constants, warps=8)
+    launch(kernels.place_slots, (blocks, 1, 1), (index, counts, slots, offsets, size, blocks), constants, warps=8)
     return routing
 
 
@@ -74,8 +75,6 @@ def combine(
     y: Tensor, top_k: int, parts: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """The same in one pass, always in the same order; on the way, parts [slots, n] are added up: [slots] in `dtype`."""
-    from radeon_stack.kernels.jit.routing import combine as kernel
-
     tokens, width = y.shape[0] // top_k, y.shape[1]
     out = y.new_empty(tokens, width)
     sums = None if parts is None else parts.new_empty(y.shape[0], dtype=dtype or parts.dtype)
@@ -83,5 +82,12 @@ def combine(
     rows, columns = 4, 512
     constants = {"TOP_K": top_k, "PARTS": next_power(count) if count else 0, "BLOCK_T": rows, "BLOCK_H": columns}
     arguments = (y, out, y if parts is None else parts, out if sums is None else sums, tokens, width, count)
-    launch(kernel, (cdiv(tokens, rows), cdiv(width, columns), 1), arguments, constants)
+    launch(_kernels().combine, (cdiv(tokens, rows), cdiv(width, columns), 1), arguments, constants)
     return out, sums
+
+
+@cache
+def _kernels() -> Any:
+    from radeon_stack.kernels.jit import routing
+
+    return routing

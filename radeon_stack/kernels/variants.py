@@ -14,7 +14,7 @@ from typing import Any
 
 from radeon_stack.kernels import configs
 from radeon_stack.kernels.configs import FP8_DECODE_BLOCK, NF4_DECODE_BLOCK, Kind, Tile
-from radeon_stack.kernels.jit import decode, fp8, grouped, linear, routing
+from radeon_stack.kernels.jit import decode, fp8, grouped, linear, router, routing
 from radeon_stack.kernels.jit.head import score_rows
 from radeon_stack.kernels.variant import Variant
 
@@ -198,8 +198,8 @@ def _fp8() -> Iterator[Variant]:
 def _routing() -> Iterator[Variant]:
     types = {"expert_of": "*i64", "counts": "*i32", "slots": "*i32", "offsets": "*i32"}
     types |= dict.fromkeys(("size", "blocks", "experts"), "i32")
-    few = {"CHUNK": configs.SLOTS_CHUNK}
-    yield _variant("sort few slots", routing.sort_few_slots, few, types, dot=False)
+    for slots, (chunk, warps) in configs.FEW_SLOTS.items():
+        yield _variant(f"sort {slots} slots", routing.sort_few_slots, {"CHUNK": chunk}, types, warps=warps, dot=False)
     sizes = {"PADDED": 128, "BLOCK": 512, "CHUNK": 32}
     yield _variant("count experts", routing.count_experts, sizes, types, warps=8, dot=False)
     constants = {"EXPERTS": 128, **sizes, "BLOCKS": 32}
@@ -208,13 +208,19 @@ def _routing() -> Iterator[Variant]:
         constants = {"TOP_K": 8, "PARTS": parts, "BLOCK_T": 4, "BLOCK_H": 512}
         types = {"parts": "*fp32" if parts else "*bf16"}
         yield _variant(f"combine parts {parts}", routing.combine, constants, types, dot=False)
-    router = {**EXPERTS, "TOP_K": 8}
+    sizes, index = {**EXPERTS, "TOP_K": 8}, {"index": "*i64"}
     for tokens in (4, 8):
         after = {"NORMALISE": True, "BLOCK_T": tokens}
-        constants = {**router, "TOP_PADDED": 8, **after}
-        yield _variant(f"router {tokens}", routing.router_forward, constants, {"index": "*i64"}, dot=False)
-        constants = {**router, **after}
-        yield _variant(f"router back {tokens}", routing.router_backward, constants, {"index": "*i64"}, dot=False)
+        constants = {**sizes, "TOP_PADDED": 8, **after}
+        yield _variant(f"router {tokens}", router.router_forward, constants, index, dot=False)
+        yield _variant(f"router back {tokens}", router.router_backward, {**sizes, **after}, index, dot=False)
+    for tokens, tile in configs.GATE[FAMILY].items():
+        after = {"NORMALISE": True, "BLOCK_T": tile.m}
+        constants = {**sizes, "TOP_PADDED": 8, **after, "BLOCK_K": tile.k}
+        name = f"gate {tokens} tokens"
+        yield _variant(name, router.gate_forward, constants, index, warps=tile.warps, stages=tile.stages)
+        constants = {**sizes, **after, "SAVE": False, "BLOCK_N": tile.n}
+        yield _variant(f"gate back {tokens} tokens", router.gate_backward, constants, index, warps=tile.warps)
 
 
 def _head() -> Iterator[Variant]:

@@ -25,8 +25,12 @@ def test_slots_are_sorted_by_expert_and_stay_in_order_within_one(data: st.DataOb
     assert torch.equal(found.slots, wanted.slots)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 300, FEW_SLOTS // 8, FEW_SLOTS // 8 + 1, 2100])
-def test_many_slots_are_sorted_over_several_blocks_and_few_in_one_launch(device: str, tokens: int) -> None:
+@pytest.mark.parametrize("few", [FEW_SLOTS, {}], ids=["at once", "in blocks"])
+@pytest.mark.parametrize("tokens", [1, 5, 300, 1024, 1025, 2100])
+def test_few_slots_are_sorted_in_one_launch_and_many_over_several_blocks(
+    device: str, tokens: int, few: dict[int, tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routing, "FEW_SLOTS", few)
     index = torch.randint(0, 128, (tokens, 8), device=device)
     found, wanted = route(index, 128), route_reference(index, 128)
     assert torch.equal(found.slots, wanted.slots)
@@ -38,8 +42,8 @@ def test_no_slots_are_no_experts(device: str) -> None:
     assert found.offsets.tolist() == [0, 0, 0, 0] and not len(found.slots)
 
 
-@pytest.mark.parametrize("few", [FEW_SLOTS, 0], ids=["at once", "in blocks"])
-def test_slots_of_no_expert_are_left_out(device: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("few", [FEW_SLOTS, {}], ids=["at once", "in blocks"])
+def test_slots_of_no_expert_are_left_out(device: str, few: dict[int, tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routing, "FEW_SLOTS", few)
     index = torch.tensor([[0, 3], [3, 1], [3, 3]], device=device)  # 3: an expert of another rank
     found = route(index, 3, partial=True)
@@ -92,6 +96,30 @@ def test_a_token_without_sense_spoils_no_other(device: str) -> None:
     assert torch.equal(index[others], wanted_index[others])
     assert distance(weight[others], wanted[others]) < 1e-6
     assert ((index >= 0) & (index < 8)).all()
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_with_its_linear_layer_the_router_gives_what_both_give_apart(data: st.DataObject) -> None:
+    experts = data.draw(st.integers(2, 70))
+    top_k = data.draw(st.integers(1, min(experts, 8)))
+    tokens, width = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 150))
+    normalise, which = data.draw(st.booleans()), data.draw(st.sampled_from(["x", "matrix", "both"]))
+    dtype = data.draw(st.sampled_from([*HALVES, torch.float32]))
+    # Small whole numbers: their products are exact in any order, and of equal experts both take the first.
+    x = torch.randint(-2, 3, (tokens, width), device=DEVICE).to(dtype)
+    matrix = torch.randint(-2, 3, (experts, width), device=DEVICE).to(dtype)
+    d_weight = torch.randn(tokens, top_k, device=DEVICE).to(dtype)
+
+    def results(one: bool) -> list[torch.Tensor]:
+        leaves = x.clone().requires_grad_(which != "matrix"), matrix.clone().requires_grad_(which != "x")
+        made = torch.nn.functional.linear(*leaves) * 1.0
+        weight, index = gate(*leaves, top_k, normalise=normalise) if one else router(made, top_k, normalise=normalise)
+        asked = [leaf for leaf in leaves if leaf.requires_grad]
+        return [weight.detach(), index, *torch.autograd.grad(weight, asked, d_weight)]
+
+    for found, wanted in zip(results(True), results(False), strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("trained", [False, True])
