@@ -14,7 +14,7 @@ from radeon_stack.kernels.configs import MAX_RANK
 from radeon_stack.kernels.grouped import LowRank, Weight, row_major
 from radeon_stack.kernels.launch import can_run_on
 from radeon_stack.kernels.nf4 import NF4, decode_reference
-from radeon_stack.kernels.once import once_differentiable
+from radeon_stack.kernels.once import apply, once_differentiable
 from radeon_stack.kernels.routing import Routing, combine, route
 
 
@@ -79,16 +79,19 @@ def gated_experts(
     if not can_run_on(x.device):
         return gated_experts_reference(x, index, slot_weight, gate_up, down, gate_up_adapter, down_adapter)
     routing = route(index, gate_up.shape[0], partial=partial)
-    adapters = (gate_up_adapter, down_adapter)
-    factors = [
-        factor for one in adapters for factor in ((one.a.contiguous(), one.b.contiguous()) if one else (None, None))
-    ]
-    scales = tuple(one.scale if one else 0.0 for one in adapters)
+    factors: tuple[Tensor | None, ...] = (None,) * 4
+    scales = (0.0, 0.0)
+    if gate_up_adapter is not None or down_adapter is not None:
+        adapters = (gate_up_adapter, down_adapter)
+        factors = tuple(
+            factor for one in adapters for factor in ((one.a.contiguous(), one.b.contiguous()) if one else (None, None))
+        )
+        scales = (gate_up_adapter.scale if gate_up_adapter else 0.0, down_adapter.scale if down_adapter else 0.0)
     gate_up, down = row_major(gate_up), row_major(down)
     plain = tuple(None if isinstance(weight, NF4) else weight for weight in (gate_up, down))
     trained = any(tensor.requires_grad for tensor in (x, slot_weight, *plain, *factors) if tensor is not None)
     frozen = _Frozen(routing, gate_up, down, scales, trained and torch.is_grad_enabled(), needed)
-    out: Tensor = _GatedExperts.apply(x, slot_weight, *plain, *factors, frozen)
+    out: Tensor = apply(_GatedExperts, x, slot_weight, *plain, *factors, frozen)
     return out
 
 
@@ -212,7 +215,7 @@ def grouped_linear(
     """
     weight, bias = row_major(weight), None if bias is None else bias.contiguous()
     plain = None if isinstance(weight, NF4) else weight
-    out: Tensor = _GroupedLinear.apply(x, plain, bias, _Layer(routing, weight, transposed, by_token))
+    out: Tensor = apply(_GroupedLinear, x, plain, bias, _Layer(routing, weight, transposed, by_token))
     return out
 
 

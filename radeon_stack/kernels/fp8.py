@@ -16,9 +16,8 @@ from torch.nn import functional
 
 from radeon_stack.errors import UsageError
 from radeon_stack.kernels.configs import FP8_DECODE_BLOCK, Tile, decode_once, fp8_tile, full_precision_tile
-from radeon_stack.kernels.launch import family
-from radeon_stack.kernels.launch import launch
-from radeon_stack.kernels.once import once_differentiable
+from radeon_stack.kernels.launch import family, launch
+from radeon_stack.kernels.once import apply, once_differentiable
 from radeon_stack.kernels.sizes import cdiv
 
 E4M3 = torch.float8_e4m3fn
@@ -104,7 +103,7 @@ def fp8_linear(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None, way: Wa
     if x.shape[-1] != weight.shape[1]:
         raise UsageError(f"x is {tuple(x.shape)}, and the layer takes rows of {weight.shape[1]}")
     rows = x.reshape(-1, x.shape[-1])
-    out: Tensor = _Fp8Linear.apply(rows, _Frozen(weight, bias, way))
+    out: Tensor = apply(_Fp8Linear, rows, _Frozen(weight, bias, way))
     return out.view(*x.shape[:-1], weight.shape[0])
 
 

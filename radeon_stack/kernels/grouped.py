@@ -6,7 +6,7 @@ torch.nn.Linear stores it), else over its rows (x · w: the way back, or a trans
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -23,12 +23,13 @@ from radeon_stack.kernels.configs import (
     grouped_tile,
 )
 from radeon_stack.kernels.launch import family, launch
-from radeon_stack.kernels.nf4 import NF4, decode, decoding
+from radeon_stack.kernels.nf4 import NF4, Form, decode, turning
 from radeon_stack.kernels.routing import Routing
-from radeon_stack.kernels.sizes import cdiv, next_power, padded_rank
+from radeon_stack.kernels.sizes import SIZES, cdiv, next_power, padded_rank
 
 Weight: TypeAlias = Tensor | NF4
-DENSE = {"TURNED": 0, "PAIRS": False}  # in the place of nf4.decoding
+Constants: TypeAlias = tuple[tuple[str, Any], ...]
+DENSE = {"TURNED": 0, "PAIRS": False}  # in the place of nf4.turning
 
 
 class LowRank(NamedTuple):
@@ -56,15 +57,6 @@ def shared_memory(device: torch.device) -> int | None:
     return found
 
 
-def tile_for(kind: Kind, weight: Weight, routing: Routing, dtype: torch.dtype) -> Tile:
-    """The tile of a product of rows of `dtype` with this weight."""
-    if dtype == torch.float32:
-        return full_precision_tile()
-    mean, whose = routing.size / routing.experts, family(weight.device)
-    shared = shared_memory(weight.device) if whose == "cuda" else None
-    return grouped_tile(whose, kind, mean_rows=mean, nf4=isinstance(weight, NF4), shared=shared)
-
-
 def matmul(
     x: Tensor,
     weight: Weight,
@@ -79,21 +71,18 @@ def matmul(
     tile: Tile | None = None,
 ) -> Tensor:
     """[slots, N]. gather: 0 takes x by sorted position, top_k by token, 1 by slot. scatter: rows by slot."""
-    from radeon_stack.kernels.jit.grouped import grouped_matmul
-
     k = x.shape[1]
     n = weight.shape[1] if over_columns else weight.shape[2]
     out = _rows(routing, n, x)
-    tile = tile or tile_for("forward" if over_columns else "backward", weight, routing, x.dtype)
-    tiles = m_tiles(routing, tile)
-
     low = low_rank or LowRank.none(x)
-    _launch(
-        grouped_matmul,
-        weight,
-        routing,
-        tile,
-        tiles * cdiv(n, tile.n),
+    plan = _plan_for(
+        "forward" if over_columns else "backward", weight, routing, x.dtype, n, k, tile,
+        (("GATHER", gather > 0), ("SCATTER", scatter), ("OVER_COLUMNS", over_columns)),
+        (("BIAS", bias is not None), ("WEIGHTED", slot_weight is not None), ("RANK", padded_rank(low.rank))),
+    )  # fmt: skip
+    launch(
+        _kernels().grouped_matmul,
+        plan.grid,
         (
             x,
             routing.slots,
@@ -109,13 +98,10 @@ def matmul(
             max(gather, 1),
             low.rank,
             low.scale,
-            tiles,
+            plan.tiles,
         ),
-        k=k,
-        width=tile.n,
-        over_columns=over_columns,
-        before={"GATHER": gather > 0, "SCATTER": scatter, "OVER_COLUMNS": over_columns},
-        after={"BIAS": bias is not None, "WEIGHTED": slot_weight is not None, "RANK": padded_rank(low.rank)},
+        plan.constants,
+        **plan.options,
     )
     return out
 
@@ -130,20 +116,15 @@ def gated_forward(
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(gate and up [slots, 2N], silu(gate) · up [slots, N]) of tokens x; the first is empty unless `save`."""
-    from radeon_stack.kernels.jit.grouped import gated_forward as kernel
-
     n, k = weight.shape[1] // 2, x.shape[1]
-    tile = tile or tile_for("gated_forward", weight, routing, x.dtype)
-    tiles = m_tiles(routing, tile)
     gate_up = x.new_empty(routing.size if save else 0, 2 * n)
     hidden = x.new_empty(routing.size, n)
     low = low_rank or LowRank.none(x)
-    _launch(
-        kernel,
-        weight,
-        routing,
-        tile,
-        tiles * cdiv(n, tile.n),
+    after = (("RANK", padded_rank(low.rank)), ("SAVE", save))
+    plan = _plan_for("gated_forward", weight, routing, x.dtype, n, k, tile, (), after)
+    launch(
+        _kernels().gated_forward,
+        plan.grid,
         (
             x,
             routing.slots,
@@ -158,12 +139,10 @@ def gated_forward(
             routing.top_k,
             low.rank,
             low.scale,
-            tiles,
+            plan.tiles,
         ),
-        k=k,
-        width=2 * tile.n,
-        over_columns=True,
-        after={"RANK": padded_rank(low.rank), "SAVE": save},
+        plan.constants,
+        **plan.options,
     )
     return gate_up, hidden
 
@@ -184,19 +163,14 @@ def gated_backward(
     """
     if tile is None and gate_apart(family(d_out.device), routing.size / routing.experts):
         return gradients_apart(d_out, weight, routing, slot_weight, gate_up, save=save, low_rank=low_rank)
-    from radeon_stack.kernels.jit.grouped import gated_backward as kernel
-
     k, n = weight.shape[1], weight.shape[2]
-    tile = tile or tile_for("gated_backward", weight, routing, d_out.dtype)
-    tiles = m_tiles(routing, tile)
-    d_gate_up, d_weight, weighted = _gradients(routing, gate_up, parts=cdiv(n, tile.n), save=save)
     low = low_rank or LowRank.none(d_out)
-    _launch(
-        kernel,
-        weight,
-        routing,
-        tile,
-        tiles * cdiv(n, tile.n),
+    after = (("RANK", padded_rank(low.rank)), ("SAVE", save))
+    plan = _plan_for("gated_backward", weight, routing, d_out.dtype, n, k, tile, (), after)
+    d_gate_up, d_weight, weighted = _gradients(routing, gate_up, parts=plan.parts, save=save)
+    launch(
+        _kernels().gated_backward,
+        plan.grid,
         (
             d_out,
             routing.slots,
@@ -214,12 +188,10 @@ def gated_backward(
             routing.top_k,
             low.rank,
             low.scale,
-            tiles,
+            plan.tiles,
         ),
-        k=k,
-        width=tile.n,
-        over_columns=False,
-        after={"RANK": padded_rank(low.rank), "SAVE": save},
+        plan.constants,
+        **plan.options,
     )
     return d_gate_up, d_weight, weighted
 
@@ -312,12 +284,6 @@ def for_rows(weight: Weight, routing: Routing, dtype: torch.dtype) -> Weight:
     return weight
 
 
-def m_tiles(routing: Routing, tile: Tile) -> int:
-    """Row tiles there can be at most: where every expert but one has a single row, and that one all the others."""
-    others = routing.size - routing.experts
-    return min(routing.size, routing.experts + max(0, others - tile.tail) // tile.m)
-
-
 def row_major(weight: Weight) -> Weight:
     """The weight, whose rows lie one after the other: kernels take no strides. UsageError for a view that is not so:
     a copy would be as large as the weight, and made at every step.
@@ -335,48 +301,73 @@ def weight_arguments(weight: Weight) -> tuple[Tensor, ...]:
     return weight.pointers if isinstance(weight, NF4) else (weight,) * 6
 
 
-def _launch(
-    kernel: Any,
+class Plan(NamedTuple):
+    """How a product of these sizes is launched. tiles: its row tiles; parts: its column tiles."""
+
+    tiles: int
+    parts: int
+    grid: tuple[int, int, int]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+
+def _plan_for(
+    kind: Kind,
     weight: Weight,
     routing: Routing,
-    tile: Tile,
-    programs: int,
-    arguments: tuple[Any, ...],
-    *,
+    dtype: torch.dtype,
+    n: int,
     k: int,
-    width: int,
-    over_columns: bool,
-    before: dict[str, Any] | None = None,
-    after: dict[str, Any],
-) -> None:
-    """The constants that all of them have, with a kernel's own before and after NF4's; the rest as nf4.decoding's."""
-    packed = isinstance(weight, NF4)
-    stored = {"NF4": weight.lookup, "NESTED": weight.nested} if packed else {"NF4": 0, "NESTED": False}
-    constants = {
-        **_experts(routing.experts),
-        **(before or {}),
-        **stored,
-        **after,
-        **_blocks(tile),
-        **(decoding(weight, tile, k, width, over_columns=over_columns) if packed else DENSE),
-    }
+    tile: Tile | None,
+    before: Constants,
+    after: Constants,
+) -> Plan:
+    """Of rows of `dtype`; before, after: a kernel's own constants before and after those of a weight's form."""
+    form = weight.form if isinstance(weight, NF4) else None
+    return _plan(kind, form, weight.device, routing.size, routing.experts, dtype, n, k, tile, before, after)
+
+
+@lru_cache(SIZES)
+def _plan(
+    kind: Kind,
+    form: Form | None,
+    device: torch.device,
+    slots: int,
+    experts: int,
+    dtype: torch.dtype,
+    n: int,
+    k: int,
+    tile: Tile | None,
+    before: Constants,
+    after: Constants,
+) -> Plan:
+    """Worked out once: a step of few tokens, and the begin of any other, waits for the host."""
+    whose = family(device)
+    if tile is None and dtype == torch.float32:
+        tile = full_precision_tile()
+    elif tile is None:
+        shared = shared_memory(device) if whose == "cuda" else None
+        tile = grouped_tile(whose, kind, mean_rows=slots / experts, nf4=form is not None, shared=shared)
+    constants: dict[str, Any] = {"EXPERTS": experts, "PADDED": next_power(experts), **dict(before)}
+    constants |= {"NF4": form.lookup, "NESTED": form.nested} if form else {"NF4": 0, "NESTED": False}
+    constants |= dict(after)
+    constants |= {"BLOCK_M": tile.m, "TAIL": tile.tail, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": tile.group}
+    width = 2 * tile.n if kind == "gated_forward" else tile.n  # of accumulators
+    over_columns = kind in ("gated_forward", "forward")
+    constants |= turning(tile, k, width, over_columns=over_columns, aligned=form.aligned) if form else DENSE
+    tiles, parts = row_tiles(slots, experts, tile), cdiv(n, tile.n)
     # Without fused multiply-add decoded values are bitsandbytes' to the bit.
-    launch(
-        kernel,
-        (programs, 1, 1),
-        arguments,
-        constants,
-        warps=tile.warps,
-        stages=tile.stages,
-        fp_fusion=not packed,
-    )
+    options = {"warps": tile.warps, "stages": tile.stages, "fp_fusion": form is None}
+    return Plan(tiles, parts, (tiles * parts, 1, 1), constants, options)
+
+
+def row_tiles(slots: int, experts: int, tile: Tile) -> int:
+    """As many as there can be at most: where every expert but one has a single row, and that one all the others."""
+    return min(slots, experts + max(0, slots - experts - tile.tail) // tile.m)
 
 
 @cache
-def _experts(experts: int) -> dict[str, int]:
-    return {"EXPERTS": experts, "PADDED": next_power(experts)}
+def _kernels() -> Any:
+    from radeon_stack.kernels.jit import grouped
 
-
-@cache
-def _blocks(tile: Tile) -> dict[str, int]:
-    return {"BLOCK_M": tile.m, "TAIL": tile.tail, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": tile.group}
+    return grouped

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from radeon_stack.kernels.configs import HEAD_BLOCK, HEAD_WARPS
 from radeon_stack.kernels.launch import launch
-from radeon_stack.kernels.once import once_differentiable
+from radeon_stack.kernels.once import apply, once_differentiable
 from radeon_stack.kernels.sizes import cdiv
 
 TILE_BYTES = 256 << 20  # of logits at once
@@ -55,7 +55,7 @@ def score_reference(hidden: Tensor, weight: Tensor, targets: Tensor, index: Tens
 def score(hidden: Tensor, weight: Tensor, targets: Tensor, index: Tensor) -> Scores:
     """The same with a frozen weight of hidden's dtype, through at most TILE_BYTES of logits at a time."""
     wanted = torch.is_grad_enabled() and hidden.requires_grad
-    return Scores(*_Scores.apply(hidden.contiguous(), weight, targets, index, wanted))
+    return Scores(*apply(_Scores, hidden.contiguous(), weight, targets, index, wanted))
 
 
 class _Scores(torch.autograd.Function):

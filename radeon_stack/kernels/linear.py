@@ -22,15 +22,14 @@ from radeon_stack.kernels.configs import (
     linear_tile,
     low_rank_split,
 )
-from radeon_stack.kernels.launch import family
-from radeon_stack.kernels.launch import launch
+from radeon_stack.kernels.launch import family, launch
 from radeon_stack.kernels.nf4 import (
     NF4,
     decode,
     decode_reference,
     decoding,
 )
-from radeon_stack.kernels.once import once_differentiable
+from radeon_stack.kernels.once import apply, once_differentiable
 from radeon_stack.kernels.siblings import hand_on, rows_of
 from radeon_stack.kernels.sizes import cdiv, padded_rank
 
@@ -90,7 +89,7 @@ def nf4_linear(
     bias = None if bias is None else bias.contiguous()
     frozen = _Frozen(weight, bias, scale)
     if torch.is_grad_enabled():
-        out, handed = _NF4Linear.apply(rows_of(x), a, b, frozen, given)
+        out, handed = apply(_NF4Linear, rows_of(x), a, b, frozen, given)
         if handed is not None:
             hand_on(x, handed)
     else:  # the first pass of a layer that is computed again: the host has enough to do

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,16 @@ from radeon_stack.kernels.sizes import SIZES
 
 BLOCK = 64
 NESTED_BLOCK = 256
+
+
+class Form(NamedTuple):
+    """What kernels are compiled for, of a matrix. lookup: how a nibble becomes a value (`jit.weights`); nested: its
+    scales are quantised too; aligned: its bytes can be read as words.
+    """
+
+    lookup: int
+    nested: bool
+    aligned: bool
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,10 @@ class NF4:
     def lookup(self) -> int:
         """The kernels' NF4 constant (`jit.weights`): 2, by warp shuffle, on CUDA; 1, by selects, anywhere else."""
         return _lookup(self.packed.device)
+
+    @property
+    def form(self) -> Form:
+        return Form(self.lookup, self.nested, self.packed.data_ptr() % 4 == 0)
 
     @cached_property
     def pointers(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -146,12 +160,12 @@ def decode_constants(matrix: NF4) -> dict[str, Any]:
 
 def decoding(matrix: NF4, tile: Tile, k: int, width: int, *, over_columns: bool) -> dict[str, Any]:
     """The kernels' constants for how a product decodes: over k, into tiles of `width` columns of accumulators."""
-    aligned = matrix.packed.data_ptr() % 4 == 0  # it reads words
-    return _turned(tile, k, width, over_columns=over_columns, aligned=aligned)
+    return turning(tile, k, width, over_columns=over_columns, aligned=matrix.form.aligned)
 
 
 @lru_cache(SIZES)
-def _turned(tile: Tile, k: int, width: int, *, over_columns: bool, aligned: bool) -> dict[str, Any]:
+def turning(tile: Tile, k: int, width: int, *, over_columns: bool, aligned: bool) -> dict[str, Any]:
+    """`decoding`, of a matrix whose bytes are `aligned` to words or not."""
     across = min(16 * tile.warps, width)
     # Down the rows a thread takes a word, a half or a byte of one.
     fits = k % tile.k == 0 and (tile.k >= BLOCK if over_columns else width // (16 * tile.warps) in (1, 2, 4))

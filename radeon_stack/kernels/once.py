@@ -1,4 +1,4 @@
-"""Gradients that have none of their own."""
+"""Our operations in autograd, as little of the host as there can be."""
 
 from __future__ import annotations
 
@@ -21,3 +21,10 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         return guarded(ctx, *gradients) if torch.is_grad_enabled() else backward(ctx, *gradients)
 
     return gradient
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply` without its look for functorch's wrappers, one at each argument: kernels read addresses, which
+    wrapped tensors do not have.
+    """
+    return super(torch.autograd.Function, function).apply(*arguments)

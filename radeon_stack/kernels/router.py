@@ -10,7 +10,7 @@ from torch import Tensor
 
 from radeon_stack.kernels.configs import gate_tile
 from radeon_stack.kernels.launch import family, launch
-from radeon_stack.kernels.once import once_differentiable
+from radeon_stack.kernels.once import apply, once_differentiable
 from radeon_stack.kernels.sizes import SIZES, cdiv, next_power
 
 
@@ -29,7 +29,7 @@ def router_reference(logits: Tensor, top_k: int, *, normalise: bool = True) -> t
 
 def router(logits: Tensor, top_k: int, *, normalise: bool = True) -> tuple[Tensor, Tensor]:
     """The same in one launch, and one back. Of equal experts the first is taken."""
-    weight, index = _Router.apply(logits, top_k, normalise)
+    weight, index = apply(_Router, logits, top_k, normalise)
     return weight, index
 
 
@@ -37,7 +37,7 @@ def gate(x: Tensor, matrix: Tensor, top_k: int, *, normalise: bool = True) -> tu
     """The router with the linear layer before it, x [tokens, width] · matrixᵀ [experts, width], in one launch too: at
     any number of tokens a GPU has, it is the host's time that a router takes.
     """
-    weight, index = _Gate.apply(x, matrix, top_k, normalise)
+    weight, index = apply(_Gate, x, matrix, top_k, normalise)
     return weight, index
 
 
@@ -121,7 +121,7 @@ def _kernels() -> Any:
 @lru_cache(SIZES)
 def _gate_sizes(
     device: torch.device, tokens: int, experts: int, top_k: int, normalise: bool, width: int = 0, *, save: bool = False
-) -> tuple[tuple[int, int, int], dict[str, Any], dict[str, int]]:
+) -> tuple[tuple[int, int, int], dict[str, Any], dict[str, Any]]:
     """(programs, constants, options) of a gate's launch; with the width, of that back."""
     padded = max(16, next_power(experts))
     tile = gate_tile(family(device), tokens, padded)

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -260,7 +259,7 @@ def test_rows_past_whole_tiles_are_taken_by_the_last_one(nf4: str, turned: bool,
 
     tile = Tile(16, 64, 64, 4, 1)
     tailed = replace(tile, tail=16, turned=turned)
-    assert grouped.m_tiles(routing, tailed) < grouped.m_tiles(routing, tile)
+    assert grouped.row_tiles(routing.size, experts, tailed) < grouped.row_tiles(routing.size, experts, tile)
     wanted = products(tile, tile)
     found = products(tailed, replace(tailed, n=256) if turned else tailed)
     if turned:  # d_slot_weight comes in as many parts as there are column tiles
@@ -279,8 +278,7 @@ def test_no_more_tiles_than_are_launched(m: int, tail: int) -> None:
         tiles = sum(min(n, max(1, -(-(n - tail) // m))) for n in rows)
         most[sum(rows)] = max(most.get(sum(rows), 0), tiles)
     for size in range(18):
-        routing = cast("Any", SimpleNamespace(size=size, experts=2))
-        assert grouped.m_tiles(routing, Tile(m, 64, 64, 4, 1, tail=tail)) == most[size]
+        assert grouped.row_tiles(size, 2, Tile(m, 64, 64, 4, 1, tail=tail)) == most[size]
 
 
 @pytest.mark.parametrize("mean_rows", [1, 30, 64, 128, 256, 2000])

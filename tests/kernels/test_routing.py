@@ -43,7 +43,9 @@ def test_no_slots_are_no_experts(device: str) -> None:
 
 
 @pytest.mark.parametrize("few", [FEW_SLOTS, {}], ids=["at once", "in blocks"])
-def test_slots_of_no_expert_are_left_out(device: str, few: dict[int, tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slots_of_no_expert_are_left_out(
+    device: str, few: dict[int, tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(routing, "FEW_SLOTS", few)
     index = torch.tensor([[0, 3], [3, 1], [3, 3]], device=device)  # 3: an expert of another rank
     found = route(index, 3, partial=True)

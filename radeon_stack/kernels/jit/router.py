@@ -24,15 +24,14 @@ def choose(
     weight: [tokens, TOP_K]; index: int64 [tokens, TOP_K]. Of equal ones the first is taken; NaN counts as the largest,
     as torch.topk has it.
     """
-    BLOCK_T: tl.constexpr = score.shape[0]
     number = tl.arange(0, score.shape[1])
     power = tl.exp(score - tl.max(score, 1)[:, None])
     share = power / tl.sum(power, 1)[:, None]
     # What is left to choose from: below 0 is taken already, above 1 is NaN.
     left = tl.where(real, tl.where(share == share, share, 2.0), -1.0)
     choice = tl.arange(0, TOP_PADDED)
-    chosen = tl.zeros((BLOCK_T, TOP_PADDED), tl.float32)
-    which = tl.zeros((BLOCK_T, TOP_PADDED), tl.int32)
+    chosen = tl.zeros((score.shape[0], TOP_PADDED), tl.float32)
+    which = tl.zeros((score.shape[0], TOP_PADDED), tl.int32)
     for k in tl.static_range(TOP_K):
         best = tl.argmax(left, 1, tie_break_left=True)
         mine = number[None, :] == best[:, None]
@@ -179,7 +178,7 @@ def gate_backward(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """d_x of gate_forward, [tokens, width]; with SAVE d_logits [tokens, EXPERTS] too, by the first columns' programs."""
+    """d_x of gate_forward, [tokens, width]; with SAVE d_logits too, by the first columns' programs."""
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     here = token < tokens
     number = tl.arange(0, PADDED)
