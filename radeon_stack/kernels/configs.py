@@ -81,6 +81,12 @@ def gate_tile(family: str, tokens: int, experts: int) -> Tile:
     return replace(tile, k=max(16, min(tile.k, 128 * tile.k // experts)))
 
 
+def gate_back_tile(family: str, tokens: int) -> Tile:
+    """For the way back through it; m: tokens, n: columns of d_x at a time."""
+    tiles = GATE_BACK[family]
+    return tiles[row_block(tokens, tiles)]
+
+
 def low_rank_split(rows: int) -> int:
     """Parts of the reduction in x·aᵀ: at few rows one program a row tile would leave the card idle."""
     return 16 if rows <= 128 else 8 if rows <= 512 else 4
@@ -133,8 +139,9 @@ LOW_RANK_WARPS = 8
 LOW_RANK_TILE = 64, 64  # of an adapter's product, where the layer's is torch's; wider, gfx1100 spills at MAX_RANK
 NF4_DECODE_BLOCK = 4096  # values that a program decodes
 FP8_DECODE_BLOCK = 1024  # columns of a row that a program decodes
-# Up to so many slots an expert's program looks at all of them: (so many at a time, warps). Else they are counted first.
-FEW_SLOTS = {8192: (1024, 4), 65536: (4096, 8)}
+# Up to so many slots an expert's program looks at all of them: (at a time, warps). Beyond, they are counted first.
+# On an H200 one launch takes less than both even at 131,072 (tune_router_h200.json); of more nothing was timed.
+FEW_SLOTS = {1024: (1024, 4), 131072: (8192, 8)}
 HEAD_BLOCK, HEAD_WARPS = 2048, 8  # words at once, of a row of logits
 GATE_BLOCK = (8, 256)  # rows and columns at once, of the gate alone; no others were tried
 GATE_APART_ROWS = {"cuda": 96.0, "hip": float("inf")}
@@ -161,10 +168,16 @@ LINEAR = {
         128: Tile(64, 64, 64, 8, 2),
     },
 }
-GATE = {  # a router with its linear layer: up to so many tokens; n: columns of d_x on the way back
-    "cuda": {2048: Tile(16, 128, 128, 4, 4), 4096: Tile(32, 128, 64, 4, 4), 8192: Tile(64, 128, 64, 4, 4)},
+# A router with its linear layer: up to so many tokens. CUDA's are timed (tune_router_h200.json).
+GATE = {
+    "cuda": {2048: Tile(16, 128, 128, 4, 4), 4096: Tile(32, 128, 128, 4, 4), 8192: Tile(64, 128, 64, 4, 4)},
     "hip": {2048: Tile(16, 128, 64, 4, 2), 4096: Tile(32, 128, 64, 4, 2)},
 }
+GATE_BACK = {
+    "cuda": {1024: Tile(16, 64, 128, 4, 1), 2048: Tile(64, 64, 128, 8, 1)},
+    "hip": {1024: Tile(16, 64, 128, 4, 1)},
+}
+GATE_BACK_PROGRAMS = 256  # at least, where there are so many columns: what a program does first is the same for each
 FP8 = {  # compiled and audited, not timed yet
     ("cuda", False): {
         16: Tile(16, 64, 128, 4, 3),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from radeon_stack.kernels.configs import gate_tile
+from radeon_stack.kernels.configs import GATE_BACK_PROGRAMS, gate_back_tile, gate_tile
 from radeon_stack.kernels.launch import family, launch
 from radeon_stack.kernels.once import apply, once_differentiable
 from radeon_stack.kernels.sizes import SIZES, cdiv, next_power
@@ -83,10 +83,10 @@ class _Gate(torch.autograd.Function):
         tokens, width = logits.shape[0], matrix.shape[1]
         d_x = matrix.new_empty(tokens, width)
         d_logits = d_x if x is None else torch.empty_like(logits)
-        programs, constants, options = _gate_sizes(
-            matrix.device, tokens, matrix.shape[0], index.shape[1], ctx.normalise, width=width, save=x is not None
+        programs, columns, constants, options = _back_sizes(
+            matrix.device, tokens, *matrix.shape, index.shape[1], ctx.normalise, x is not None
         )
-        arguments = (logits, index, d_weight, matrix, d_x, d_logits, tokens, width)
+        arguments = (logits, index, d_weight, matrix, d_x, d_logits, tokens, width, columns)
         launch(_kernels().gate_backward, programs, arguments, constants, **options)
         return d_x, None if x is None else d_logits.T @ x, None, None
 
@@ -120,17 +120,27 @@ def _kernels() -> Any:
 
 @lru_cache(SIZES)
 def _gate_sizes(
-    device: torch.device, tokens: int, experts: int, top_k: int, normalise: bool, width: int = 0, *, save: bool = False
+    device: torch.device, tokens: int, experts: int, top_k: int, normalise: bool
 ) -> tuple[tuple[int, int, int], dict[str, Any], dict[str, Any]]:
-    """(programs, constants, options) of a gate's launch; with the width, of that back."""
+    """(programs, constants, options) of a gate's launch."""
     padded = max(16, next_power(experts))
     tile = gate_tile(family(device), tokens, padded)
-    sizes = {"EXPERTS": experts, "PADDED": padded, "TOP_K": top_k}
-    if width:
-        constants = {**sizes, "NORMALISE": normalise, "SAVE": save, "BLOCK_T": tile.m, "BLOCK_N": tile.n}
-        return (cdiv(tokens, tile.m), cdiv(width, tile.n), 1), constants, {"warps": tile.warps}
-    more = {"TOP_PADDED": next_power(top_k), "NORMALISE": normalise, "BLOCK_T": tile.m, "BLOCK_K": tile.k}
-    return (cdiv(tokens, tile.m), 1, 1), {**sizes, **more}, {"warps": tile.warps, "stages": tile.stages}
+    sizes = {"EXPERTS": experts, "PADDED": padded, "TOP_K": top_k, "TOP_PADDED": next_power(top_k)}
+    constants = {**sizes, "NORMALISE": normalise, "BLOCK_T": tile.m, "BLOCK_K": tile.k}
+    return (cdiv(tokens, tile.m), 1, 1), constants, {"warps": tile.warps, "stages": tile.stages}
+
+
+@lru_cache(SIZES)
+def _back_sizes(
+    device: torch.device, tokens: int, experts: int, width: int, top_k: int, normalise: bool, save: bool
+) -> tuple[tuple[int, int, int], int, dict[str, Any], dict[str, Any]]:
+    """(programs, columns a program, constants, options) of its launch back."""
+    tile = gate_back_tile(family(device), tokens)
+    blocks = cdiv(tokens, tile.m)
+    columns = tile.n * cdiv(cdiv(width, tile.n), cdiv(GATE_BACK_PROGRAMS, max(blocks, 1)))
+    sizes = {"EXPERTS": experts, "PADDED": max(16, next_power(experts)), "TOP_K": top_k}
+    constants = {**sizes, "NORMALISE": normalise, "SAVE": save, "BLOCK_T": tile.m, "BLOCK_N": tile.n}
+    return (blocks, cdiv(width, columns), 1), columns, constants, {"warps": tile.warps, "stages": tile.stages}
 
 
 @lru_cache(SIZES)

@@ -215,12 +215,13 @@ def _routing() -> Iterator[Variant]:
         yield _variant(f"router {tokens}", router.router_forward, constants, index, dot=False)
         yield _variant(f"router back {tokens}", router.router_backward, {**sizes, **after}, index, dot=False)
     for tokens, tile in configs.GATE[FAMILY].items():
-        after = {"NORMALISE": True, "BLOCK_T": tile.m}
-        constants = {**sizes, "TOP_PADDED": 8, **after, "BLOCK_K": tile.k}
+        constants = {**sizes, "TOP_PADDED": 8, "NORMALISE": True, "BLOCK_T": tile.m, "BLOCK_K": tile.k}
         name = f"gate {tokens} tokens"
         yield _variant(name, router.gate_forward, constants, index, warps=tile.warps, stages=tile.stages)
-        constants = {**sizes, **after, "SAVE": False, "BLOCK_N": tile.n}
-        yield _variant(f"gate back {tokens} tokens", router.gate_backward, constants, index, warps=tile.warps)
+    for tokens, tile in configs.GATE_BACK[FAMILY].items():
+        constants = {**sizes, "NORMALISE": True, "SAVE": False, "BLOCK_T": tile.m, "BLOCK_N": tile.n}
+        name, types = f"gate back {tokens} tokens", {**index, "columns": "i32"}
+        yield _variant(name, router.gate_backward, constants, types, warps=tile.warps, stages=tile.stages)
 
 
 def _head() -> Iterator[Variant]:

@@ -51,29 +51,22 @@ def choose(
 def unchoose(score, index, d_weight, token, here, TOP_K: tl.constexpr, NORMALISE: tl.constexpr):
     """d_logits of `choose`, float32 [tokens, experts]; the softmax is computed again.
 
-    With S the chosen experts' sum and p a share: weight_i = p_i / S gives
-    d_p_i = (d_weight_i - Σ_j d_weight_j · weight_j) / S for the chosen, 0 for the rest; then the softmax's own
-    d_logit = p · (d_p - Σ p · d_p).
+    With NORMALISE the weights w are the softmax of the chosen logits alone: d_logit = w · (d_weight - Σ w · d_weight).
+    Without, of all: the same with the shares, where d_weight is 0 for those not chosen.
     """
     number = tl.arange(0, score.shape[1])
-    power = tl.exp(score - tl.max(score, 1)[:, None])
-    share = power / tl.sum(power, 1)[:, None]
-    d_share = tl.zeros(score.shape, tl.float32)
-    chosen = tl.zeros(score.shape, tl.float32)
+    gradient = tl.zeros(score.shape, tl.float32)
+    chosen = tl.zeros(score.shape, tl.int1)
     for k in tl.static_range(TOP_K):
         at = token.to(tl.int64) * TOP_K + k
-        expert = tl.load(index + at, mask=here, other=-1).to(tl.int32)
-        gradient = tl.load(d_weight + at, mask=here, other=0.0).to(tl.float32)
-        mine = number[None, :] == expert[:, None]
-        d_share = tl.where(mine, gradient[:, None], d_share)
-        chosen = tl.where(mine, share, chosen)
+        mine = number[None, :] == tl.load(index + at, mask=here, other=-1).to(tl.int32)[:, None]
+        gradient = tl.where(mine, tl.load(d_weight + at, mask=here, other=0.0).to(tl.float32)[:, None], gradient)
+        chosen = chosen | mine
     if NORMALISE:
-        total = tl.sum(chosen, 1)
-        mean = tl.sum(d_share * chosen, 1) / total
-        taken = chosen > 0
-        d_share = tl.where(taken, (d_share - mean[:, None]) / total[:, None], 0.0)
-    inner = tl.sum(share * d_share, 1)
-    return share * (d_share - inner[:, None])
+        score = tl.where(chosen, score, -float("inf"))
+    power = tl.exp(score - tl.max(score, 1)[:, None])
+    share = power / tl.sum(power, 1)[:, None]
+    return share * (gradient - tl.sum(share * gradient, 1)[:, None])
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -160,7 +153,7 @@ def gate_forward(
     choose(score, real, weight, index, token, here, TOP_K, TOP_PADDED, NORMALISE)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "columns"])
 def gate_backward(
     logits,
     index,
@@ -170,6 +163,7 @@ def gate_backward(
     d_logits,
     tokens,
     width,
+    columns,
     EXPERTS: tl.constexpr,
     PADDED: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -178,7 +172,9 @@ def gate_backward(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """d_x of gate_forward, [tokens, width]; with SAVE d_logits too, by the first columns' programs."""
+    """d_x of gate_forward, [tokens, width], `columns` of it (whole blocks) a program; with SAVE d_logits too, by the
+    programs of the first ones.
+    """
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     here = token < tokens
     number = tl.arange(0, PADDED)
@@ -191,9 +187,11 @@ def gate_backward(
     if SAVE:
         if tl.program_id(1) == 0:
             tl.store(d_logits + place, found, mask=ok)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (column < width)[None, :]
-    right = tl.load(matrix + (number * width)[:, None] + column[None, :], mask=real[:, None] & inside, other=0.0)
-    out = tl.dot(found, right, input_precision="ieee")
-    where = (token.to(tl.int64) * width)[:, None] + column[None, :]
-    tl.store(d_x + where, out.to(d_x.dtype.element_ty), mask=here[:, None] & inside)
+    where = (token.to(tl.int64) * width)[:, None]
+    begin = tl.program_id(1) * columns
+    for first in range(begin, tl.minimum(begin + columns, width), BLOCK_N):
+        column = first + tl.arange(0, BLOCK_N)
+        inside = (column < width)[None, :]
+        right = tl.load(matrix + (number * width)[:, None] + column[None, :], mask=real[:, None] & inside, other=0.0)
+        out = tl.dot(found, right, input_precision="ieee")
+        tl.store(d_x + where + column[None, :], out.to(d_x.dtype.element_ty), mask=here[:, None] & inside)
