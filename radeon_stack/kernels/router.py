@@ -78,17 +78,29 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, d_weight: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, matrix, logits, index = ctx.saved_tensors
         d_weight = d_weight.contiguous()
-        if not ctx.needs_input_grad[0]:
-            return None, _d_logits(logits, index, d_weight, ctx.normalise).T @ x, None, None
-        tokens, width = logits.shape[0], matrix.shape[1]
-        d_x = matrix.new_empty(tokens, width)
-        d_logits = d_x if x is None else torch.empty_like(logits)
-        programs, columns, constants, options = _back_sizes(
-            matrix.device, tokens, *matrix.shape, index.shape[1], ctx.normalise, x is not None
-        )
-        arguments = (logits, index, d_weight, matrix, d_x, d_logits, tokens, width, columns)
-        launch(_kernels().gate_backward, programs, arguments, constants, **options)
-        return d_x, None if x is None else d_logits.T @ x, None, None
+        d_x, d_logits = None, None
+        if ctx.needs_input_grad[0]:
+            d_x, d_logits = _d_inputs(logits, index, d_weight, matrix, ctx.normalise, save=x is not None)
+        if x is not None and d_logits is None:
+            d_logits = _d_logits(logits, index, d_weight, ctx.normalise)
+        return d_x, None if d_logits is None or x is None else d_logits.T @ x, None, None
+
+
+def _d_inputs(
+    logits: Tensor, index: Tensor, d_weight: Tensor, matrix: Tensor, normalise: bool, *, save: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(d_x, with `save` d_logits too)."""
+    tokens, (experts, width) = logits.shape[0], matrix.shape
+    planned = _back_sizes(matrix.device, tokens, experts, width, index.shape[1], normalise, save)
+    if planned is None:
+        d_logits = _d_logits(logits, index, d_weight, normalise)
+        return d_logits @ matrix, d_logits
+    programs, columns, constants, options = planned
+    d_x = matrix.new_empty(tokens, width)
+    kept = torch.empty_like(logits) if save else None
+    arguments = (logits, index, d_weight, matrix, d_x, d_x if kept is None else kept, tokens, width, columns)
+    launch(_kernels().gate_backward, programs, arguments, constants, **options)
+    return d_x, kept
 
 
 def _chosen(logits: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
@@ -133,9 +145,11 @@ def _gate_sizes(
 @lru_cache(SIZES)
 def _back_sizes(
     device: torch.device, tokens: int, experts: int, width: int, top_k: int, normalise: bool, save: bool
-) -> tuple[tuple[int, int, int], int, dict[str, Any], dict[str, Any]]:
-    """(programs, columns a program, constants, options) of its launch back."""
+) -> tuple[tuple[int, int, int], int, dict[str, Any], dict[str, Any]] | None:
+    """(programs, columns a program, constants, options) of its launch back; None where two take less."""
     tile = gate_back_tile(family(device), tokens)
+    if tile is None:
+        return None
     blocks = cdiv(tokens, tile.m)
     columns = tile.n * cdiv(cdiv(width, tile.n), cdiv(GATE_BACK_PROGRAMS, max(blocks, 1)))
     sizes = {"EXPERTS": experts, "PADDED": max(16, next_power(experts)), "TOP_K": top_k}

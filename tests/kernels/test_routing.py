@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from radeon_stack.kernels import routing
-from radeon_stack.kernels.configs import FEW_SLOTS
-from radeon_stack.kernels.router import gate, router, router_reference
+from radeon_stack.kernels import configs, routing
+from radeon_stack.kernels.configs import FEW_SLOTS, GATE_BACK, Tile
+from radeon_stack.kernels.router import _back_sizes, gate, router, router_reference
 from radeon_stack.kernels.routing import combine, combine_reference, route, route_reference
 from tests.kernels.helpers import DEVICE, HALVES, ULP, distance
 
@@ -100,9 +100,14 @@ def test_a_token_without_sense_spoils_no_other(device: str) -> None:
     assert ((index >= 0) & (index < 8)).all()
 
 
-@settings(max_examples=25)
-@given(st.data())
-def test_with_its_linear_layer_the_router_gives_what_both_give_apart(data: st.DataObject) -> None:
+@pytest.mark.parametrize("back", [GATE_BACK, {"cuda": {}}], ids=["one launch back", "two"])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_with_its_linear_layer_the_router_gives_what_both_give_apart(
+    back: dict[str, dict[int, Tile]], monkeypatch: pytest.MonkeyPatch, data: st.DataObject
+) -> None:
+    monkeypatch.setattr(configs, "GATE_BACK", back)
+    _back_sizes.cache_clear()
     experts = data.draw(st.integers(2, 70))
     top_k = data.draw(st.integers(1, min(experts, 8)))
     tokens, width = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 150))
