@@ -35,6 +35,8 @@ def judge(record: Mapping[str, Any], parts: Sequence[str]) -> list[Verdict]:
     """The targets of the parts that were asked for; what was not measured does not hold."""
     found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for figure in record["figures"]:
+        if figure["case"].get("part") == "bare":
+            continue  # what follows the linear layer, for its own figures: a router has both
         found.setdefault((figure["part"], case_label(figure["case"])), {})[figure["implementation"]] = figure["values"]
     verdicts = []
     for (part, case), values in found.items():
