@@ -60,7 +60,7 @@ class Launcher:
         if device is None:  # a CPU: the interpreter, which has nothing to compile
             kernel[grid](*arguments, **constants)
             return
-        if device != torch.cuda.current_device():
+        if _several() and device != torch.cuda.current_device():
             with torch.cuda.device(device):
                 self(kernel, grid, arguments, constants, warps=warps, stages=stages, fp_fusion=fp_fusion)
             return
@@ -88,6 +88,12 @@ class Launcher:
         else:  # no metadata, and no hooks that would read them
             untold = (compiled.function, compiled.packed_metadata, None, None, None)
             compiled.run(*grid, stream_of(device), *untold, *passed, *values)
+
+
+@cache
+def _several() -> bool:
+    """Whether there is another device than the current one: torch asks more than once before it says which that is."""
+    return torch.cuda.device_count() > 1
 
 
 def _looked_at(arguments: Sequence[Any]) -> tuple[list[Any], list[Any], bool]:
