@@ -92,9 +92,10 @@ endif
 lock: setup  ## resolve packages, commits and digests anew
 	@$(BIN)/radeon-stack image lock
 
-kernels: setup  ## our Triton kernels compiled for six AMD GPUs by two tritons, without a GPU; RECORD=1 keeps figures
-	@$(BIN)/python tools/kernels.py --folder $(VENV)/tritons $(if $(RECORD),--record) \
-	  $(if $(TRITON),--triton $(TRITON)) $(if $(TARGET),--target $(TARGET))
+# What is recorded and has not changed is not compiled again, but for a sample that SEED draws, else the day.
+kernels: setup  ## our Triton kernels that changed, compiled for six AMD GPUs by two tritons, without a GPU; ALL=1 all, RECORD=1 keeps figures
+	@$(BIN)/python tools/kernels.py --folder $(VENV)/tritons $(if $(ALL),--all) $(if $(RECORD),--record) \
+	  $(if $(SEED),--seed $(SEED)) $(if $(TRITON),--triton $(TRITON)) $(if $(TARGET),--target $(TARGET))
 
 docs: setup  ## docs/*.md from checks, known issues, error texts and audits
 	@$(BIN)/python tools/docs.py

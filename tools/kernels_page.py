@@ -30,7 +30,8 @@ the binary tells what it needs. It does not tell how fast it is.
 
     radeon-stack image audit --kernels --arch gfx1201                     # by this Python's triton
     radeon-stack image audit --kernels radeon-stack/train:rocm7.1.1-…     # by an image's own
-    make kernels                                                          # two tritons, six GPUs
+    make kernels                                                          # two tritons, six GPUs: what has changed
+    make kernels ALL=1                                                    # … and what has not
     python -m radeon_stack.kernels.warm --target gfx1201 FOLDER           # as images for GPUs ship them, compiled
 
 With RADEON_STACK_KERNELS=FOLDER a run by the same triton finds the last ones and does not compile them: the launcher
@@ -39,8 +40,12 @@ variables that change what it makes (TRITON_DEFAULT_FP_FUSION, AMDGCN_USE_BUFFER
 read-only. That all which the recipes launch is there is tested with stand-ins for tensors; what it takes and saves:
 [shipped_kernels.json](../benchmarks/shipped_kernels.json).
 
+`make kernels` takes from [kernels_audit.json](../benchmarks/kernels_audit.json) what has the same digest there: of the
+code of a kernel and of all that it calls, constants and types, target, triton, and what judges the binary. One in
+twenty of these it compiles all the same, each day others: figures that differ are found. `RECORD=1` writes that file.
+
 Exit 7: a dot without matrix instructions, vector registers or scratch memory spilt in a default configuration, more
-than 64 KiB of LDS, or no binary.
+than 64 KiB of LDS, no binary, or a record that is wrong.
 
 - **matrix**: WMMA or MFMA instructions as they stand in the code.
 - **VGPR**: vector registers of a lane, of 256 that can be addressed (gfx942 and gfx950: 512, accumulation registers

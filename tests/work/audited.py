@@ -51,6 +51,7 @@ def aborting(a, block: tl.constexpr):
 class Aborting:
     """Stands for a kernel on which the compiler dies."""
 
+    fn = None  # no source
     arg_names: tuple[str, ...] = ()
 
     def run(self, *args: Any, **options: Any) -> None:

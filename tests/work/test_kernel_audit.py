@@ -15,6 +15,7 @@ import pytest
 from radeon_stack.errors import Exit, MachineError
 from radeon_stack.kernels.audit.assembly import read_assembly
 from radeon_stack.kernels.audit.chips import CHIPS, waves_by_registers
+from radeon_stack.kernels.audit.known import recorded
 from tests.conftest import ROOT, Cli
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -140,6 +141,48 @@ def test_what_a_launch_compiles_is_what_the_audit_compiled(audited: Audited, tmp
     assert hit in keys and miss not in keys
     new = {path.name for path in warm.iterdir()} - set(held)
     assert len(new) == 1, "an inner size that is not divisible by 16 is another binary, and the one that was is not"
+
+
+def test_what_is_recorded_and_unchanged_is_taken_but_for_a_sample(audited: Audited, tmp_path: Path) -> None:
+    code, told, _ = audited_again(audited, tmp_path, "no dot", audited.record["rows"])
+    assert (code, told["taken"], told["compiled"], told["untrue"]) == (Exit.OK, 1, 1, [])
+    assert {row["arch"]: row["vgprs"] for row in told["rows"]} == {
+        arch: audited.row("no dot", arch)["vgprs"] for arch in ("gfx1201", "gfx942")
+    }
+
+
+def test_a_record_that_was_edited_by_hand_is_found(audited: Audited, tmp_path: Path) -> None:
+    edited = [row | {"vgprs": 7} for row in audited.record["rows"] if "vgprs" in row]
+    code, told, err = audited_again(audited, tmp_path, "no dot", edited)
+    assert code == Exit.CHECK and len(told["untrue"]) == 1
+    assert re.search(r"the record is wrong in 1 .*; gfx\d+ no dot: vgprs \d+, recorded 7\n", err)
+
+
+def test_what_did_not_hold_is_compiled_again_and_so_is_what_the_record_has_of_another_kernel(
+    audited: Audited, tmp_path: Path
+) -> None:
+    code, told, _ = audited_again(audited, tmp_path, "does not compile", audited.record["rows"])
+    assert (code, told["taken"], told["compiled"], told["untrue"]) == (Exit.CHECK, 0, 2, [])
+    others = [row | {"digest": f"another {place}"} for place, row in enumerate(audited.record["rows"])]
+    code, told, _ = audited_again(audited, tmp_path, "no dot", others)
+    assert (code, told["taken"], told["compiled"]) == (Exit.OK, 0, 2)
+
+
+def audited_again(
+    audited: Audited, folder: Path, only: str, rows: list[dict[str, Any]]
+) -> tuple[int, dict[str, Any], str]:
+    """Its code, its record and what it complained of, when these rows are recorded."""
+    record = {"triton": {audited.record["triton"]: {"rows": [recorded(row) for row in rows]}}}
+    (folder / "known.json").write_text(json.dumps(record))
+    arguments = ["--target", "gfx1201", "gfx942", "--from", KERNELS, "--only", only, "--known", folder / "known.json"]
+    done = run(audited.python, *arguments, "--json", folder / "told.json")
+    return done.returncode, json.loads((folder / "told.json").read_text()), done.stderr
+
+
+def test_a_file_that_is_no_record_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "known.json").write_text("<<<<<<< ours")
+    refused = run(Path(sys.executable), "--target", "gfx1201", "--from", KERNELS, "--known", tmp_path / "known.json")
+    assert refused.returncode == Exit.USAGE and "is no record of an audit" in refused.stderr
 
 
 def test_an_interpreter_is_refused_and_so_are_kernels_that_need_more_than_triton(tmp_path: Path) -> None:

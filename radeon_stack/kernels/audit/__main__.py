@@ -2,10 +2,13 @@
 
   python -m radeon_stack.kernels.audit --target gfx1201
   python -m radeon_stack.kernels.audit --all-targets --json audit.json
+  python -m radeon_stack.kernels.audit --all-targets --known benchmarks/kernels_audit.json
+
+With --known only what that record has not yet is compiled, and of what it has a sample, to see whether it tells true.
 
 Exit 7 when a dot has no matrix instructions, a default configuration spills, a workgroup needs more than 64 KiB of
-LDS, or something does not compile; 3 when triton is missing. Marked °: not a default configuration, where spills are
-told and no more.
+LDS, something does not compile, or the record is wrong; 3 when triton is missing. Marked °: not a default
+configuration, where spills are told and no more.
 """
 
 from __future__ import annotations
@@ -18,15 +21,15 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from radeon_stack import atomic
 from radeon_stack.errors import Exit
-from radeon_stack.kernels.audit.auditing import Variants, audit_variants
+from radeon_stack.kernels.audit.auditing import Pair, Variants, audit_pairs, chosen
 from radeon_stack.kernels.audit.chips import CHIPS
-from radeon_stack.kernels.audit.findings import Row
+from radeon_stack.kernels.audit.known import sample, taken, trusted, untrue
 from radeon_stack.kernels.audit.table import text_table
 
 KERNELS = "radeon_stack.kernels.variants"
@@ -48,22 +51,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         return _fail(Exit.USAGE, f"{arguments.module} cannot be imported: {error}; kernels may import triton alone")
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        rows = _run(arguments, variants, targets, arguments.cache or Path(folder))
-    if not rows:
+    pairs = chosen(variants, targets, arguments.only)
+    if not pairs:
         return _fail(Exit.USAGE, f"no kernel's name contains or matches {arguments.only!r}")
+    try:
+        known = _known(arguments.known, triton.__version__)
+    except (OSError, ValueError, KeyError) as error:
+        return _fail(Exit.USAGE, f"{arguments.known} is no record of an audit: {type(error).__name__}: {error}")
+    again = sample(known.keys() & {pair.digest for pair in pairs}, arguments.seed)
+    held = known.keys() - again
+    new = [pair for pair in pairs if pair.digest not in held]
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = _compile(new, arguments.cache or Path(folder), arguments.at_once)
+    wrong = [
+        f"{row['arch']} {row['name']}: {'; '.join(differences)}"
+        for row in compiled
+        if row["digest"] in again and (differences := untrue(known[row["digest"]], row))
+    ]
+    old = [taken(known[pair.digest]) for pair in pairs if pair.digest in held]
     record = {
         "triton": triton.__version__,
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "seconds": round(time.monotonic() - begun, 1),
         "targets": targets,
-        "rows": [row.as_json() for row in rows],
+        "taken": len(old),
+        "compiled": len(compiled),
+        "untrue": wrong,
+        "rows": _in_order([*compiled, *old], targets),
     }
     if arguments.json:
         atomic.write_text(arguments.json, json.dumps(record, indent=2) + "\n")
-    print(json.dumps(record, indent=2) if arguments.print_json else _table(record))
-    return _verdict(record["rows"])
+    print(json.dumps(record, indent=2) if arguments.print_json else _told(record, _in_order(compiled, targets)))
+    return _verdict(record)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,6 +97,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", default="*", metavar="PATTERN", help="kernels whose name contains or matches it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write versions, date and rows there")
     parser.add_argument("--print-json", action="store_true", help="… or print them, instead of a table")
+    parser.add_argument("--known", type=Path, metavar="FILE", help="a record, from which is taken what has not changed")
+    parser.add_argument(
+        "--seed", default=time.strftime("%Y-%m-%d", time.gmtime()), help="of the sample; the day, so that it moves"
+    )
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="Triton's cache; else a temporary one")
     parser.add_argument(
         "--from", dest="module", default=KERNELS, metavar="MODULE", help=f"of variants(arch); {KERNELS}"
@@ -85,34 +109,42 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: argparse.Namespace, variants: Variants, targets: list[str], cache: Path) -> list[Row]:
+def _known(file: Path | None, version: str) -> dict[str, Mapping[str, Any]]:
+    """Of a record of tools/kernels.py, what it has of this triton and can be taken, by digest."""
+    tritons = json.loads(file.read_text(encoding="utf-8"))["triton"] if file else {}
+    return trusted(tritons[version]["rows"]) if version in tritons else {}
+
+
+def _compile(pairs: Sequence[Pair], cache: Path, at_once: int) -> list[dict[str, Any]]:
     rows = []
-    for row in audit_variants(
-        variants,
-        targets,
-        cache,
-        only=arguments.only,
-        at_once=arguments.at_once,
-    ):
+    for row in audit_pairs(pairs, cache, at_once=at_once):
         mark = "✗" if row.findings else "✓"
         print(f"{mark} {row.arch} {row.name} {row.seconds:.1f} s", file=sys.stderr, flush=True)
-        rows.append(row)
-    order = {arch: place for place, arch in enumerate(targets)}
-    return sorted(rows, key=lambda row: (row.name, order[row.arch]))
+        rows.append(row.as_json())
+    return rows
 
 
-def _table(record: dict[str, Any]) -> str:
-    rows = record["rows"]
-    told = f"triton {record['triton']}: {len(rows)} in {record['seconds']} s, compiled, not run"
-    return f"{text_table(rows)}\n\n{told}"
+def _in_order(rows: Sequence[dict[str, Any]], targets: Sequence[str]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: (row["name"], targets.index(row["arch"])))
 
 
-def _verdict(rows: list[dict[str, Any]]) -> int:
+def _told(record: Mapping[str, Any], compiled: Sequence[dict[str, Any]]) -> str:
+    """What was compiled now, as a table."""
+    taken = f"taken from the record: {record['taken']}, " if record["taken"] else ""
+    told = f"triton {record['triton']}: {taken}compiled, not run: {record['compiled']}, in {record['seconds']} s"
+    return f"{text_table(compiled)}\n\n{told}"
+
+
+def _verdict(record: Mapping[str, Any]) -> int:
+    rows, untrue = record["rows"], record["untrue"]
     failed = [row for row in rows if row["findings"]]
-    if not failed:
-        return Exit.OK
-    first = f"{failed[0]['arch']} {failed[0]['name']}: {failed[0]['findings'][0]}"
-    return _fail(Exit.CHECK, f"{len(failed)} of {len(rows)} do not hold; {first}")
+    code: int = Exit.OK
+    if failed:
+        first = f"{failed[0]['arch']} {failed[0]['name']}: {failed[0]['findings'][0]}"
+        code = _fail(Exit.CHECK, f"{len(failed)} of {len(rows)} do not hold; {first}")
+    if untrue:
+        code = _fail(Exit.CHECK, f"the record is wrong in {len(untrue)} that were compiled again; {untrue[0]}")
+    return code
 
 
 def _fail(code: Exit, what: str) -> int:

@@ -32,6 +32,9 @@ class Row:
     dots: int = 0
     """tl.dot operations in the kernel, unrolled and pipelined copies included."""
     key: str = ""
+    """Triton's: the binary's folder in its cache."""
+    digest: str = ""
+    """Ours, of all that decides the row: `audit.digest`."""
     seconds: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
@@ -73,5 +76,5 @@ def judge(variant: Variant, arch: str, compiled: Compiled, seconds: float = 0.0)
         waves,
         len(layouts),
         compiled.key,
-        round(seconds, 2),
+        seconds=round(seconds, 2),
     )
