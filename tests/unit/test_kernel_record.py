@@ -37,10 +37,17 @@ def test_a_row_comes_back_from_the_record_as_it_went_in(row: dict[str, Any]) -> 
     assert untrue(back, row) == [] == untrue(recorded(row), row)
 
 
-@given(ROWS, st.sampled_from(COUNTS))
+@given(ROWS, st.sampled_from([name for name in COUNTS if name != "code"]))
 def test_a_figure_that_was_changed_is_named(row: dict[str, Any], name: str) -> None:
-    assert untrue(recorded(row) | {"name": "x" * 9}, row) == [f"name {row['name']}, recorded {'x' * 9}"]
     assert untrue(recorded(row) | {name: row[name] + 1}, row) == [f"{name} {row[name]}, recorded {row[name] + 1}"]
+    assert untrue(recorded(row) | {"name": "x" * 9}, row) == [f"name {row['name']}, recorded {'x' * 9}"]
+
+
+@given(ROWS, st.integers(0, 10**6), st.integers(0, 10**6))
+def test_code_may_be_a_little_longer_or_shorter(row: dict[str, Any], told: int, found: int) -> None:
+    close = abs(told - found) <= 0.02 * told
+    differences = [] if close else [f"code {found}, recorded {told}"]
+    assert untrue(recorded(row) | {"code": told}, row | {"code": found}) == differences
 
 
 @given(st.lists(ROWS, max_size=5))

@@ -155,7 +155,7 @@ def test_a_record_that_was_edited_by_hand_is_found(audited: Audited, tmp_path: P
     edited = [row | {"vgprs": 7} for row in audited.record["rows"] if "vgprs" in row]
     code, told, err = audited_again(audited, tmp_path, "no dot", edited)
     assert code == Exit.CHECK and len(told["untrue"]) == 1
-    assert re.search(r"the record is wrong in 1 .*; gfx\d+ no dot: vgprs \d+, recorded 7\n", err)
+    assert re.search(r"the record is wrong in 1 .*:\n  gfx\d+ no dot: vgprs \d+, recorded 7\n", err)
 
 
 def test_what_did_not_hold_is_compiled_again_and_so_is_what_the_record_has_of_another_kernel(

@@ -143,7 +143,8 @@ def _verdict(record: Mapping[str, Any]) -> int:
         first = f"{failed[0]['arch']} {failed[0]['name']}: {failed[0]['findings'][0]}"
         code = _fail(Exit.CHECK, f"{len(failed)} of {len(rows)} do not hold; {first}")
     if untrue:
-        code = _fail(Exit.CHECK, f"the record is wrong in {len(untrue)} that were compiled again; {untrue[0]}")
+        told = "".join(f"\n  {line}" for line in untrue)
+        code = _fail(Exit.CHECK, f"the record is wrong in {len(untrue)} that were compiled again:{told}")
     return code
 
 

@@ -9,6 +9,9 @@ from typing import Any
 Row = Mapping[str, Any]
 
 ONE_IN = 20  # of the rows that are taken, so many are compiled again: a minute a triton on two busy cores
+# Triton 3.9 makes a few instructions more or less of the same source, as the addresses in its process happen to be: up
+# to 0.5 % of the code were seen, and no register.
+CLOSE = 0.02
 WHOSE = ("name", "arch")
 COUNTS = ("dots", "vgprs", "agprs", "sgprs", "vgpr_spills", "sgpr_spills", "scratch", "lds", "waves_per_simd", "code")
 NOTHING = {"default": False, "matrix": {}, **dict.fromkeys(COUNTS, 0), "findings": [], "remarks": []}
@@ -39,7 +42,9 @@ def taken(row: Row) -> dict[str, Any]:
 def untrue(told: Row, found: Row) -> list[str]:
     """Where a recorded row differs from what was compiled now: "vgprs 78, recorded 77"."""
     told, found = ({name: _listed(value) for name, value in taken(row).items()} for row in (told, found))
-    return [f"{name} {found[name]}, recorded {told[name]}" for name in (*WHOSE, *NOTHING) if found[name] != told[name]]
+    close = abs(found["code"] - told["code"]) <= CLOSE * told["code"]
+    differing = [name for name in (*WHOSE, *NOTHING) if found[name] != told[name] and not (name == "code" and close)]
+    return [f"{name} {found[name]}, recorded {told[name]}" for name in differing]
 
 
 def _listed(value: Any) -> Any:
