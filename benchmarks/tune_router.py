@@ -50,7 +50,7 @@ def microseconds(call: Callable[[], Any]) -> float | None:
 
 def forward(tokens: int) -> Row:
     x, matrix, weight, index, logits = tensors(tokens)
-    sizes = {"EXPERTS": EXPERTS, "PADDED": EXPERTS, "TOP_K": TOP_K, "TOP_PADDED": TOP_K, "NORMALISE": True}
+    sizes = {"EXPERTS": EXPERTS, "PADDED": EXPERTS, "TOP_K": TOP_K, "TOP_PADDED": 16, "NORMALISE": True}
     tried = []
     for block, step, (warps, stages) in FORWARD:
         if (block + EXPERTS) * step * 2 * stages > SHARED or (warps == 2 and block > 16):
@@ -96,14 +96,13 @@ def back(tokens: int) -> Row:
 
 def sort(tokens: int) -> Row:
     index = torch.stack([torch.randperm(EXPERTS, device="cuda")[:TOP_K] for _ in range(tokens)])
-    own, tried = dict(configs.FEW_SLOTS), []
+    own, tried = dict(configs.FEW_SLOTS["cuda"]), []
     for chunk, warps in CHUNKS:
-        configs.FEW_SLOTS.clear()
-        configs.FEW_SLOTS[index.numel()] = chunk, warps
+        configs.FEW_SLOTS["cuda"] = {index.numel(): (chunk, warps)}
         tried.append((microseconds(lambda: routing.route(index, EXPERTS)), chunk, warps))
-    configs.FEW_SLOTS.clear()
+    configs.FEW_SLOTS["cuda"] = {}
     apart = microseconds(lambda: routing.route(index, EXPERTS))
-    configs.FEW_SLOTS.update(own)
+    configs.FEW_SLOTS["cuda"] = own
     return told("sort", tokens, apart, tried)
 
 

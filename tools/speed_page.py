@@ -26,7 +26,8 @@ model.set_experts_implementation("radeon_nf4")  # read packed, decoded tile by t
 
 - `kernels/experts.py`: mixture-of-experts layers over 16-bit or NF4 experts, gradients of everything, adapters an
   expert. Sums have a fixed order: twice is the same to the bit. The host is never asked for a number.
-- `kernels/router.py`: softmax, the top experts and their weights, in one launch each way.
+- `kernels/router.py`: the router with its linear layer, softmax, the top experts and their weights, in one launch each
+  way.
 - `kernels/linear.py`: an NF4 linear layer with a LoRA adapter.
 - `kernels/nf4.py`: decoded values are bitsandbytes' to the bit.
 - `kernels/jit/turned.py`: on CUDA, decoded values go from registers to the matrix units. NVIDIA's assembler before 13.3
@@ -51,7 +52,7 @@ def page() -> str:
 def _section(record: Mapping[str, Any]) -> list[str]:
     card, floor, versions = record["card"], record["floor"], record["versions"]
     software = ", ".join(f"{name} {version}" for name, version in versions.items())
-    parts = [f"## {card['name']}, {card['date'][:10]}", ""]
+    parts = [f"## {card['name']}, {card['date'][:10]}, transformers {versions['transformers']}", ""]
     told = (
         f"`benchmarks/kernel_speed.py` at commit {card['commit'][:7]}; {software}; driver {card['driver']}. Measured "
         f"on that card first: {floor['bandwidth'] / 1e9:.0f} GB/s, {floor['matrix']['bfloat16'] / 1e12:.0f} TFLOP/s "

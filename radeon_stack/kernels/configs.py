@@ -140,7 +140,10 @@ NF4_DECODE_BLOCK = 4096  # values that a program decodes
 FP8_DECODE_BLOCK = 1024  # columns of a row that a program decodes
 # Up to so many slots an expert's program looks at all of them: (at a time, warps). Beyond, they are counted first.
 # On an H200 one launch takes less than both even at 131,072 (tune_router_h200.json); of more nothing was timed.
-FEW_SLOTS = {1024: (1024, 4), 131072: (8192, 8)}
+FEW_SLOTS = {
+    "cuda": {1024: (1024, 4), 131072: (8192, 8)},
+    "hip": {1024: (1024, 4), 131072: (4096, 8)},  # of 8192 Triton 3.5 spills on RDNA
+}
 HEAD_BLOCK, HEAD_WARPS = 2048, 8  # words at once, of a row of logits
 GATE_BLOCK = (8, 256)  # rows and columns at once, of the gate alone; no others were tried
 GATE_APART_ROWS = {"cuda": 96.0, "hip": float("inf")}
@@ -175,13 +178,13 @@ GATE = {
         8192: Tile(64, 128, 128, 8, 4),
         16384: Tile(64, 128, 64, 4, 4),
     },
-    "hip": {2048: Tile(16, 128, 64, 4, 2), 4096: Tile(32, 128, 64, 4, 2)},
+    "hip": {16384: Tile(16, 128, 64, 4, 2)},  # others spill
 }
 # Of more tokens the way back is two launches. There an H200 takes 58 µs for the one and 24 for both at 8192 tokens, at
 # 512 11 and 9: less than a launch takes of the host, which a step of few tokens waits for.
 GATE_BACK = {
     "cuda": {256: Tile(16, 128, 128, 8, 1), 4096: Tile(32, 64, 128, 4, 1)},
-    "hip": {256: Tile(16, 64, 128, 4, 1), 4096: Tile(32, 64, 128, 4, 1)},
+    "hip": {4096: Tile(32, 64, 128, 8, 1)},
 }
 GATE_BACK_PROGRAMS = 256  # at least, where there are so many columns: what a program does first is the same for each
 FP8 = {  # compiled and audited, not timed yet

@@ -137,7 +137,8 @@ def _gate_sizes(
     """(programs, constants, options) of a gate's launch."""
     padded = max(16, next_power(experts))
     tile = gate_tile(family(device), tokens, padded)
-    sizes = {"EXPERTS": experts, "PADDED": padded, "TOP_K": top_k, "TOP_PADDED": next_power(top_k)}
+    # 16: what follows the product has its layout, and on RDNA that is of no less.
+    sizes = {"EXPERTS": experts, "PADDED": padded, "TOP_K": top_k, "TOP_PADDED": max(16, next_power(top_k))}
     constants = {**sizes, "NORMALISE": normalise, "BLOCK_T": tile.m, "BLOCK_K": tile.k}
     return (cdiv(tokens, tile.m), 1, 1), constants, {"warps": tile.warps, "stages": tile.stages}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from radeon_stack.kernels.configs import FEW_SLOTS, row_block
-from radeon_stack.kernels.launch import launch
+from radeon_stack.kernels.launch import family, launch
 from radeon_stack.kernels.sizes import cdiv, next_power
 
 
@@ -50,8 +50,9 @@ def route(index: Tensor, experts: int, *, partial: bool = False) -> Routing:
     slots = (index.new_zeros if partial else index.new_empty)(size, dtype=torch.int32)
     offsets = index.new_empty(experts + 1, dtype=torch.int32)
     routing = Routing(slots, offsets, index.shape[0], index.shape[1], experts, partial)
-    if size <= max(FEW_SLOTS, default=0):
-        chunk, warps = FEW_SLOTS[row_block(size, FEW_SLOTS)]
+    few = FEW_SLOTS[family(index.device)]
+    if size <= max(few, default=0):
+        chunk, warps = few[row_block(size, few)]
         arguments = (index, slots, offsets, size, experts)
         launch(kernels.sort_few_slots, (experts, 1, 1), arguments, {"CHUNK": chunk}, warps=warps)
         return routing

@@ -198,7 +198,7 @@ def _fp8() -> Iterator[Variant]:
 def _routing() -> Iterator[Variant]:
     types = {"expert_of": "*i64", "counts": "*i32", "slots": "*i32", "offsets": "*i32"}
     types |= dict.fromkeys(("size", "blocks", "experts"), "i32")
-    for slots, (chunk, warps) in configs.FEW_SLOTS.items():
+    for slots, (chunk, warps) in configs.FEW_SLOTS[FAMILY].items():
         yield _variant(f"sort {slots} slots", routing.sort_few_slots, {"CHUNK": chunk}, types, warps=warps, dot=False)
     sizes = {"PADDED": 128, "BLOCK": 512, "CHUNK": 32}
     yield _variant("count experts", routing.count_experts, sizes, types, warps=8, dot=False)
@@ -215,7 +215,7 @@ def _routing() -> Iterator[Variant]:
         yield _variant(f"router {tokens}", router.router_forward, constants, index, dot=False)
         yield _variant(f"router back {tokens}", router.router_backward, {**sizes, **after}, index, dot=False)
     for tokens, tile in configs.GATE[FAMILY].items():
-        constants = {**sizes, "TOP_PADDED": 8, "NORMALISE": True, "BLOCK_T": tile.m, "BLOCK_K": tile.k}
+        constants = {**sizes, "TOP_PADDED": 16, "NORMALISE": True, "BLOCK_T": tile.m, "BLOCK_K": tile.k}
         name = f"gate {tokens} tokens"
         yield _variant(name, router.gate_forward, constants, index, warps=tile.warps, stages=tile.stages)
     for tokens, tile in configs.GATE_BACK[FAMILY].items():

@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from radeon_stack.kernels import configs, routing
+from radeon_stack.kernels import configs
 from radeon_stack.kernels.configs import FEW_SLOTS, GATE_BACK, Tile
 from radeon_stack.kernels.router import _back_sizes, gate, router, router_reference
 from radeon_stack.kernels.routing import combine, combine_reference, route, route_reference
@@ -25,12 +25,12 @@ def test_slots_are_sorted_by_expert_and_stay_in_order_within_one(data: st.DataOb
     assert torch.equal(found.slots, wanted.slots)
 
 
-@pytest.mark.parametrize("few", [FEW_SLOTS, {}], ids=["at once", "in blocks"])
+@pytest.mark.parametrize("few", [FEW_SLOTS["cuda"], {}], ids=["at once", "in blocks"])
 @pytest.mark.parametrize("tokens", [1, 5, 300, 1024, 1025, 2100])
 def test_few_slots_are_sorted_in_one_launch_and_many_over_several_blocks(
     device: str, tokens: int, few: dict[int, tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(routing, "FEW_SLOTS", few)
+    monkeypatch.setitem(FEW_SLOTS, "cuda", few)
     index = torch.randint(0, 128, (tokens, 8), device=device)
     found, wanted = route(index, 128), route_reference(index, 128)
     assert torch.equal(found.slots, wanted.slots)
@@ -42,11 +42,11 @@ def test_no_slots_are_no_experts(device: str) -> None:
     assert found.offsets.tolist() == [0, 0, 0, 0] and not len(found.slots)
 
 
-@pytest.mark.parametrize("few", [FEW_SLOTS, {}], ids=["at once", "in blocks"])
+@pytest.mark.parametrize("few", [FEW_SLOTS["cuda"], {}], ids=["at once", "in blocks"])
 def test_slots_of_no_expert_are_left_out(
     device: str, few: dict[int, tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(routing, "FEW_SLOTS", few)
+    monkeypatch.setitem(FEW_SLOTS, "cuda", few)
     index = torch.tensor([[0, 3], [3, 1], [3, 3]], device=device)  # 3: an expert of another rank
     found = route(index, 3, partial=True)
     assert found.offsets.tolist() == [0, 1, 2, 2]
