@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from radeon_stack.catalog.folders import data_folder
 from radeon_stack.catalog.locks import Sources, load_sources
@@ -16,6 +16,7 @@ from radeon_stack.catalog.tables import Table, read_table, typed
 from radeon_stack.errors import UsageError
 
 CPU = "cpu"
+VENV = "/opt/venv"  # where images have their Python: the contract of rocm/pytorch
 Gfx = Annotated[str, Field(pattern=r"^gfx[0-9a-f]{3,5}$")]
 Names = Annotated[tuple[Gfx, ...], Field(strict=False)]
 Version = Annotated[str, Field(pattern=r"^\d+(\.\d+)+$")]
@@ -35,6 +36,16 @@ class Base(Table):
     source: str = Field(min_length=1, description="where these facts are from")
 
 
+class KindBase(Base):
+    """Another base, that a kind of image starts from for some gfx of a release."""
+
+    gfx: Names = Field(min_length=1)
+    home: str = Field(VENV, pattern=r"^(/[A-Za-z0-9._-]+)+$", description="where its Python is")
+    brings: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], Version] = Field(
+        {}, description="packages it was chosen for: they stay, all else agrees with them, and they must import"
+    )
+
+
 class Release(Base):
     """A ROCm release and the gfx names it has code for."""
 
@@ -44,6 +55,14 @@ class Release(Base):
     drivers: Annotated[tuple[Version, ...], Field(strict=False)] = Field(
         (), description="amdgpu driver versions it was released for, by their beginning; empty: not known"
     )
+    kinds: dict[str, KindBase] = Field({}, description="by kind of image")
+
+    @model_validator(mode="after")
+    def _kinds_have_code(self) -> Release:
+        for name, base in self.kinds.items():
+            if foreign := set(base.gfx) - {*self.gfx, *self.unofficial}:
+                raise ValueError(f"kinds.{name}.gfx to be of the release's own, unlike {', '.join(sorted(foreign))}")
+        return self
 
 
 class PlatformFile(Table):
@@ -70,6 +89,14 @@ class Platform:
     official: bool = True
     drivers: tuple[str, ...] = ()
     source: str = ""
+    home: str = VENV
+    brings: Mapping[str, str] = field(default_factory=dict, hash=False)
+    kinds: Mapping[str, Platform] = field(default_factory=dict, hash=False, repr=False)
+    """What it is for kinds of image that start from another base."""
+
+    def of_kind(self, kind: str) -> Platform:
+        """The platform as a kind of image has it."""
+        return self.kinds.get(kind, self)
 
     @property
     def family(self) -> str:
@@ -172,7 +199,7 @@ def _cpu(base: Base, sources: Sources) -> Platform:
 
 
 def _pair(release: Release, gfx: str, sources: Sources) -> Platform:
-    return Platform(
+    platform = Platform(
         name=f"rocm{release.name}-{gfx}",
         base=release.base,
         digest=sources.digests.get(release.base),
@@ -185,3 +212,9 @@ def _pair(release: Release, gfx: str, sources: Sources) -> Platform:
         drivers=release.drivers,
         source=release.source,
     )
+    kinds = {
+        kind: replace(platform, digest=sources.digests.get(other.base), **other.model_dump(exclude={"gfx"}))
+        for kind, other in release.kinds.items()
+        if gfx in other.gfx
+    }
+    return replace(platform, kinds=kinds)

@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -294,24 +295,16 @@ def chosen_platforms(archs: tuple[str, ...], rocm: str | None) -> list[Platform]
 
 def rendered_spec(platform: Platform, **chosen: Any) -> ImageSpec:
     """The spec by what the catalog says alone: nobody is asked."""
-    base = base_reference(platform, chosen["base"], chosen["base_registry"])
-    return image_spec(chosen["kind"], platform, choices=_choices(chosen["wheels"]), base=base, trim=chosen["trim"])
+    spec = image_spec(chosen["kind"], platform, choices=_choices(chosen["wheels"]), trim=chosen["trim"])
+    base = base_reference(spec.platform, chosen["base"], chosen["base_registry"])
+    return replace(spec, base=base, identity=base)
 
 
 def found_spec(platform: Platform, **chosen: Any) -> ImageSpec:
     """The spec upon the base as it is found: ImageError when it cannot be had."""
-    choices = _choices(chosen["wheels"])
-    image_spec(chosen["kind"], platform, choices=choices)  # a bad choice is told before the base is looked for
-    base = find_base(platform, chosen["base"], chosen["base_registry"])
-    return image_spec(
-        chosen["kind"],
-        platform,
-        choices=choices,
-        base=base.reference,
-        identity=base.identity,
-        trim=chosen["trim"],
-        base_env=base.env if chosen["trim"] else (),
-    )
+    spec = rendered_spec(platform, **chosen)  # a bad choice is told before the base is looked for
+    base = find_base(spec.platform, chosen["base"], chosen["base_registry"])
+    return replace(spec, base=base.reference, identity=base.identity, base_env=base.env if spec.trim else ())
 
 
 def build_settings(chosen: dict[str, Any]) -> BuildSettings:

@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class Lock:
     from_source: bool = False
     brings: tuple[str, ...] = ()
     """Of `NOT_OURS`, what is in it all the same: it is for no image."""
+    beside: tuple[str, ...] = ()
+    """What a base brings: nothing of it is in the lock, and all that is agrees with it."""
 
     @property
     def inputs(self) -> str:
@@ -55,7 +57,8 @@ class Lock:
             "without": sorted(self.without),
             "from_source": self.from_source,
         }
-        return key_of(told | ({"brings": sorted(self.brings)} if self.brings else {}))
+        more = {name: sorted(value) for name, value in (("brings", self.brings), ("beside", self.beside)) if value}
+        return key_of(told | more)
 
     @property
     def header(self) -> str:
@@ -70,20 +73,26 @@ def all_locks(docker: Path) -> list[Lock]:
     project = _project(docker)
     optional = project["optional-dependencies"]
     platforms, kinds, wheels = load_platforms(docker), load_kinds(docker), load_wheels(docker)
-    releases: dict[str, Platform] = {platform.release: platform for platform in platforms.values()}
+    releases: dict[str, list[Platform]] = {}
+    for platform in platforms.values():
+        releases.setdefault(platform.release, []).append(platform)
     cpu = platforms["cpu"]
     found = [Lock("dev", LOWEST_PYTHON, (*optional["dev"], *optional["publish"]), cpu.torch, brings=("triton",))]
     for version in TRITONS:
         pinned = (f"triton=={version}",)
         found.append(Lock(f"triton-{version}", LOWEST_PYTHON, pinned, cpu.torch, brings=("triton",)))
     for kind_name, kind in kinds.items():
-        for release, platform in releases.items():
+        for release, those in releases.items():
+            # One lock for all bases of a release: it fits that which brings most, and so the others.
+            platform = max((one.of_kind(kind_name) for one in those), key=lambda one: len(one.brings))
             addition = kind.addition(platform.backend)
             asked = [*project["dependencies"], *optional[kind.extra], *addition.requirements]
             for name in kind.wheel_names(platform.backend):
                 asked += wheels[name].requires
             unique = tuple(dict.fromkeys(asked))
-            found.append(Lock(f"{kind_name}-{release}", LOWEST_PYTHON, unique, platform.torch, addition.without))
+            beside = tuple(f"{name}=={version}" for name, version in platform.brings.items())
+            name = f"{kind_name}-{release}"
+            found.append(Lock(name, LOWEST_PYTHON, unique, platform.torch, addition.without, beside=beside))
     for name, wheel in wheels.items():
         for variant_name, variant in wheel.variants.items():
             if not variant.built:
@@ -119,7 +128,8 @@ def problems(docker: Path) -> list[str]:
 def unresolved_bases(docker: Path) -> list[str]:
     """Bases whose digest is not known yet: they are named by tag until somebody who can reach them locks them."""
     digests = load_sources(docker).digests
-    bases = {platform.base for platform in load_platforms(docker).values() if platform.rocm}
+    platforms = [platform for platform in load_platforms(docker).values() if platform.rocm]
+    bases = {one.base for platform in platforms for one in (platform, *platform.kinds.values())}
     return sorted(base for base in bases if base not in digests)
 
 
@@ -190,6 +200,11 @@ def _compile(lock: Lock, folder: Path, before: str) -> str:
     (folder / "overrides.txt").write_text(f"torch=={lock.torch}\n", encoding="utf-8")
     command = [*_uv(), "pip", "compile", str(source), "--config-file", str(config), "--output-file", str(output)]
     command += ["--override", str(folder / "overrides.txt"), "--python-version", lock.python]
+    if lock.beside:
+        together = replace(lock, requirements=(*lock.requirements, *lock.beside), beside=())
+        with tempfile.TemporaryDirectory() as another:
+            (folder / "beside.txt").write_text(_compile(together, Path(another), before), encoding="utf-8")
+        command += ["--constraint", str(folder / "beside.txt")]
     command += ["--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links", "--quiet"]
     for name in (*(name for name in NOT_OURS if name not in lock.brings), *lock.without):
         command += ["--no-emit-package", name]

@@ -111,7 +111,7 @@ def description(spec: ImageSpec, key: str) -> dict[str, Any]:
         "env": dict(spec.runtime_env),
         "wheels": dict(spec.variants),
         "commits": {w.name: env["COMMIT"] for w in spec.wheels if "COMMIT" in (env := dict(w.env))},
-        "imports": sorted((*spec.kind.imports, *addition.imports)),
+        "imports": sorted((*spec.kind.imports, *addition.imports, *platform.brings)),
         "apart": list(spec.kind.apart),
         "modules": list(spec.modules),
         "without": sorted(addition.without),

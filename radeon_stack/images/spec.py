@@ -84,7 +84,7 @@ def image_spec(
 ) -> ImageSpec:
     """The spec of an image; `choices` are variants by wheel. UsageError names what does not exist."""
     docker = docker or data_folder("docker")
-    kind = find_kind(kind_name, docker)
+    kind, platform = find_kind(kind_name, docker), platform.of_kind(kind_name)
     variants = _variants(kind, platform, choices or {}, docker)
     wheels = load_wheels(docker)
     settings = {name: find_variant(wheels, name, variant) for name, variant in variants.items()}

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from radeon_stack.catalog.platforms import load_platforms
 from radeon_stack.runs.events import Event, Loaded
 from radeon_stack.text import one_line
 
@@ -38,7 +39,7 @@ def loaded_of(events: Iterable[Event]) -> list[Loaded]:
 def loaded_text(event: Loaded) -> str:
     """`llama.cpp q8_0: 5/5 right · 97 % of transformers' tokens · … · 45 tokens/s`"""
     if event.state == "missing":
-        return f"{event.loader} is not installed where this ran"
+        return "; ".join(filter(None, (f"{event.loader} is not installed where this ran", elsewhere(event))))
     told = [figure.phrase.format(figure.text) for figure in figures(event) if figure.text]
     line = f"{event.loader}: {' · '.join(told)}"
     return one_line(line if not event.broken else f"{line}: {event.broken[0]}", LENGTH)
@@ -57,6 +58,15 @@ def figures(event: Loaded) -> list[Figure]:
         Figure("tokens/s", _of(found, "tokens_per_second", "{:.3g}"), "{} tokens/s"),
         Figure("memory", _size(found, "memory_bytes"), "{}"),
     ]
+
+
+def elsewhere(event: Loaded) -> str:
+    """Which images have a program that was missing; "" where it was not, or none has."""
+    if event.state != "missing":
+        return ""
+    having = [p for p in load_platforms().values() for other in p.kinds.values() if event.loader in other.brings]
+    releases = ", ".join(dict.fromkeys(f"--rocm {platform.rocm}" for platform in having))
+    return f"images of {releases} have it, for {', '.join(str(p.gfx) for p in having)}" if having else ""
 
 
 def files(event: Loaded) -> str:

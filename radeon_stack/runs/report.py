@@ -118,7 +118,9 @@ def contents(run: Run) -> dict[str, Any]:
         "charts": list(curves(metrics)),
         "columns": columns(events),
         "answers": answers_of(events),
-        "loaded": [(one, loaded.figures(one), loaded.files(one)) for one in loaded.loaded_of(events)],
+        "loaded": [
+            (one, loaded.figures(one), loaded.files(one), loaded.elsewhere(one)) for one in loaded.loaded_of(events)
+        ],
         "conversations": loaded.conversations(loaded.loaded_of(events)),
         "prompt": _table(facts.get("prompt")),
         "data": _table(facts.get("data")) | _table(facts.get("batches")),

@@ -103,10 +103,20 @@ def test_what_loaded_it_is_a_line_and_its_answers_stand_beside_transformers() ->
     line = loaded.loaded_text(event)
     assert line == "llama.cpp q8_0: 5/5 right · 50% of transformers' tokens · perplexity 20 · 41.2 tokens/s"
     assert loaded.conversations([event])[0].answers == [("llama.cpp q8_0", turns[0].response, 4, 2)]
-    assert loaded.loaded_text(Loaded(loader="vllm", state="missing")) == "vllm is not installed where this ran"
     assert loaded.verdict([event]) == (
         "loaded in 1 way, 1 of them within the limits; the taught answer llama.cpp q8_0 5/5"
     )
+
+
+def test_what_was_missing_is_told_with_the_images_that_have_it() -> None:
+    assert loaded.loaded_text(Loaded(loader="vllm", state="missing")) == (
+        "vllm is not installed where this ran; "
+        "images of --rocm 7.14 have it, for gfx1100, gfx1101, gfx1151, gfx1200, gfx1201"
+    )
+    assert loaded.loaded_text(Loaded(loader="llama.cpp", state="missing")) == (
+        "llama.cpp is not installed where this ran"
+    )
+    assert loaded.elsewhere(Loaded(loader="vllm")) == ""
 
 
 def test_a_loader_of_a_hostile_name_is_no_event() -> None:

@@ -13,10 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from radeon_stack.catalog.folders import data_folder
 from radeon_stack.catalog.locks import locks_folder
 from radeon_stack.catalog.platforms import load_platforms
+from radeon_stack.cli.image import image
 from radeon_stack.errors import BuildError, MachineError, UsageError
 from radeon_stack.host.clients import baking_client, building_client
 from radeon_stack.images.bases import base_reference
@@ -28,10 +30,12 @@ from radeon_stack.images.builder import (
     default_ca,
 )
 from radeon_stack.images.builds import write_context
+from radeon_stack.images.labels import TORCH
 from radeon_stack.images.locking import all_locks
 from radeon_stack.images.progress import Step, Steps
 from radeon_stack.images.render import bake_file, context, dockerfile, labels
 from radeon_stack.images.spec import ImageSpec, image_spec
+from radeon_stack.workloads.probe.base import GUARDED
 
 GOLDEN = Path(__file__).parent / "golden"
 KNOWN = load_platforms()
@@ -41,6 +45,7 @@ IN_FULL = {
     "train-rocm7.1.1-gfx1201": ("train", "rocm7.1.1-gfx1201", {}),
     "train-rocm7.14-gfx942-ck": ("train", "rocm7.14-gfx942", {"flash-attn": "ck", "bitsandbytes": "build"}),
     "verify-rocm7.1.1-gfx1201": ("verify", "rocm7.1.1-gfx1201", {}),
+    "verify-rocm7.14-gfx1201": ("verify", "rocm7.14-gfx1201", {}),
 }
 
 
@@ -153,6 +158,27 @@ def test_what_is_built_in_a_stage_leaves_the_lock() -> None:
     built = spec("train", "rocm7.1.1-gfx1201", {"bitsandbytes": "build"})
     assert "bitsandbytes==" not in built.requirements and "\ncertifi==" in built.requirements
     assert [wheel.name for wheel in built.wheels] == ["bitsandbytes", "flash-attn"]
+
+
+def test_what_a_base_was_chosen_for_stays_and_must_import_and_the_lock_agrees_with_it() -> None:
+    made = spec("verify", "rocm7.14-gfx1201")
+    assert made.base == KNOWN["rocm7.14-gfx1201"].of_kind("verify").base
+    assert "vllm" in json.loads(context(made)["image.json"])["imports"] and dict(labels(made, "k"))[TORCH] == "2.11.0"
+    assert "vllm" in GUARDED
+    packages = dict(re.findall(r"^([a-z0-9-]+)==([0-9.]+)", made.requirements, flags=re.MULTILINE))
+    assert "vllm" not in packages
+    assert packages["fastapi"] < "0.137" < spec("verify", "rocm7.2.4-gfx1201").requirements.partition("fastapi==")[2]
+    lock = next(lock for lock in all_locks(data_folder("docker")) if lock.name == "verify-rocm7.14")
+    assert lock.beside == ("vllm==0.23.0",) and lock.torch == "2.11.0"
+
+
+def test_a_base_on_the_command_line_is_taken_instead_of_a_kinds_own() -> None:
+    told = CliRunner().invoke(
+        image, ["render", "--kind", "verify", "--rocm", "7.14", "--arch", "gfx1201", "--base", "b:c"]
+    )
+    assert "FROM b:c AS base\n" in told.stdout
+    plain = CliRunner().invoke(image, ["render", "--kind", "verify", "--rocm", "7.14", "--arch", "gfx1201"])
+    assert plain.stdout == dockerfile(spec("verify", "rocm7.14-gfx1201"))
 
 
 def test_a_wheel_or_variant_that_does_not_exist_is_answered_with_those_that_do() -> None:

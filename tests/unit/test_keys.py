@@ -36,6 +36,9 @@ PLATFORM: dict[str, set[str]] = {
     "drivers": {IMAGE},
     "official": set(),
     "source": set(),
+    "home": {IMAGE},
+    "brings": {IMAGE},
+    "kinds": set(),  # of other kinds
 }
 # … of a spec, …
 SPEC: dict[str, set[str]] = {"identity": ALL, "base": {IMAGE}, "trim": {IMAGE}}
@@ -112,6 +115,9 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "env": st.dictionaries(st.sampled_from("ABC"), st.text("xyz", max_size=3)).map(lambda d: tuple(sorted(d.items()))),
     "drivers": st.lists(st.sampled_from(["6.12.12", "6.16.6", "6.19.4"]), min_size=1).map(tuple),
     "official": st.booleans(),
+    "home": st.from_regex(r"/opt/[a-z]{1,8}", fullmatch=True),
+    "brings": st.dictionaries(st.sampled_from(["vllm", "aiter"]), st.just("1.0")),
+    "kinds": st.just({"verify": load_platforms()["cpu"]}),
     "reasons": st.lists(st.text(max_size=5)).map(tuple),
 }
 WORDS = st.from_regex(r"[a-z][a-z0-9./-]{0,12}[a-z0-9]", fullmatch=True)

@@ -62,6 +62,21 @@ def test_no_digest_is_invented() -> None:
     assert {platform.digest for platform in KNOWN.values()} == {None}
 
 
+def test_a_kind_of_image_starts_from_a_base_of_its_own_where_a_release_names_one() -> None:
+    mine = KNOWN["rocm7.14-gfx1201"]
+    verify = mine.of_kind("verify")
+    assert verify.base.startswith("rocm/vllm:") and verify.brings == {"vllm": "0.23.0"}
+    assert (verify.python, verify.torch, verify.home) == ("3.14", "2.11.0", "/opt/python")
+    assert (verify.name, verify.rocm, verify.gfx) == (mine.name, mine.rocm, mine.gfx)
+    assert mine.of_kind("train") == mine and mine.base.startswith("rocm/pytorch:")
+    instinct = KNOWN["rocm7.14-gfx942"]
+    assert instinct.of_kind("verify") == instinct, "AMD has another image for these, with other kernels"
+
+
+def test_every_kind_that_has_a_base_of_its_own_is_one_there_is() -> None:
+    assert {kind for platform in KNOWN.values() for kind in platform.kinds} <= load_kinds().keys()
+
+
 def test_a_gfx_that_the_default_release_crashes_gets_another() -> None:
     assert KNOWN.find("gfx1201").rocm == KNOWN.default
     assert KNOWN.find("gfx1151").rocm == "7.2.4" and KNOWN.find("gfx1151", "7.1.1").rocm == "7.1.1"
@@ -90,6 +105,7 @@ def test_bitsandbytes_names_its_libraries_by_the_release_in_short() -> None:
         ),
         ("platforms.toml", 'gfx1151 = "7.2.4"', 'gfx1151 = "7.2.5"', "default_for.gfx1151: no release '7.2.5'"),
         ("platforms.toml", "[cpu]", "[cpu", "cannot be read"),
+        ("platforms.toml", '"gfx1201"]\nbrings', '"gfx90a"]\nbrings', "kinds.verify.gfx to be of the release's own"),
         ("locks/sources.toml", "[digests]", '[digests]\n"a:b" = "sha256:12"', "digests.a:b"),
         ("kinds.toml", "summary =", "sumary =", "did you mean 'summary'"),
         ("wheels/flash-attn/wheel.toml", 'default.rdna = "triton"', 'default.rdna = "trition"', "default.rdna"),

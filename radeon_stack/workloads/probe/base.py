@@ -15,7 +15,7 @@ from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from typing import Any
 
-GUARDED = ("torch", "torchvision", "torchaudio", "triton", "pytorch-triton-rocm", "pytorch-triton")
+GUARDED = ("torch", "torchvision", "torchaudio", "triton", "pytorch-triton-rocm", "pytorch-triton", "vllm")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def normal(name: str) -> str:
 
 
 def guarded(found: list[Distribution] | None = None) -> list[Guarded]:
-    """The base's torch, triton and their kin that are installed here, sorted."""
+    """The base's torch, triton, their kin and what is compiled against them, as far as installed here, sorted."""
     return sorted(_guarded(list(distributions()) if found is None else found), key=lambda one: one.name)
 
 
