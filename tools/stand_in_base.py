@@ -31,8 +31,8 @@ from radeon_stack.images.builder import (
 from radeon_stack.images.progress import Steps
 
 CPU_TAG, HIP_TAG = "radeon-stack/stand-in:cpu", "radeon-stack/stand-in:hip"
-# A compiler too, as rocm/pytorch has one.
-PACKAGES = ("ca-certificates", "g++", "patch", "python3", "python3-venv")
+# A compiler too, as rocm/pytorch has one, and libnuma, with which vLLM is linked.
+PACKAGES = ("ca-certificates", "g++", "libnuma1", "patch", "python3", "python3-venv")
 EXCLUDED = ("usr/share/doc", "usr/share/man", "usr/share/locale", "var/cache/apt", "var/lib/apt/lists", "dev")
 KEY_LABEL = "radeon-stack.stand-in"
 HERE = Path(__file__).resolve().parent

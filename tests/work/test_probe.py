@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import distributions
@@ -53,11 +54,30 @@ def lay_down(site: Path, name: str, version: str, requires: str = "") -> None:
 
 
 def test_this_environment_passes_as_an_image_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("base", "torch", "nvidia", "triton", "bitsandbytes", "nf4", "nf4 gradient", "adamw8bit"):
+    for name in ("base", "torch", "nvidia", "triton", "linked", "bitsandbytes", "nf4", "nf4 gradient", "adamw8bit"):
         with monkeypatch.context() as patch:
             only(patch, name)
             found = outcome(name, described())
             assert found.state == "ok", found
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc to link a library with")
+def test_a_compiled_module_that_lacks_a_library_is_told_though_its_package_imports(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(monkeypatch, "linked")
+    package = site / "halved"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (site / "a.c").touch()
+    monkeypatch.chdir(site)
+    subprocess.run(["gcc", "-shared", "-o", "libgone.so.1", "-Wl,-soname,libgone.so.1", "a.c"], check=True)
+    link = ["-Wl,--no-as-needed", "-Wl,-rpath,$ORIGIN", "-o", "halved/_C.abi3.so", "a.c", "./libgone.so.1"]
+    subprocess.run(["gcc", "-shared", *link], check=True)
+    found = outcome("linked", described(imports=["halved"]))
+    assert found.detail == "halved/_C.abi3.so needs libgone.so.1: no such library"
+    (site / "libgone.so.1").rename(package / "libgone.so.1")
+    assert outcome("linked", described(imports=["halved"])).detail == "1 compiled modules"
 
 
 def test_a_cpu_build_of_torch_is_no_hip_build(monkeypatch: pytest.MonkeyPatch) -> None:

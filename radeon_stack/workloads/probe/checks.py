@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from radeon_stack.errors import CheckError, StackError
-from radeon_stack.workloads.probe import numerics
+from radeon_stack.workloads.probe import linking, numerics
 from radeon_stack.workloads.probe.base import guarded, normal
 
 Description = Mapping[str, Any]
@@ -138,6 +138,16 @@ def _import_apart(name: str) -> None:
         )  # fmt: skip
     if done.returncode:
         raise CheckError(f"{name} cannot be imported: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
+
+
+def linked(description: Description) -> str:
+    """Every compiled module of what the kind promises has the libraries that it is linked with."""
+    packages = dict.fromkeys(name.partition(".")[0] for name in description["imports"])
+    modules = [(name, file) for name in packages for file in linking.compiled(name)]
+    wrong = [f"{name}/{file.name} needs {', '.join(lost)}" for name, file in modules if (lost := linking.missing(file))]
+    if wrong:
+        raise CheckError("; ".join(wrong) + ": no such library")
+    return f"{len(modules)} compiled modules"
 
 
 def requirements_met(description: Description) -> str:
@@ -267,6 +277,7 @@ CHECKS = (
     Check("triton", "exactly one triton, with AMD's backend", one_triton),
     Check("requirements", "every package's requirements are met", requirements_met),
     Check("imports", "what the kind promises is there", imports),
+    Check("linked", "compiled modules find the libraries they are linked with", linked),
     Check("bitsandbytes", "a release right on RDNA, with its native library", bitsandbytes_native, applies=_trains),
     Check("code objects", "every HIP library has code for the gfx", code_objects, applies=_rocm),
     Check("kernels", "our kernels are compiled ahead", kernels_compiled, applies=lambda d: bool(d.get("kernels"))),
