@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from radeon_stack.errors import CheckError, UsageError, WorkloadError
+from radeon_stack.workloads.bench.isolate import last_words
 from radeon_stack.workloads.export import apart
 from radeon_stack.workloads.export.gguf_files import require_whole_gguf
 from radeon_stack.workloads.export.kept import Kept, made
@@ -151,6 +152,11 @@ def test_a_child_that_dies_is_told_with_its_last_words_and_one_that_knows_why_in
             apart.called("broken", {})
     with pytest.raises(CheckError, match="no such file"):
         apart.called("radeon_stack.workloads.export.gguf_files", {"file": str(tmp_path / "nothing.gguf")})
+
+
+def test_a_childs_last_words_are_without_what_python_draws_below_a_line() -> None:
+    said = '  File "a.py", line 3, in f\n    x.gone\n    ^^^^^^\nAttributeError: no gone\n'
+    assert last_words(said) == ['File "a.py", line 3, in f', "x.gone", "AttributeError: no gone"]
 
 
 def test_what_a_folder_holds_is_told_by_what_is_in_it(tmp_path: Path) -> None:

@@ -30,8 +30,8 @@ LAST_LINES = 4
 LINE_LENGTH = 200
 TAIL_BYTES = 64 << 10
 FAULT, BEFORE_FAULT = "Fatal Python error", 2
-# Of what Python's fault handler tells around the stack, that is no news.
-NO_NEWS = ("Extension modules:", "<no Python frame>", "Current thread", "Thread 0x")
+# Of what Python tells around a stack, that is no news; `^^^^` is what it draws below a line of code.
+NO_NEWS = ("Extension modules:", "<no Python frame>", "Current thread", "Thread 0x", "^^^", "~~~")
 
 Task = Mapping[str, Any]
 
