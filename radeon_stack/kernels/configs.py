@@ -75,15 +75,23 @@ def linear_tile(family: str, rows: int) -> Tile:
     return tiles[row_block(rows, tiles)]
 
 
-def gate_tile(family: str, tokens: int, experts: int) -> Tile:
-    """For a router with its linear layer; `experts` padded. A step of the reduction takes fewer columns of more."""
+def gate_tile(family: str, tokens: int, experts: int, *, shared: int | None = None) -> Tile | None:
+    """For a router with its linear layer in one launch, of 16 bit; `experts` padded. None: two launches.
+
+    shared: bytes of shared memory that a program may have, where less than what the tiles were chosen for.
+    """
     tile = GATE[family][row_block(tokens, GATE[family])]
-    return replace(tile, k=max(16, min(tile.k, 128 * tile.k // experts)))
+    room = LDS if family == "hip" else min(shared or HOPPERS_SHARED, HOPPERS_SHARED)
+    step = 2 * (tile.m + experts) * tile.k
+    if experts > GATE_EXPERTS or 2 * step > room:
+        return None
+    return replace(tile, stages=min(tile.stages, room // step))
 
 
-def gate_back_tile(family: str, tokens: int) -> Tile | None:
-    """For the way back through it in one launch; m: tokens, n: columns of d_x at a time. None: two take less."""
-    return next((tile for most, tile in GATE_BACK[family].items() if tokens <= most), None)
+def gate_back_tile(family: str, tokens: int, experts: int) -> Tile | None:
+    """For the way back through it in one launch; m: tokens, n: columns of d_x at a time. None: two launches."""
+    fitting = (tile for most, tile in GATE_BACK[family].items() if tokens <= most)
+    return next(fitting, None) if experts <= GATE_EXPERTS else None
 
 
 def low_rank_split(rows: int) -> int:
@@ -130,6 +138,7 @@ def adapter_by_torch(rows: int) -> bool:
     return rows > ADAPTER_BY_TORCH_ROWS
 
 
+LDS = 64 << 10  # bytes, of a workgroup on AMD
 HOPPERS_SHARED = 227 << 10  # bytes; older and smaller CUDA cards have 99 KiB and more, on which nothing was timed
 SMALL_BLOCK = 64  # the largest row block there
 MAX_RANK = 128  # of adapters in a product's tile; at 64 rows the experts' way back spills a few registers on gfx11
@@ -180,12 +189,14 @@ GATE = {
     },
     "hip": {16384: Tile(16, 128, 64, 4, 2)},  # others spill
 }
-# Of more tokens the way back is two launches. There an H200 takes 58 µs for the one and 24 for both at 8192 tokens, at
-# 512 11 and 9: less than a launch takes of the host, which a step of few tokens waits for.
+# Of more tokens the way back is two launches: an H200 takes 58 µs for the one and 24 for both at 8192 tokens. At 4096
+# that is 35 and 15, at 512 12 and 9, and yet a router there and back takes less with the one: it waits for the host
+# (kernel_speed_h200.json). A step that waits for the device loses these 20 µs a layer at 4096 tokens.
 GATE_BACK = {
     "cuda": {256: Tile(16, 128, 128, 8, 1), 4096: Tile(32, 64, 128, 4, 1)},
     "hip": {4096: Tile(32, 64, 128, 8, 1)},
 }
+GATE_EXPERTS = 128  # padded; of more nothing was compiled for AMD, or timed
 GATE_BACK_PROGRAMS = 256  # at least, where there are so many columns: what a program does first is the same for each
 FP8 = {  # compiled and audited, not timed yet
     ("cuda", False): {

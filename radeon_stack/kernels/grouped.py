@@ -22,7 +22,7 @@ from radeon_stack.kernels.configs import (
     gate_apart,
     grouped_tile,
 )
-from radeon_stack.kernels.launch import family, launch
+from radeon_stack.kernels.launch import family, launch, shared_memory
 from radeon_stack.kernels.nf4 import NF4, Form, decode, turning
 from radeon_stack.kernels.routing import Routing
 from radeon_stack.kernels.sizes import SIZES, cdiv, next_power, padded_rank
@@ -47,14 +47,6 @@ class LowRank(NamedTuple):
     def none(cls, spare: Tensor) -> LowRank:
         """No adapter: pointers have to be handed over all the same, and are not read."""
         return cls(spare, spare, 1.0, 0)
-
-
-@cache
-def shared_memory(device: torch.device) -> int | None:
-    """Bytes that a program may have on a CUDA card; None where that is not told."""
-    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    found: int | None = getattr(properties, "shared_memory_per_block_optin", None)
-    return found
 
 
 def matmul(

@@ -32,6 +32,14 @@ def family(device: torch.device) -> str:
     return "hip" if torch.version.hip is not None and device.type == "cuda" else "cuda"
 
 
+@cache
+def shared_memory(device: torch.device) -> int | None:
+    """Bytes that a program may have on a CUDA card; None where that is not told."""
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    found: int | None = getattr(properties, "shared_memory_per_block_optin", None)
+    return found
+
+
 class Launcher:
     """Compiled kernels by (kernel, device, options, constants, specialisation of the arguments)."""
 

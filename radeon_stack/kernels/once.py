@@ -27,4 +27,6 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """`function.apply` without its look for functorch's wrappers, one at each argument: kernels read addresses, which
     wrapped tensors do not have.
     """
+    if torch.compiler.is_compiling():  # which knows `apply` itself
+        return function.apply(*arguments)
     return super(torch.autograd.Function, function).apply(*arguments)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from radeon_stack.errors import UsageError
 from radeon_stack.kernels.configs import GATE_BACK_PROGRAMS, gate_back_tile, gate_tile
-from radeon_stack.kernels.launch import family, launch
+from radeon_stack.kernels.launch import family, launch, shared_memory
 from radeon_stack.kernels.once import apply, once_differentiable
 from radeon_stack.kernels.sizes import SIZES, cdiv, next_power
 
@@ -34,8 +35,9 @@ def router(logits: Tensor, top_k: int, *, normalise: bool = True) -> tuple[Tenso
 
 
 def gate(x: Tensor, matrix: Tensor, top_k: int, *, normalise: bool = True) -> tuple[Tensor, Tensor]:
-    """The router with the linear layer before it, x [tokens, width] · matrixᵀ [experts, width], in one launch too: at
-    any number of tokens a GPU has, it is the host's time that a router takes.
+    """The router with the linear layer before it, x [tokens, width] · matrixᵀ [experts, width], in one launch too: of
+    few tokens it is the host's time that a router takes. Of many the way back is two, and both ways are of float32, and
+    of more experts than the tiles were made for (`configs.GATE`).
     """
     weight, index = apply(_Gate, x, matrix, top_k, normalise)
     return weight, index
@@ -62,13 +64,17 @@ class _Gate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, matrix: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
         x, matrix = x.contiguous(), matrix.contiguous()
         tokens, width = x.shape
-        logits = x.new_empty(tokens, matrix.shape[0])
-        weight = x.new_empty(tokens, top_k)
-        index = x.new_empty(tokens, top_k, dtype=torch.int64)
-        programs, constants, options = _gate_sizes(x.device, tokens, matrix.shape[0], top_k, normalise)
-        launch(
-            _kernels().gate_forward, programs, (x, matrix, weight, index, logits, tokens, width), constants, **options
-        )
+        planned = _gate_sizes(x.device, tokens, matrix.shape[0], top_k, normalise, x.dtype)
+        if planned is None or x.dtype != matrix.dtype or matrix.shape[1] != width:  # which torch has words for
+            logits = torch.nn.functional.linear(x, matrix)
+            weight, index = _chosen(logits, top_k, normalise)
+        else:
+            programs, constants, options = planned
+            logits = x.new_empty(tokens, matrix.shape[0])
+            weight = x.new_empty(tokens, top_k)
+            index = x.new_empty(tokens, top_k, dtype=torch.int64)
+            arguments = (x, matrix, weight, index, logits, tokens, width)
+            launch(_kernels().gate_forward, programs, arguments, constants, **options)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, matrix, logits, index)
         ctx.normalise = normalise
         return weight, index
@@ -90,8 +96,8 @@ def _d_inputs(
     logits: Tensor, index: Tensor, d_weight: Tensor, matrix: Tensor, normalise: bool, *, save: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(d_x, with `save` d_logits too)."""
-    tokens, (experts, width) = logits.shape[0], matrix.shape
-    planned = _back_sizes(matrix.device, tokens, experts, width, index.shape[1], normalise, save)
+    tokens, width = logits.shape[0], matrix.shape[1]
+    planned = _back_sizes(_Matrix(matrix.device, matrix.dtype, matrix.shape), tokens, index.shape[1], normalise, save)
     if planned is None:
         d_logits = _d_logits(logits, index, d_weight, normalise)
         return d_logits @ matrix, d_logits
@@ -130,13 +136,27 @@ def _kernels() -> Any:
     return router
 
 
+class _Matrix(NamedTuple):
+    device: torch.device
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+def _check_choices(top_k: int, experts: int) -> None:
+    if not 1 <= top_k <= experts:
+        raise UsageError(f"top_k is {top_k} of {experts} experts", remedy="choose at least one, and no more than all")
+
+
 @lru_cache(SIZES)
 def _gate_sizes(
-    device: torch.device, tokens: int, experts: int, top_k: int, normalise: bool
-) -> tuple[tuple[int, int, int], dict[str, Any], dict[str, Any]]:
-    """(programs, constants, options) of a gate's launch."""
-    padded = max(16, next_power(experts))
-    tile = gate_tile(family(device), tokens, padded)
+    device: torch.device, tokens: int, experts: int, top_k: int, normalise: bool, dtype: torch.dtype
+) -> tuple[tuple[int, int, int], dict[str, Any], dict[str, Any]] | None:
+    """(programs, constants, options) of a gate's launch; None where it is two."""
+    _check_choices(top_k, experts)
+    padded, whose = max(16, next_power(experts)), family(device)
+    tile = gate_tile(whose, tokens, padded, shared=shared_memory(device) if whose == "cuda" else None)
+    if tile is None or dtype.itemsize != 2:
+        return None
     # 16: what follows the product has its layout, and on RDNA that is of no less.
     sizes = {"EXPERTS": experts, "PADDED": padded, "TOP_K": top_k, "TOP_PADDED": max(16, next_power(top_k))}
     constants = {**sizes, "NORMALISE": normalise, "BLOCK_T": tile.m, "BLOCK_K": tile.k}
@@ -145,11 +165,12 @@ def _gate_sizes(
 
 @lru_cache(SIZES)
 def _back_sizes(
-    device: torch.device, tokens: int, experts: int, width: int, top_k: int, normalise: bool, save: bool
+    matrix: _Matrix, tokens: int, top_k: int, normalise: bool, save: bool
 ) -> tuple[tuple[int, int, int], int, dict[str, Any], dict[str, Any]] | None:
-    """(programs, columns a program, constants, options) of its launch back; None where two take less."""
-    tile = gate_back_tile(family(device), tokens)
-    if tile is None:
+    """(programs, columns a program, constants, options) of its launch back; None where it is two."""
+    experts, width = matrix.shape
+    tile = gate_back_tile(family(matrix.device), tokens, next_power(experts))
+    if tile is None or matrix.dtype.itemsize != 2:
         return None
     blocks = cdiv(tokens, tile.m)
     columns = tile.n * cdiv(cdiv(width, tile.n), cdiv(GATE_BACK_PROGRAMS, max(blocks, 1)))
@@ -163,6 +184,7 @@ def _sizes(
     tokens: int, experts: int, top_k: int, normalise: bool, *, back: bool = False
 ) -> tuple[tuple[int, int, int], dict[str, Any]]:
     """(programs, constants) of a launch."""
+    _check_choices(top_k, experts)
     block = rows(tokens)
     choices = {} if back else {"TOP_PADDED": next_power(top_k)}
     sizes = {"EXPERTS": experts, "PADDED": next_power(experts), "TOP_K": top_k, **choices}

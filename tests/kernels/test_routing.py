@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from radeon_stack.errors import UsageError
 from radeon_stack.kernels import configs
 from radeon_stack.kernels.configs import FEW_SLOTS, GATE_BACK, Tile
-from radeon_stack.kernels.router import _back_sizes, gate, router, router_reference
+from radeon_stack.kernels.router import _back_sizes, _gate_sizes, gate, router, router_reference
 from radeon_stack.kernels.routing import combine, combine_reference, route, route_reference
 from tests.kernels.helpers import DEVICE, HALVES, ULP, distance
 
@@ -142,3 +145,70 @@ def test_with_its_linear_layer_the_router_gives_the_same_in_one_operation(device
 
     for found, wanted in zip(gradients(True), gradients(False), strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_has_no_sense_forward_has_none_back(device: str, wrong: float) -> None:
+    """The expert whose logit it is may not be among the chosen: then NaN has no order."""
+    logits = torch.randn(3, 6, device=device)
+    logits[1, 5] = wrong
+    logits.requires_grad_()
+    weight, _ = router(logits, 2)
+    (found,) = torch.autograd.grad(weight, logits, torch.randn(3, 2, device=device))
+    assert found[1].isnan().all() and not found[[0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize(("experts", "dtype"), [(200, torch.bfloat16), (24, torch.float32)])
+def test_of_more_experts_and_of_float32_the_gate_is_torchs_product_and_our_router(
+    device: str, experts: int, dtype: torch.dtype
+) -> None:
+    assert _gate_sizes(torch.device(device), 5, experts, 4, True, dtype) is None
+    x = torch.randn(5, 32, device=device).to(dtype).requires_grad_()
+    matrix = torch.randn(experts, 32, device=device).to(dtype)
+    weight, index = gate(x, matrix, 4)
+    wanted, wanted_index = router(torch.nn.functional.linear(x, matrix), 4)
+    d_weight = torch.randn_like(weight)
+    assert torch.equal(index, wanted_index) and torch.equal(weight, wanted)
+    for found, true in zip(*(torch.autograd.grad(one, x, d_weight) for one in (weight, wanted)), strict=True):
+        torch.testing.assert_close(found, true)
+
+
+@given(
+    st.sampled_from([16, 32, 64, 128, 256, 512]), st.integers(1, 70000), st.sampled_from([None, 99 << 10, 227 << 10])
+)
+def test_a_gates_tile_fits_what_a_program_may_have(experts: int, tokens: int, shared: int | None) -> None:
+    for family, room in (("cuda", shared or 227 << 10), ("hip", 64 << 10)):
+        tile = configs.gate_tile(family, tokens, experts, shared=shared)
+        assert (tile is None) == (experts > 128)
+        if tile is not None:
+            assert tile.stages >= 2 and 2 * (tile.m + experts) * tile.k * tile.stages <= room
+
+
+def test_matrices_that_do_not_fit_and_more_choices_than_experts_are_refused(device: str) -> None:
+    x = torch.randn(3, 24, device=device).half()
+    with pytest.raises(RuntimeError, match="shapes"):
+        gate(x, torch.randn(4, 16, device=device).half(), 2)
+    for top_k in (0, 5):
+        with pytest.raises(UsageError, match=f"top_k is {top_k} of 4 experts"):
+            gate(x, torch.randn(4, 24, device=device).half(), top_k)
+        with pytest.raises(UsageError, match=f"top_k is {top_k} of 4 experts"):
+            router(torch.randn(3, 4, device=device), top_k)
+
+
+def test_torchs_compiler_is_handed_what_it_knows() -> None:
+    """Else its error is of its own inside, and not a break in the graph."""
+    from radeon_stack.kernels.once import apply
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, d_out: torch.Tensor) -> torch.Tensor:
+            return d_out * 2
+
+    compiled = torch.compile(lambda x: apply(Doubled, x) + 1, backend="eager")
+    x = torch.ones(2, requires_grad=True)
+    compiled(x).sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [2.0, 2.0]

@@ -123,6 +123,13 @@ def test_what_it_calls_decides_and_what_these_name(told: Callable[..., str], old
     assert changed != SHARED and told(shared=changed) != told()
 
 
+def test_which_of_the_called_a_name_means_decides(told: Callable[..., str]) -> None:
+    both = KERNEL.replace("import helper, jit", "import helper, jit\nfrom shared import deeper as other").replace(
+        "kernel.later(BLOCK)", "other(a)"
+    )
+    assert told(both) != told(both.replace("deeper as other", "helper as other"))
+
+
 def test_what_cannot_be_told_from_another_has_no_digest(told: Callable[..., str]) -> None:
     assert told(KERNEL.replace("SIZE = 64", "SIZE = object()")) == ""
     assert told(KERNEL.replace("SIZE = 64", "class SIZE:\n    pass")) == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import socket
 import stat
 import subprocess
@@ -265,7 +266,7 @@ def test_what_cannot_be_served_is_told_with_what_there_is(
     assert says in str(caught.value)
 
 
-def test_vllm_compiles_nothing_where_pythons_headers_are_not(
+def test_vllm_compiles_nothing_where_pythons_headers_or_a_compiler_are_not(
     made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its server would start without, and end at the first question that has something compiled."""
@@ -275,6 +276,9 @@ def test_vllm_compiles_nothing_where_pythons_headers_are_not(
     assert "--enforce-eager" in command(choose(wanted, folder, BOTH), wanted, "127.0.0.1")
     assert environment(tmp_path)["TORCHDYNAMO_DISABLE"] == "1"
     (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert environment(tmp_path)["TORCHDYNAMO_DISABLE"] == "1"
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     assert "--enforce-eager" not in command(choose(wanted, folder, BOTH), wanted, "127.0.0.1")
     assert "TORCHDYNAMO_DISABLE" not in environment(tmp_path)
 

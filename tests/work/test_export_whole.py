@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,15 +105,15 @@ def test_an_adapter_alone_is_merged_first_into_the_base_that_it_was_trained_on(c
 
 
 @pytest.mark.parametrize(
-    "stage", ["merge", "gguf bf16", "compare bf16", "gguf q8_0", "ask transformers", "ask llama.cpp q8_0"]
+    "stage", ["merge", "gguf bf16", "compare bf16", "gguf q8_0", "ask transformers", "ask llama.cpp q8_0", "ask vllm"]
 )
 def test_killed_in_any_step_it_leaves_nothing_half_written_and_goes_on_where_it_was(
     stage: str, cli: Cli, source: Path, home: Path
 ) -> None:
     if stage == "merge":
         shutil.rmtree(source / "artifacts/merged")
-    command = [sys.executable, "-m", "radeon_stack", "run", "export-check", "--from", str(source), *QUICK, *BY_LLAMA]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    loaders = ("--set", "loaders=['llama.cpp', 'vllm']") if stage == "ask vllm" else ()
+    with started(source, *loaders) as process:
         run = wait_for(lambda: next(home.glob("runs/*-export-check-*/events.jsonl"), None), what="events").parent
         wait_for(lambda: stages(run, begun=stage), what=stage)
         os.killpg(workload(run), signal.SIGKILL)
@@ -123,10 +124,15 @@ def test_killed_in_any_step_it_leaves_nothing_half_written_and_goes_on_where_it_
     assert left_half_written(run) == []
     records = {file.stem for file in (run / "artifacts/steps").iterdir()}
     steps = {"gguf-bf16", "gguf-q8-0", "ask-transformers", "ask-llama.cpp-bf16", "ask-llama.cpp-q8-0"}
-    assert records == steps | ({"merge"} if stage == "merge" else set())
+    assert records == steps | {"merge": {"merge"}, "ask vllm": {"ask-vllm"}}.get(stage, set())
     told = [e.path for e in ev.read_events(run / "events.jsonl") if isinstance(e, ev.Artifact)]
     assert len(told) == len(set(told)), "what was whole was made again"
     assert named <= {"model-bf16.gguf", "model-q8_0.gguf"}
+
+
+def started(source: Path, *more: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "radeon_stack", "run", "export-check", "--from", str(source), *QUICK, *BY_LLAMA]
+    return subprocess.Popen([*command, *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def stages(run: Path, begun: str) -> bool:
@@ -196,13 +202,35 @@ def test_so_is_another_models_tokenizer(cli: Cli, source: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs needs root")
-def test_a_full_disk_is_told_before_it_is_full_and_if_it_fills_meanwhile_nothing_half_written_stays(
-    cli: Cli, source: Path, tmp_path: Path, home: Path
-) -> None:
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(cli: Cli, source: Path, home: Path) -> None:
     with small_disk(home / "runs", "700k"):
         done = exported(cli, source)
         assert done.code in (3, 6) and ("MiB are free" in done.err or "the disk is full" in done.err), done.err
         assert left_half_written(home / "runs") == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs needs root")
+def test_of_a_disk_that_fills_during_a_conversion_nothing_half_written_stays_and_with_room_the_run_goes_on(
+    cli: Cli, source: Path, home: Path
+) -> None:
+    with small_disk(home / "runs", "64m"):
+        with started(source) as process:
+            run = wait_for(lambda: next(home.glob("runs/*-export-check-*/events.jsonl"), None), what="events").parent
+            wait_for(lambda: stages(run, begun="gguf bf16"), what="its conversion")
+            filler = fill(home / "runs/filler")
+            assert process.wait(120) in (3, 4, 6)
+        assert left_half_written(run) == [] and not (run / "artifacts/gguf/model-bf16.gguf").exists()
+        filler.unlink()
+        done = cli("run", "--resume", run.name, "--json")
+        assert done.code == 0, done.err
+
+
+def fill(file: Path) -> Path:
+    """All that is left of a disk."""
+    with suppress(OSError), file.open("wb", buffering=0) as stream:
+        while True:
+            stream.write(bytes(4096))
+    return file
 
 
 class small_disk:  # noqa: N801 - read as a phrase

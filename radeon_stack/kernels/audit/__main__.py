@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(Exit.USAGE, "no target: --target gfx1201, or --all-targets")
     if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("", "0", "false", "off"):
         return _fail(Exit.USAGE, "TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton's default, said: it counts in a digest
     try:
         import triton
     except ModuleNotFoundError:

@@ -65,8 +65,8 @@ def sources(kernel: Any) -> tuple[Any, ...]:
             called = getattr(value, "fn", value)  # of a triton.JITFunction
             if inspect.isfunction(called) and not _is_stable(called):
                 waiting.append(called)
-            else:
-                found.append((name, called))
+                called = f"{called.__module__}.{called.__qualname__}"  # which one a name means, where two are called
+            found.append((name, called))
     return tuple(found)
 
 

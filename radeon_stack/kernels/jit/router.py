@@ -63,7 +63,8 @@ def unchoose(score, index, d_weight, token, here, TOP_K: tl.constexpr, NORMALISE
         gradient = tl.where(mine, tl.load(d_weight + at, mask=here, other=0.0).to(tl.float32)[:, None], gradient)
         chosen = chosen | mine
     if NORMALISE:
-        score = tl.where(chosen, score, -float("inf"))
+        # What makes a softmax of all NaN makes this one so too.
+        score = tl.where(chosen | (score != score) | (score == float("inf")), score, -float("inf"))
     power = tl.exp(score - tl.max(score, 1)[:, None])
     share = power / tl.sum(power, 1)[:, None]
     return share * (gradient - tl.sum(share * gradient, 1)[:, None])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import sysconfig
 from pathlib import Path
@@ -29,8 +30,11 @@ def environment(key: Path) -> dict[str, str]:
 
 
 def _compiles() -> bool:
-    """Can a model be compiled here, as vLLM does unless told? What torch generates wants Python's headers."""
-    return Path(sysconfig.get_path("include"), "Python.h").is_file()
+    """Can a model be compiled here, as vLLM does unless told? What torch generates wants Python's headers, and a
+    compiler.
+    """
+    compilers = (os.environ.get("CC", "gcc"), "cc", "clang")
+    return Path(sysconfig.get_path("include"), "Python.h").is_file() and any(map(shutil.which, compilers))
 
 
 def _llama(chosen: Served, config: ServeConfig, listen: str) -> list[str]:
