@@ -38,6 +38,7 @@ HELP = "/reset forgets what was said, /quit or Ctrl-D ends it, Ctrl-C ends an an
 @click.option("--max-tokens", type=click.IntRange(1), help="Of an answer. Default: until it ends by itself.")
 @click.option("--temperature", type=click.FloatRange(0, 2), help="0: the likeliest words. Default: the server's.")
 @click.option("--with", "server", metavar="PROGRAM", callback=not_empty, help="What serves: llama.cpp or vllm.")
+@click.option("--preset", metavar="NAME", callback=not_empty, help="One of serve's: demo.")
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="A value of serve: context=8192.")
 @click.option("--engine", type=click.Choice(["auto", "docker", "local"]), default=None, help="Default: auto.")
 @click.option("--image", metavar="REF", callback=not_empty, help="A particular image instead of the newest that fits.")
@@ -132,7 +133,7 @@ def _going(store: RunStore, wanted: str) -> Iterator[Endpoint]:
 @contextmanager
 def _started(store: RunStore, source: str | None, *, sets: tuple[str, ...], **options: Any) -> Iterator[Endpoint]:
     """A run of serve for as long as we talk. One that failed is kept, to be looked at."""
-    rest: dict[str, Any] = dict.fromkeys(("preset", "model", "data"))
+    rest: dict[str, Any] = dict.fromkeys(("model", "data"))
     rest |= {"share": False, "without": (), "sysroot": "/", "recipe": "serve", "source": source}
     drafted, _ = drafted_from(store, sets=("port=0", *sets), **options, **rest)
     run = drafted.run

@@ -171,6 +171,13 @@ def test_what_is_not_served_has_no_way_with(cli: Cli) -> None:
     assert near.code == Exit.USAGE and "--with" in near.error and "'llama.cpp'" in near.error
 
 
+def test_chat_takes_a_preset_of_the_server_that_it_starts(cli: Cli, tmp_path: Path) -> None:
+    """What a machine of less memory is told to try."""
+    (tmp_path / "m.gguf").touch()
+    refused = cli("chat", "--from", str(tmp_path), "--preset", "dmo", "--once", "Hi", "--engine", "local")
+    assert refused.code == Exit.USAGE and "no preset 'dmo'" in refused.error and "'demo'" in refused.error
+
+
 def test_a_name_from_inside_cannot_leave_its_quotes(drafted: Draft) -> None:
     write = ev.EventWriter(drafted.run.events)
     write(ev.Fact(name="endpoint", value={"model": "a'; rm -rf ~ \x1b[2J\n#", "url": "http://elsewhere.example/v1"}))
