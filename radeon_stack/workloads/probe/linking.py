@@ -8,9 +8,6 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import find_spec
 from pathlib import Path
 
-from elftools.elf.dynamic import DynamicSegment
-from elftools.elf.elffile import ELFFile
-
 SUFFIXES = tuple(suffix for suffix in EXTENSION_SUFFIXES if suffix != ".so")  # that one is any library's
 
 
@@ -23,6 +20,9 @@ def compiled(package: str) -> Iterator[Path]:
 
 def missing(module: Path) -> list[str]:
     """What a module is linked with, and the loader does not find: loaded already, in its run path, or the system's."""
+    from elftools.elf.dynamic import DynamicSegment
+    from elftools.elf.elffile import ELFFile
+
     names: list[str] = []
     places: list[Path] = []
     with module.open("rb") as stream:
