@@ -41,8 +41,8 @@ def loaded_text(event: Loaded) -> str:
     if event.state == "missing":
         return "; ".join(filter(None, (f"{event.loader} is not installed where this ran", elsewhere(event))))
     told = [figure.phrase.format(figure.text) for figure in figures(event) if figure.text]
-    line = f"{event.loader}: {' · '.join(told)}"
-    return one_line(line if not event.broken else f"{line}: {event.broken[0]}", LENGTH)
+    figures_and_fault = filter(None, (" · ".join(told), *event.broken[:1]))
+    return one_line(": ".join((event.loader, *figures_and_fault)), LENGTH)
 
 
 def figures(event: Loaded) -> list[Figure]:

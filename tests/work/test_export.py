@@ -8,17 +8,21 @@ import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from radeon_stack.errors import CheckError, UsageError, WorkloadError
+from radeon_stack.runs import events as ev
+from radeon_stack.runs.loaded import loaded_text
 from radeon_stack.workloads.bench.isolate import last_words
 from radeon_stack.workloads.export import apart
+from radeon_stack.workloads.export.asking import Export, asked
 from radeon_stack.workloads.export.gguf_files import require_whole_gguf
 from radeon_stack.workloads.export.kept import Kept, made
 from radeon_stack.workloads.export.loaders import by_vllm
 from radeon_stack.workloads.export.origin import origin
+from radeon_stack.workloads.job import Job
 
 pytestmark = pytest.mark.work
 torch = pytest.importorskip("torch")
@@ -156,6 +160,21 @@ def test_a_child_that_dies_is_told_with_its_last_words_and_one_that_knows_why_in
             apart.called("broken", {})
     with pytest.raises(CheckError, match="no such file"):
         apart.called("radeon_stack.workloads.export.gguf_files", {"file": str(tmp_path / "nothing.gguf")})
+
+
+def test_a_program_that_dies_while_it_is_asked_has_a_line_of_its_own_and_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*_: Any) -> None:
+        raise WorkloadError("by_vllm: SIGSEGV: in its engine")
+
+    monkeypatch.setattr(apart, "called", dies)
+    events: list[ev.Event] = []
+    job = Job(cast("Any", SimpleNamespace()), events.append)
+    with pytest.raises(WorkloadError, match="SIGSEGV"):
+        asked(job, Kept(tmp_path), Export("vllm", tmp_path, "0" * 64, 1), {}, None)
+    (told,) = [event for event in events if isinstance(event, ev.Loaded)]
+    assert loaded_text(told) == "vllm: gave no answer: by_vllm: SIGSEGV: in its engine"
 
 
 def test_vllm_is_asked_without_anything_being_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 from importlib.metadata import distributions
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,6 +53,19 @@ def lay_down(site: Path, name: str, version: str, requires: str = "") -> None:
     needs = f"Requires-Dist: {requires}\n" if requires else ""
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}")
     (folder / "RECORD").write_text("")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AVX2 is x86-64's")
+@pytest.mark.parametrize(
+    ("told", "state"), [(b"CPU : SSE3 = 1 | AVX2 = 1 | OPENMP = 1", "ok"), (b"CPU : OPENMP = 1 |", "failed")]
+)
+def test_a_llama_cpp_without_vector_instructions_is_found(
+    told: bytes, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(llama_print_system_info=lambda: told))
+    only(monkeypatch, "llama.cpp")
+    found = outcome("llama.cpp", described(imports=["llama_cpp"]))
+    assert found.state == state and told.decode().strip() in found.detail
 
 
 def test_this_environment_passes_as_an_image_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,13 @@
 set -- "-DGGML_NATIVE=OFF" \
   "-DLLAVA_BUILD=OFF" \
   "-DCMAKE_PLATFORM_NO_VERSIONED_SONAME=ON" # a wheel stores links as copies: one name a library, not three
+# Not for the builder's own processor, and yet with what every one has that takes a card with ROCm (Haswell and Zen, the
+# first with PCIe atomics). A build that is to be the same again, as ours is, would have SSE2 alone.
+if [ "$(uname -m)" = x86_64 ]; then
+  for set in SSE42 AVX AVX2 BMI2 FMA F16C; do
+    set -- "$@" "-DGGML_$set=ON"
+  done
+fi
 if [ -n "${GFX:-}" ]; then
   HIP_PATH=$(hipconfig --path)
   HIPCXX=$(hipconfig --hipclangpath)/clang++

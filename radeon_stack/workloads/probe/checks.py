@@ -6,6 +6,7 @@ as not run until somebody has one: `image verify --on-gpu`.
 
 from __future__ import annotations
 
+import platform
 import re
 import subprocess
 import sys
@@ -193,6 +194,16 @@ def bitsandbytes_native(description: Description) -> str:
     return f"bitsandbytes {found}, {wanted}"
 
 
+def llama_cpp_vectors(_: Description) -> str:
+    """llama.cpp's products on the CPU are those of AVX2: without, it gives a tenth of the tokens and says nothing."""
+    import llama_cpp
+
+    told = llama_cpp.llama_print_system_info().decode(errors="replace")
+    if "AVX2 = 1" not in told:
+        raise CheckError(f"llama.cpp was built without AVX2: {told.strip()}")
+    return told.strip()
+
+
 def code_objects(description: Description) -> str:
     """Every HIP library in the venv that the image will load has code for its gfx."""
     from radeon_stack.codeobjects.report import audit
@@ -240,6 +251,10 @@ def _trains(description: Description) -> bool:
     return "bitsandbytes" in description["imports"]
 
 
+def _asks_llama_cpp(description: Description) -> bool:
+    return "llama_cpp" in description["imports"] and platform.machine() == "x86_64"
+
+
 def _rocm(description: Description) -> bool:
     return description["rocm"] is not None
 
@@ -279,6 +294,7 @@ CHECKS = (
     Check("imports", "what the kind promises is there", imports),
     Check("linked", "compiled modules find the libraries they are linked with", linked),
     Check("bitsandbytes", "a release right on RDNA, with its native library", bitsandbytes_native, applies=_trains),
+    Check("llama.cpp", "its products on the CPU are of AVX2", llama_cpp_vectors, applies=_asks_llama_cpp),
     Check("code objects", "every HIP library has code for the gfx", code_objects, applies=_rocm),
     Check("kernels", "our kernels are compiled ahead", kernels_compiled, applies=lambda d: bool(d.get("kernels"))),
     Check("nf4", "NF4 round trip within tolerance, block sizes 64 and 128", nf4_round_trip, applies=_trains),
