@@ -42,7 +42,8 @@ class KindBase(Base):
     gfx: Names = Field(min_length=1)
     home: str = Field(VENV, pattern=r"^(/[A-Za-z0-9._-]+)+$", description="where its Python is")
     brings: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], Version] = Field(
-        {}, description="packages it was chosen for: they stay, all else agrees with them, and they must import"
+        min_length=1,
+        description="packages it was chosen for: they stay, all else agrees with them, and they must import",
     )
 
 
@@ -111,9 +112,9 @@ class Platform:
         return CPU if self.gfx is None else "rocm"
 
     @property
-    def release(self) -> str:
-        """What its locks are named by: `cpu`, `rocm7.1.1`."""
-        return CPU if self.rocm is None else f"rocm{self.rocm}"
+    def locked_as(self) -> str:
+        """What its locks are named by: `cpu`, `rocm7.1.1`; `vllm-rocm7.14` upon a base that brings that."""
+        return "-".join((*self.brings, CPU if self.rocm is None else f"rocm{self.rocm}"))
 
     @property
     def rocm_short(self) -> str:

@@ -295,8 +295,9 @@ def chosen_platforms(archs: tuple[str, ...], rocm: str | None) -> list[Platform]
 
 def rendered_spec(platform: Platform, **chosen: Any) -> ImageSpec:
     """The spec by what the catalog says alone: nobody is asked."""
-    spec = image_spec(chosen["kind"], platform, choices=_choices(chosen["wheels"]), trim=chosen["trim"])
-    base = base_reference(spec.platform, chosen["base"], chosen["base_registry"])
+    choices, other = _choices(chosen["wheels"]), chosen["base"]
+    spec = image_spec(chosen["kind"], platform, choices=choices, base=other, trim=chosen["trim"])
+    base = base_reference(spec.platform, other, chosen["base_registry"])
     return replace(spec, base=base, identity=base)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from radeon_stack import atomic
 from radeon_stack.catalog.kinds import load_kinds
 from radeon_stack.catalog.locks import Sources, load_sources, locks_folder
-from radeon_stack.catalog.platforms import Platform, load_platforms
+from radeon_stack.catalog.platforms import load_platforms
 from radeon_stack.catalog.wheels import load_wheels
 from radeon_stack.errors import ImageError, MachineError, UsageError
 from radeon_stack.images.keys import key_of
@@ -73,26 +73,23 @@ def all_locks(docker: Path) -> list[Lock]:
     project = _project(docker)
     optional = project["optional-dependencies"]
     platforms, kinds, wheels = load_platforms(docker), load_kinds(docker), load_wheels(docker)
-    releases: dict[str, list[Platform]] = {}
-    for platform in platforms.values():
-        releases.setdefault(platform.release, []).append(platform)
     cpu = platforms["cpu"]
     found = [Lock("dev", LOWEST_PYTHON, (*optional["dev"], *optional["publish"]), cpu.torch, brings=("triton",))]
     for version in TRITONS:
         pinned = (f"triton=={version}",)
         found.append(Lock(f"triton-{version}", LOWEST_PYTHON, pinned, cpu.torch, brings=("triton",)))
     for kind_name, kind in kinds.items():
-        for release, those in releases.items():
-            # One lock for all bases of a release: it fits that which brings most, and so the others.
-            platform = max((one.of_kind(kind_name) for one in those), key=lambda one: len(one.brings))
+        # A release's own base too where the kind has another one: it can be asked for.
+        bases = {base.locked_as: base for one in platforms.values() for base in (one, one.of_kind(kind_name))}
+        for name, platform in bases.items():
             addition = kind.addition(platform.backend)
             asked = [*project["dependencies"], *optional[kind.extra], *addition.requirements]
-            for name in kind.wheel_names(platform.backend):
-                asked += wheels[name].requires
+            for wheel_name in kind.wheel_names(platform.backend):
+                asked += wheels[wheel_name].requires
             unique = tuple(dict.fromkeys(asked))
-            beside = tuple(f"{name}=={version}" for name, version in platform.brings.items())
-            name = f"{kind_name}-{release}"
-            found.append(Lock(name, LOWEST_PYTHON, unique, platform.torch, addition.without, beside=beside))
+            beside = tuple(f"{package}=={version}" for package, version in platform.brings.items())
+            lock = Lock(f"{kind_name}-{name}", LOWEST_PYTHON, unique, platform.torch, addition.without, beside=beside)
+            found.append(lock)
     for name, wheel in wheels.items():
         for variant_name, variant in wheel.variants.items():
             if not variant.built:

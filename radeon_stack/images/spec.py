@@ -67,7 +67,7 @@ class ImageSpec:
     @cached_property
     def requirements(self) -> str:
         """The hash-locked requirements, without what a stage builds."""
-        text = lock_text(f"{self.kind_name}-{self.platform.release}", self.docker)
+        text = lock_text(f"{self.kind_name}-{self.platform.locked_as}", self.docker)
         return _without(text, {wheel.name for wheel in self.wheels})
 
 
@@ -82,9 +82,12 @@ def image_spec(
     base_env: tuple[tuple[str, str], ...] = (),
     docker: Path | None = None,
 ) -> ImageSpec:
-    """The spec of an image; `choices` are variants by wheel. UsageError names what does not exist."""
+    """The spec of an image; `choices` are variants by wheel. UsageError names what does not exist.
+
+    Another `base` is taken for one such as the release's own: what a kind's own base brings, it has not.
+    """
     docker = docker or data_folder("docker")
-    kind, platform = find_kind(kind_name, docker), platform.of_kind(kind_name)
+    kind, platform = find_kind(kind_name, docker), platform if base else platform.of_kind(kind_name)
     variants = _variants(kind, platform, choices or {}, docker)
     wheels = load_wheels(docker)
     settings = {name: find_variant(wheels, name, variant) for name, variant in variants.items()}

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from radeon_stack.catalog.folders import data_folder
 from radeon_stack.catalog.locks import locks_folder
 from radeon_stack.catalog.platforms import load_platforms
-from radeon_stack.cli.image import image
+from radeon_stack.cli.image import image, rendered_spec
 from radeon_stack.errors import BuildError, MachineError, UsageError
 from radeon_stack.host.clients import baking_client, building_client
 from radeon_stack.images.bases import base_reference
@@ -168,17 +168,39 @@ def test_what_a_base_was_chosen_for_stays_and_must_import_and_the_lock_agrees_wi
     packages = dict(re.findall(r"^([a-z0-9-]+)==([0-9.]+)", made.requirements, flags=re.MULTILINE))
     assert "vllm" not in packages
     assert packages["fastapi"] < "0.137" < spec("verify", "rocm7.2.4-gfx1201").requirements.partition("fastapi==")[2]
-    lock = next(lock for lock in all_locks(data_folder("docker")) if lock.name == "verify-rocm7.14")
-    assert lock.beside == ("vllm==0.23.0",) and lock.torch == "2.11.0"
 
 
-def test_a_base_on_the_command_line_is_taken_instead_of_a_kinds_own() -> None:
-    told = CliRunner().invoke(
-        image, ["render", "--kind", "verify", "--rocm", "7.14", "--arch", "gfx1201", "--base", "b:c"]
-    )
-    assert "FROM b:c AS base\n" in told.stdout
-    plain = CliRunner().invoke(image, ["render", "--kind", "verify", "--rocm", "7.14", "--arch", "gfx1201"])
-    assert plain.stdout == dockerfile(spec("verify", "rocm7.14-gfx1201"))
+def test_each_base_of_a_kind_has_a_lock_of_its_own() -> None:
+    locks = {lock.name: lock for lock in all_locks(data_folder("docker"))}
+    own, brought = locks["verify-rocm7.14"], locks["verify-vllm-rocm7.14"]
+    assert (own.torch, own.beside) == ("2.12.0", ())
+    assert (brought.torch, brought.beside) == ("2.11.0", ("vllm==0.23.0",))
+    assert "with torch 2.11.0," in spec("verify", "rocm7.14-gfx1201").requirements
+    for name in ("rocm7.14-gfx942", "rocm7.14-gfx1102"):
+        lock = spec("verify", name).requirements
+        assert "with torch 2.12.0," in lock and "\nfastapi==0.165.0 " in lock
+
+
+def test_a_base_on_the_command_line_is_taken_for_one_such_as_the_releases_own() -> None:
+    words = ["--kind", "verify", "--rocm", "7.14", "--arch", "gfx1201"]
+    asked = {"kind": "verify", "wheels": (), "trim": False, "base_registry": None}
+    release = KNOWN["rocm7.14-gfx1201"]
+    other = rendered_spec(release, base="b:c", **asked)
+    told = json.loads(context(other)["image.json"])
+    assert (told["base"], told["torch"], told["python"]) == ("b:c", release.torch, release.python)
+    assert "vllm" not in told["imports"] and "llama_cpp" in told["imports"]
+    assert "with torch 2.12.0," in other.requirements
+    text = CliRunner().invoke(image, ["render", *words, "--base", "b:c"]).stdout
+    assert text == dockerfile(other) and "FROM b:c AS base\n" in text and "ln -s" not in text
+    assert CliRunner().invoke(image, ["render", *words]).stdout == dockerfile(spec("verify", release.name))
+
+
+def test_a_kinds_own_base_comes_from_another_registry_with_all_it_brings() -> None:
+    asked = {"kind": "verify", "wheels": (), "trim": False, "base": None}
+    mirrored = rendered_spec(KNOWN["rocm7.14-gfx1201"], base_registry="mirror.example.org", **asked)
+    told = json.loads(context(mirrored)["image.json"])
+    assert told["base"].startswith("mirror.example.org/rocm/vllm:") and "vllm" in told["imports"]
+    assert (told["torch"], told["python"]) == ("2.11.0", "3.14")
 
 
 def test_a_wheel_or_variant_that_does_not_exist_is_answered_with_those_that_do() -> None:

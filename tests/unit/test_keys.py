@@ -37,7 +37,7 @@ PLATFORM: dict[str, set[str]] = {
     "official": set(),
     "source": set(),
     "home": {IMAGE},
-    "brings": {IMAGE},
+    "brings": {IMAGE, REQUIREMENTS},  # … which are locked to agree with it: a test of its own
     "kinds": set(),  # of other kinds
 }
 # … of a spec, …
@@ -116,14 +116,13 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "drivers": st.lists(st.sampled_from(["6.12.12", "6.16.6", "6.19.4"]), min_size=1).map(tuple),
     "official": st.booleans(),
     "home": st.from_regex(r"/opt/[a-z]{1,8}", fullmatch=True),
-    "brings": st.dictionaries(st.sampled_from(["vllm", "aiter"]), st.just("1.0")),
     "kinds": st.just({"verify": load_platforms()["cpu"]}),
     "reasons": st.lists(st.text(max_size=5)).map(tuple),
 }
 WORDS = st.from_regex(r"[a-z][a-z0-9./-]{0,12}[a-z0-9]", fullmatch=True)
 
 
-@pytest.mark.parametrize("name", PLATFORM)
+@pytest.mark.parametrize("name", [name for name in PLATFORM if name != "brings"])
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_fact_of_the_platform_moves_the_keys_that_depend_on_it_and_no_other(name: str, data: st.DataObject) -> None:
@@ -132,6 +131,15 @@ def test_a_fact_of_the_platform_moves_the_keys_that_depend_on_it_and_no_other(na
     value = data.draw(VALUES.get(name, versions if name in ("torch", "triton", "python") else WORDS))
     after = keys(spec(platform=replace(platform, **{name: value})))
     assert moved(BEFORE, after) == (PLATFORM[name] if value != getattr(platform, name) else set())
+
+
+def test_what_a_base_brings_moves_the_image_and_by_a_lock_of_its_own_the_requirements(tmp_path: Path) -> None:
+    docker = tmp_path / "docker"
+    shutil.copytree(ROOT / "docker", docker)
+    text = (docker / "locks/train-rocm7.1.1.txt").read_text()
+    (docker / "locks/train-vllm-rocm7.1.1.txt").write_text(text.replace("--hash=sha256:", "--hash=sha256:0", 1))
+    platform = replace(load_platforms(docker)[NAME], brings={"vllm": "1.0"})
+    assert moved(BEFORE, keys(spec(docker, platform))) == PLATFORM["brings"]
 
 
 @pytest.mark.parametrize("name", SPEC)

@@ -105,6 +105,7 @@ def test_bitsandbytes_names_its_libraries_by_the_release_in_short() -> None:
         ),
         ("platforms.toml", 'gfx1151 = "7.2.4"', 'gfx1151 = "7.2.5"', "default_for.gfx1151: no release '7.2.5'"),
         ("platforms.toml", "[cpu]", "[cpu", "cannot be read"),
+        ("platforms.toml", 'brings = { vllm = "0.23.0" }', "brings = {}", "kinds.verify.brings"),
         ("platforms.toml", '"gfx1201"]\nbrings', '"gfx90a"]\nbrings', "kinds.verify.gfx to be of the release's own"),
         ("locks/sources.toml", "[digests]", '[digests]\n"a:b" = "sha256:12"', "digests.a:b"),
         ("kinds.toml", "summary =", "sumary =", "did you mean 'summary'"),
