@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from radeon_stack.catalog.platforms import load_platforms
 from radeon_stack.catalog.versions import clauses, version, within
 from radeon_stack.errors import Exit, MachineError, UsageError
 from radeon_stack.host import engines
@@ -530,6 +531,13 @@ def test_an_issue_is_met_by_its_ranges_and_nothing_is_claimed_without_a_link() -
     )
     with pytest.raises(UsageError, match="no known issue 'RS-KI-999'"):
         mitigations(new, ("RS-KI-999",))
+
+
+@pytest.mark.parametrize(("rocm", "met"), [("7.14", True), ("7.14.0", True), ("7.14.1", False), ("7.1.1", False)])
+def test_a_fault_of_7_14_0_is_one_of_the_images_that_are_named_7_14(rocm: str, met: bool) -> None:
+    assert "7.14" in {platform.rocm for platform in load_platforms().values()}
+    setup = Setup(frozenset({"gfx1201"}), 1, rocm=rocm)
+    assert ("RS-KI-020" in {issue.id for issue in met_by(setup)}) is met
 
 
 def test_mitigations_are_in_the_plan_with_their_reason_and_can_be_left_out(cli: Cli, tmp_path: Path) -> None:
