@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from importlib.metadata import distributions
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,23 +77,98 @@ def test_this_environment_passes_as_an_image_for_the_cpu(monkeypatch: pytest.Mon
             assert found.state == "ok", found
 
 
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc to link a library with")
-def test_a_compiled_module_that_lacks_a_library_is_told_though_its_package_imports(
-    site: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def linked(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
+    """Makes a package with an extension module that needs libNAME.so.1, which it leaves in the site's folder."""
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc to link a library with")
     only(monkeypatch, "linked")
-    package = site / "halved"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (site / "a.c").touch()
     monkeypatch.chdir(site)
-    subprocess.run(["gcc", "-shared", "-o", "libgone.so.1", "-Wl,-soname,libgone.so.1", "a.c"], check=True)
-    link = ["-Wl,--no-as-needed", "-Wl,-rpath,$ORIGIN", "-o", "halved/_C.abi3.so", "a.c", "./libgone.so.1"]
-    subprocess.run(["gcc", "-shared", *link], check=True)
+    (site / "a.c").touch()
+    before = set(sys.modules)
+
+    def make(name: str, module: str, runpath: str) -> Path:
+        package = site / name
+        for folder in (package, (package / module).parent):
+            folder.mkdir(exist_ok=True)
+            (folder / "__init__.py").touch()
+        library = f"lib{name}.so.1"
+        subprocess.run(["gcc", "-shared", "-o", library, f"-Wl,-soname,{library}", "a.c"], check=True)
+        link = ["-Wl,--no-as-needed", f"-Wl,-rpath,{runpath}", "-o", str(package / module), "a.c", f"./{library}"]
+        subprocess.run(["gcc", "-shared", *link], check=True)
+        return package
+
+    yield make
+    for name in [name for name in sys.modules if name not in before and (site / name.partition(".")[0]).exists()]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("origin", ["$ORIGIN", "${ORIGIN}"])
+def test_a_module_that_lacks_a_library_is_told_though_its_package_imports(
+    site: Path, linked: Callable[..., Path], origin: str
+) -> None:
+    package = linked("halved", "_C.abi3.so", origin)
     found = outcome("linked", described(imports=["halved"]))
-    assert found.detail == "halved/_C.abi3.so needs libgone.so.1: no such library"
-    (site / "libgone.so.1").rename(package / "libgone.so.1")
-    assert outcome("linked", described(imports=["halved"])).detail == "1 compiled modules"
+    assert found.detail == "halved/_C.abi3.so needs libhalved.so.1: no such library"
+    (site / "libhalved.so.1").rename(package / "libhalved.so.1")
+    assert outcome("linked", described(imports=["halved"])).detail == "1 extension modules in 1 packages"
+
+
+def test_a_module_deep_in_a_package_is_looked_at_too(site: Path, linked: Callable[..., Path]) -> None:
+    package = linked("deep", "flash/_C.abi3.so", "$ORIGIN/../lib")
+    found = outcome("linked", described(imports=["deep"]))
+    assert found.detail == "deep/flash/_C.abi3.so needs libdeep.so.1: no such library"
+    (package / "lib").mkdir()
+    (site / "libdeep.so.1").rename(package / "lib/libdeep.so.1")
+    assert outcome("linked", described(imports=["deep"])).state == "ok"
+
+
+def test_a_library_in_the_working_directory_is_not_one_that_is_found(linked: Callable[..., Path]) -> None:
+    """An empty place in a run path: it would be found where the image was made, and nowhere else."""
+    linked("empty", "_C.abi3.so", "/nowhere:")
+    assert outcome("linked", described(imports=["empty"])).state == "failed"
+
+
+def test_a_library_of_a_library_is_looked_for_as_well(site: Path, linked: Callable[..., Path]) -> None:
+    package = linked("chained", "_C.abi3.so", "$ORIGIN")
+    between = ["gcc", "-shared", "-Wl,--no-as-needed", "a.c", "./libchained.so.1", "-o", str(package / "libbetween.so")]
+    subprocess.run(between, check=True)
+    module = str(package / "_C.abi3.so")
+    link = ["gcc", "-shared", "-Wl,--no-as-needed", "-Wl,-rpath,$ORIGIN", "-L.", "a.c", "-o", module]
+    subprocess.run([*link, f"-L{package}", "-lbetween", "-Wl,--allow-shlib-undefined"], check=True)
+    (site / "libchained.so.1").unlink()
+    found = outcome("linked", described(imports=["chained"]))
+    assert found.detail.startswith("chained/_C.abi3.so needs ") and "chained.so.1" in found.detail
+
+
+def test_what_a_package_loads_by_itself_is_not_missed(site: Path, linked: Callable[..., Path]) -> None:
+    package = linked("loading", "_C.abi3.so", "/nowhere")
+    (package / "lib").mkdir()
+    (site / "libloading.so.1").rename(package / "lib/libloading.so.1")
+    (package / "__init__.py").write_text(
+        "import ctypes, pathlib\nctypes.CDLL(str(pathlib.Path(__file__).parent / 'lib/libloading.so.1'))\n"
+    )
+    assert outcome("linked", described(imports=["loading"])).detail == "1 extension modules in 1 packages"
+
+
+def test_a_part_that_nobody_imported_may_load_what_lies_in_its_package(site: Path, linked: Callable[..., Path]) -> None:
+    package = linked("parted", "part/_C.abi3.so", "/nowhere")
+    assert outcome("linked", described(imports=["parted"])).state == "failed"
+    (site / "libparted.so.1").rename(package / "libparted.so.1")
+    found = outcome("linked", described(imports=["parted"]))
+    assert found.detail == "1 extension modules in 1 packages, 1 of which cannot be told from here"
+    (package / "__init__.py").write_text("from . import part\n")  # now it was, and loaded nothing
+    sys.modules.pop("parted")
+    assert outcome("linked", described(imports=["parted"])).state == "failed"
+
+
+def test_what_is_no_extension_module_or_lies_outside_is_not_looked_at(site: Path, linked: Callable[..., Path]) -> None:
+    """bitsandbytes has a library for each release of ROCm and CUDA, and loads one."""
+    package = linked("variants", "libvariants_rocm99.so", "/nowhere")
+    outside = linked("outside", "_C.abi3.so", "/nowhere")
+    (package / "folder").symlink_to(outside)
+    (package / "_D.abi3.so").symlink_to(outside / "_C.abi3.so")
+    assert outcome("linked", described(imports=["variants"])).detail == "0 extension modules in 1 packages"
 
 
 def test_a_cpu_build_of_torch_is_no_hip_build(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,13 +142,16 @@ def _import_apart(name: str) -> None:
 
 
 def linked(description: Description) -> str:
-    """Every compiled module of what the kind promises has the libraries that it is linked with."""
-    packages = dict.fromkeys(name.partition(".")[0] for name in description["imports"])
-    modules = [(name, file) for name in packages for file in linking.compiled(name)]
-    wrong = [f"{name}/{file.name} needs {', '.join(lost)}" for name, file in modules if (lost := linking.missing(file))]
+    """The extension modules of what the kind promises find the libraries that they are linked with."""
+    packages = tuple(dict.fromkeys(name.partition(".")[0] for name in description["imports"]))
+    modules = tuple(linking.look(packages))
+    wrong = [f"{module.name} needs {', '.join(module.lost)}" for module in modules if module.lost]
     if wrong:
         raise CheckError("; ".join(wrong) + ": no such library")
-    return f"{len(modules)} compiled modules"
+    unknown = sum(module.lost is None for module in modules)
+    return f"{len(modules)} extension modules in {len(packages)} packages" + (
+        f", {unknown} of which cannot be told from here" if unknown else ""
+    )
 
 
 def requirements_met(description: Description) -> str:
@@ -292,7 +295,7 @@ CHECKS = (
     Check("triton", "exactly one triton, with AMD's backend", one_triton),
     Check("requirements", "every package's requirements are met", requirements_met),
     Check("imports", "what the kind promises is there", imports),
-    Check("linked", "compiled modules find the libraries they are linked with", linked),
+    Check("linked", "extension modules find the libraries they are linked with", linked),
     Check("bitsandbytes", "a release right on RDNA, with its native library", bitsandbytes_native, applies=_trains),
     Check("llama.cpp", "its products on the CPU are of AVX2", llama_cpp_vectors, applies=_asks_llama_cpp),
     Check("code objects", "every HIP library has code for the gfx", code_objects, applies=_rocm),

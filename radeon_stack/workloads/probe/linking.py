@@ -1,45 +1,82 @@
-"""Are the libraries there that compiled modules are linked with? A package may import without them, and not work."""
+"""Do extension modules find the libraries they are linked with? A package may import without them, and not work.
+
+The dynamic loader itself is asked, as `ldd` asks it: it knows every way of naming a place, and starts nothing it finds.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 SUFFIXES = tuple(suffix for suffix in EXTENSION_SUFFIXES if suffix != ".so")  # that one is any library's
+ASK = "LD_TRACE_LOADED_OBJECTS"  # ld.so(8): say what would be loaded, and end
+SECONDS = 60
 
 
-def compiled(package: str) -> Iterator[Path]:
-    """The compiled modules in a package's own folder."""
-    spec = find_spec(package)
-    for folder in (spec and spec.submodule_search_locations) or ():
-        yield from sorted(file for file in Path(folder).iterdir() if file.name.endswith(SUFFIXES))
+@dataclass(frozen=True)
+class Module:
+    """An extension module, and the libraries that its import would not find; None: it cannot be told from here."""
+
+    name: str
+    lost: tuple[str, ...] | None
 
 
-def missing(module: Path) -> list[str]:
-    """What a module is linked with, and the loader does not find: loaded already, in its run path, or the system's."""
-    from elftools.elf.dynamic import DynamicSegment
-    from elftools.elf.elffile import ELFFile
-
-    names: list[str] = []
-    places: list[Path] = []
-    with module.open("rb") as stream:
-        for segment in ELFFile(stream).iter_segments():
-            for tag in segment.iter_tags() if isinstance(segment, DynamicSegment) else ():
-                kind = str(tag.entry.d_tag).removeprefix("DT_").lower()
-                told = str(getattr(tag, kind, ""))  # pyelftools gives it that name
-                if kind == "needed":
-                    names.append(told)
-                elif kind in ("runpath", "rpath"):
-                    places += [Path(place.replace("$ORIGIN", str(module.parent))) for place in told.split(":")]
-    return [name for name in names if not any((place / name).exists() for place in places) and not _loads(name)]
+def look(packages: Iterable[str]) -> Iterator[Module]:
+    """Every extension module in these packages' folders, as it would be imported once they all are."""
+    packages = tuple(packages)
+    for package in packages:
+        with suppress(Exception):  # whether it imports is another check's question
+            import_module(package)
+    for package in packages:
+        spec = find_spec(package)
+        for folder in (spec and spec.submodule_search_locations) or ():
+            yield from _in(package, Path(folder).resolve())
 
 
-def _loads(name: str) -> bool:
+def _in(package: str, folder: Path) -> Iterator[Module]:
+    files = [Path(place, name) for place, _, names in os.walk(folder) for name in sorted(names)]
+    names = {file.name for file in files}
+    for file in files:
+        if not file.name.endswith(SUFFIXES) or not file.resolve().is_relative_to(folder):
+            continue
+        inside = file.relative_to(folder)
+        lost = not_found(file)
+        if lost and ".".join((package, *inside.parts[:-1])) not in sys.modules:
+            # Whoever imports it imports its own package first, which may load what the package has elsewhere.
+            lost = tuple(name for name in lost if name not in names) or None
+        yield Module(f"{package}/{inside}", lost)
+
+
+def not_found(module: Path) -> tuple[str, ...] | None:
+    """What this Python would not find for a module, beyond what it has loaded. None: the loader did not look at it."""
+    before = os.environ.get("LD_PRELOAD", "")
+    with TemporaryDirectory() as empty:  # an empty place in a run path is the working directory
+        told = subprocess.run(
+            [sys.executable, "-c", ""],
+            env={**os.environ, ASK: "1", "LD_PRELOAD": f"{before} {module}".strip()},
+            cwd=empty, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=SECONDS,
+        ).stdout  # fmt: skip
+    lines = [line.strip() for line in told.splitlines()]
+    if not any(line.startswith(f"{module} (") for line in lines):
+        return None
+    names = [name for name, _, where in (line.partition(" => ") for line in lines) if where == "not found"]
+    return tuple(name for name in dict.fromkeys(names) if not _loaded(name))
+
+
+def _loaded(name: str) -> bool:
+    """Does this process have it already, by whatever path? Nothing is loaded for the question."""
     try:
-        ctypes.CDLL(name)
+        ctypes.CDLL(name, os.RTLD_NOLOAD)
     except OSError:
         return False
     return True
