@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 import socket
 import stat
@@ -21,7 +22,8 @@ import pytest
 
 from radeon_stack.catalog.load import Effective, read, resolve
 from radeon_stack.contracts.serve import KEY_FILE, ServeConfig
-from radeon_stack.errors import Exit, MachineError, UsageError
+from radeon_stack.dialogue import Endpoint
+from radeon_stack.errors import Exit, MachineError, UsageError, WorkloadError
 from radeon_stack.images.environments import environment_for
 from radeon_stack.images.resolve import Image
 from radeon_stack.launch.docker import container_config, run_arguments
@@ -35,6 +37,7 @@ from radeon_stack.runs.store import Run, RunStore
 from radeon_stack.workloads.serve.child import Child, last_words
 from radeon_stack.workloads.serve.choosing import choose
 from radeon_stack.workloads.serve.guard import KEY_FILE_VARIABLE, Guard
+from radeon_stack.workloads.serve.ready import wait_until_it_answers
 from radeon_stack.workloads.serve.servers import command, environment
 from tests.conftest import Cli
 from tests.unit.test_launch import IMAGE, circumstances
@@ -354,6 +357,17 @@ def test_an_empty_key_opens_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 # The server's process
 
+# As vLLM tells it: its engine the reason, in colour, and then its server that it has none.
+VLLM_FAILS = """\
+\x1b[1;36m(EngineCore_DP0 pid=7)\x1b[0;0m ERROR 09-18 10:34:29 [core.py:718] EngineCore failed to start.
+(EngineCore_DP0 pid=7) ERROR 09-18 10:34:29 [core.py:718] Traceback (most recent call last):
+(EngineCore_DP0 pid=7) ERROR 09-18 10:34:29 [core.py:718]   File "/error/core.py", line 91, in __init__
+(EngineCore_DP0 pid=7) ERROR 09-18 10:34:29 [core.py:718] ValueError: No available memory for the cache blocks.
+(APIServer pid=1) Traceback (most recent call last):
+(APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+"""
+STAYS = "import time; time.sleep(20)"
+
 
 @pytest.mark.parametrize(
     ("lines", "last"),
@@ -361,6 +375,7 @@ def test_an_empty_key_opens_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["Traceback", "ValueError: no architecture 'x'", "warnings.warn("], "ValueError: no architecture 'x'"),
         (["loading", "llama_model_load: error loading model", "done"], "llama_model_load: error loading model"),
         (["loading", "", "gone"], "gone"),
+        (VLLM_FAILS.splitlines(), "ValueError: No available memory for the cache blocks."),
         ([], ""),
         (["x\x1b[2J" + "y" * 1000], "x�[2J" + "y" * 294 + "…"),
     ],
@@ -374,6 +389,84 @@ def test_a_server_that_ends_says_why(capsys: pytest.CaptureFixture[str]) -> None
         child.wait()
         assert child.failure().what == "the server ended: OSError: address in use"
     assert "hello" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("then", "says"),
+    [
+        (STAYS, "the server's engine failed: ValueError: No available memory"),
+        (
+            f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', '{STAYS}']); sys.exit(1)",
+            "the server ended: ValueError: No available memory",
+        ),
+    ],
+)
+def test_a_server_whose_engine_has_failed_is_not_waited_for_whoever_stays(
+    monkeypatch: pytest.MonkeyPatch, then: str, says: str
+) -> None:
+    monkeypatch.setattr("radeon_stack.workloads.serve.child.REASON_SECONDS", 0.5)
+    fake = f"print({VLLM_FAILS!r}, end='', flush=True); {then}"
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        here = Endpoint("127.0.0.1", silent.getsockname()[1], KEY, "m")
+        begun = time.monotonic()
+        with (
+            pytest.raises(WorkloadError, match=re.escape(says)),
+            Child([sys.executable, "-c", fake], {}) as child,
+        ):
+            wait_until_it_answers(here, child, 50)
+    assert time.monotonic() - begun < 10
+
+
+# Well until it is asked.
+FAILS_AT_A_QUESTION = """
+import http.server, os, sys, time
+class Server(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def do_POST(self):
+        for line in ("EngineCore encountered a fatal error.", "RuntimeError: HIP error: page fault"):
+            print("(EngineCore_DP0 pid=7) ERROR 09-18 10:34:29 [core.py:7]", line, flush=True)
+        if sys.argv[2] == "ends":
+            os._exit(1)
+        time.sleep(20)
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Server).serve_forever()
+"""
+
+
+@pytest.mark.parametrize(("how", "says"), [("stays", "the server's engine failed"), ("ends", "the server ended")])
+def test_a_server_that_fails_at_the_first_question_says_why_at_once(
+    monkeypatch: pytest.MonkeyPatch, how: str, says: str
+) -> None:
+    monkeypatch.setattr("radeon_stack.workloads.serve.child.REASON_SECONDS", 0.5)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    begun = time.monotonic()
+    with (
+        pytest.raises(WorkloadError, match=f"{says}: RuntimeError: HIP error: page fault"),
+        Child([sys.executable, "-c", FAILS_AT_A_QUESTION, str(port), how], {}) as child,
+    ):
+        wait_until_it_answers(Endpoint("127.0.0.1", port, KEY, "m"), child, 50)
+    assert time.monotonic() - begun < 10
+
+
+def test_an_engine_that_fails_later_ends_the_serving(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("radeon_stack.workloads.serve.child.REASON_SECONDS", 0.1)
+    line = "(EngineCore_DP0 pid=7) ERROR 09-18 10:34:29 [core.py:718] EngineCore encountered a fatal error."
+    with Child([sys.executable, "-c", f"print({line!r}, flush=True); {STAYS}"], {}) as child:
+        child.wait()
+        assert child.failure().what == "the server's engine failed: EngineCore encountered a fatal error."
+
+
+def test_a_server_that_only_mentions_its_engine_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("radeon_stack.workloads.serve.child.REASON_SECONDS", 0.0)
+    line = "INFO 09-18 10:34:29 [api.py:1] asked: what does 'EngineCore failed to start.' mean?"
+    with Child([sys.executable, "-c", f"print({line!r}, flush=True); {STAYS}"], {}) as child:
+        while f"{line}\n" not in child._last:
+            time.sleep(0.01)
+        assert not child.ended
 
 
 def test_one_that_will_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 from radeon_stack.contracts.serve import HEALTH
 from radeon_stack.dialogue import Endpoint, answer, healthy
 from radeon_stack.errors import WorkloadError
-from radeon_stack.workloads.serve.child import Child
+from radeon_stack.workloads.serve.child import REASON_SECONDS, Child
 
 POLL_SECONDS = 0.2
 QUESTION = [{"role": "user", "content": "Hello"}]
@@ -29,6 +30,27 @@ def wait_until_it_answers(endpoint: Endpoint, child: Child, seconds: float) -> N
         time.sleep(POLL_SECONDS)
     if child.ended:  # somebody else's server answered
         raise child.failure()
-    left = max(deadline - time.monotonic(), 1.0)
-    for _ in answer(endpoint, QUESTION, seconds=left, max_tokens=TOKENS, temperature=0):
-        pass
+    _ask(endpoint, child, max(deadline - time.monotonic(), 1.0))
+
+
+def _ask(endpoint: Endpoint, child: Child, seconds: float) -> None:
+    """One question. Asked in a thread: a server that its engine has left at it may keep the connection open."""
+    wrong: list[WorkloadError] = []
+
+    def ask() -> None:
+        try:
+            for _ in answer(endpoint, QUESTION, seconds=seconds, max_tokens=TOKENS, temperature=0):
+                pass
+        except WorkloadError as error:
+            wrong.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    while asking.is_alive() and not child.ended:
+        asking.join(POLL_SECONDS)
+    if wrong:
+        child.wait(2 * REASON_SECONDS)  # one that dies of it closes the connection first, and says why
+    if child.ended:
+        raise child.failure()
+    if wrong:
+        raise wrong[0]
