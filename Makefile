@@ -61,7 +61,7 @@ test-work:
 
 # Beyond `test`, which skips them by name where that environment is not there: llama.cpp is compiled once for it.
 .PHONY: test-export
-test-export: setup  ## exports and serving from beginning to end, by llama.cpp and vLLM themselves: some 20 minutes
+test-export: setup  ## exports and serving from beginning to end, by llama.cpp and vLLM themselves: some 15 minutes
 	@$(BIN)/python tools/environment.py verify
 	@$(BIN)/python -m pytest tests/work/test_export_whole.py tests/work/test_serve.py
 

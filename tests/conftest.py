@@ -105,7 +105,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("model") / "tiny-llama", words=WORDS)
 
 
-def tiny_llama(folder: Path, *, words: int | None) -> Path:
+def tiny_llama(folder: Path, *, words: int | None, heads: int = 4) -> Path:
     """A LLaMA of two layers with random weights, with SmolLM2's tokenizer: its first words, or (None) all of them."""
     import importlib.util
 
@@ -125,8 +125,8 @@ def tiny_llama(folder: Path, *, words: int | None) -> Path:
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,
