@@ -66,7 +66,9 @@ class _Gate(torch.autograd.Function):
         tokens, width = x.shape
         planned = _gate_sizes(x.device, tokens, matrix.shape[0], top_k, normalise, x.dtype)
         if planned is None or x.dtype != matrix.dtype or matrix.shape[1] != width:  # which torch has words for
-            logits = torch.nn.functional.linear(x, matrix)
+            # In their own dtype, as the way back is, which autocast does not reach.
+            with torch.autocast(x.device.type, enabled=False):
+                logits = torch.nn.functional.linear(x, matrix)
             weight, index = _chosen(logits, top_k, normalise)
         else:
             programs, constants, options = planned

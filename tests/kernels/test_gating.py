@@ -37,10 +37,12 @@ class Model(torch.nn.Module):
 
 @pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_routes_as_transformers_own_does(kind: str, normalise: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])  # in one launch, and in two
+def test_it_routes_as_transformers_own_does(kind: str, normalise: bool, dtype: torch.dtype) -> None:
     def routed(own: Any) -> list[torch.Tensor]:
+        own = own.to(dtype)
         torch.manual_seed(10)
-        x = torch.randn(3, 5, 24, device=DEVICE, requires_grad=True)
+        x = torch.randn(3, 5, 24, device=DEVICE).to(dtype).requires_grad_()
         _, weights, index = own(x)
         d_weights = torch.linspace(-1, 1, weights.numel(), device=DEVICE).view_as(weights)
         return [weights.detach(), index, *torch.autograd.grad(weights, x, d_weights)]
@@ -49,8 +51,19 @@ def test_it_routes_as_transformers_own_does(kind: str, normalise: bool) -> None:
     model = Model(router(kind, normalise=normalise))
     assert use_gate(model) == 1
     assert model.gate(torch.randn(5, 24, device=DEVICE))[0] is None
+    model.gate.to(dtype)
     for found, own in zip(routed(model.gate), wanted, strict=True):
         torch.testing.assert_close(found, own)
+
+
+def test_under_autocast_a_router_of_float32_stays_so_there_and_back() -> None:
+    model = Model(router("qwen3_moe", normalise=True))
+    use_gate(model)
+    x = torch.randn(5, 24, device=DEVICE, requires_grad=True)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        _, weights, _ = model.gate(x)
+    weights.sum().backward()
+    assert weights.dtype == torch.float32 and x.grad is not None
 
 
 def test_where_a_loss_wants_the_logits_or_the_rows_have_another_type_it_is_transformers_own() -> None:

@@ -132,19 +132,23 @@ def test_with_its_linear_layer_the_router_gives_what_both_give_apart(
         torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("trained", [False, True])
-def test_with_its_linear_layer_the_router_gives_the_same_in_one_operation(device: str, trained: bool) -> None:
-    def gradients(one: bool) -> list[torch.Tensor]:
-        torch.manual_seed(8)
-        x = torch.randn(7, 24, device=device, requires_grad=True)
-        matrix = torch.randn(6, 24, device=device, requires_grad=trained)
-        weight, index = gate(x, matrix, 2) if one else router(torch.nn.functional.linear(x, matrix), 2)
-        inputs = [x, matrix] if trained else [x]
-        d_weight = torch.tensor([[1.0, -2.0]], device=device).expand(7, 2)
-        return [weight.detach(), index, *torch.autograd.grad(weight, inputs, d_weight)]
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_gates_token_without_sense_spoils_no_other(device: str, wrong: float) -> None:
+    x, matrix = torch.randn(20, 32, device=device).half(), torch.randn(128, 32, device=device).half()
+    assert _gate_sizes(torch.device(device), 20, 128, 4, True, torch.float16) is not None
 
-    for found, wanted in zip(gradients(True), gradients(False), strict=True):
-        torch.testing.assert_close(found, wanted)
+    def results() -> tuple[torch.Tensor, ...]:
+        leaf = x.clone().requires_grad_()
+        weight, index = gate(leaf, matrix, 4)
+        return weight.detach(), index, *torch.autograd.grad(weight, leaf, torch.ones_like(weight).cumsum(1))
+
+    wanted = results()
+    x[7, 3] = wrong
+    others = [row for row in range(20) if row != 7]
+    for found, before in zip(results(), wanted, strict=True):
+        assert torch.equal(found[others], before[others])
+    weight, index, d_x = results()
+    assert weight[7].isnan().all() and d_x[7].isnan().all() and ((index >= 0) & (index < 128)).all()
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])

@@ -286,8 +286,11 @@ def test_vllm_compiles_nothing_where_pythons_headers_or_a_compiler_are_not(
     assert "--enforce-eager" in command(choose(wanted, folder, BOTH), wanted, "127.0.0.1")
     assert environment(tmp_path)["TORCHDYNAMO_DISABLE"] == "1"
     (tmp_path / "Python.h").touch()
-    monkeypatch.setattr(shutil, "which", lambda _: None)
-    assert environment(tmp_path)["TORCHDYNAMO_DISABLE"] == "1"
+    for missing in ("g++", "gcc"):
+        monkeypatch.setattr(shutil, "which", lambda name, missing=missing: None if name == missing else name)
+        assert environment(tmp_path)["TORCHDYNAMO_DISABLE"] == "1"
+    monkeypatch.setenv("CC", "ccache cc")
+    monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     assert "--enforce-eager" not in command(choose(wanted, folder, BOTH), wanted, "127.0.0.1")
     assert "TORCHDYNAMO_DISABLE" not in environment(tmp_path)
@@ -463,8 +466,8 @@ def test_an_engine_that_fails_later_ends_the_serving(monkeypatch: pytest.MonkeyP
 def test_a_server_that_only_mentions_its_engine_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("radeon_stack.workloads.serve.child.REASON_SECONDS", 0.0)
     line = "INFO 09-18 10:34:29 [api.py:1] asked: what does 'EngineCore failed to start.' mean?"
-    with Child([sys.executable, "-c", f"print({line!r}, flush=True); {STAYS}"], {}) as child:
-        while f"{line}\n" not in child._last:
+    with Child([sys.executable, "-c", f"print({line!r}, 'read', sep='\\n', flush=True); {STAYS}"], {}) as child:
+        while "read\n" not in child._last:
             time.sleep(0.01)
         assert not child.ended
 

@@ -109,7 +109,7 @@ def test_a_module_that_lacks_a_library_is_told_though_its_package_imports(
 ) -> None:
     package = linked("halved", "_C.abi3.so", origin)
     found = outcome("linked", described(imports=["halved"]))
-    assert found.detail == "halved/_C.abi3.so needs libhalved.so.1: no such library"
+    assert found.detail == "halved/_C.abi3.so needs libhalved.so.1: not found"
     (site / "libhalved.so.1").rename(package / "libhalved.so.1")
     assert outcome("linked", described(imports=["halved"])).detail == "1 extension modules in 1 packages"
 
@@ -117,7 +117,7 @@ def test_a_module_that_lacks_a_library_is_told_though_its_package_imports(
 def test_a_module_deep_in_a_package_is_looked_at_too(site: Path, linked: Callable[..., Path]) -> None:
     package = linked("deep", "flash/_C.abi3.so", "$ORIGIN/../lib")
     found = outcome("linked", described(imports=["deep"]))
-    assert found.detail == "deep/flash/_C.abi3.so needs libdeep.so.1: no such library"
+    assert found.detail == "deep/flash/_C.abi3.so needs libdeep.so.1: not found"
     (package / "lib").mkdir()
     (site / "libdeep.so.1").rename(package / "lib/libdeep.so.1")
     assert outcome("linked", described(imports=["deep"])).state == "ok"
@@ -156,10 +156,37 @@ def test_a_part_that_nobody_imported_may_load_what_lies_in_its_package(site: Pat
     assert outcome("linked", described(imports=["parted"])).state == "failed"
     (site / "libparted.so.1").rename(package / "libparted.so.1")
     found = outcome("linked", described(imports=["parted"]))
-    assert found.detail == "1 extension modules in 1 packages, 1 of which cannot be told from here"
+    assert found.state == "failed" and "told of none of 1 extension modules" in found.detail
+    linked("sound", "_C.abi3.so", str(site))
+    found = outcome("linked", described(imports=["parted", "sound"]))
+    assert found.detail == "2 extension modules in 2 packages, 1 of which cannot be told from here"
     (package / "__init__.py").write_text("from . import part\n")  # now it was, and loaded nothing
     sys.modules.pop("parted")
     assert outcome("linked", described(imports=["parted"])).state == "failed"
+
+
+def test_a_module_that_is_cut_short_or_asks_for_a_newer_library_is_found(
+    site: Path, linked: Callable[..., Path]
+) -> None:
+    package = linked("newer", "_C.abi3.so", "$ORIGIN")
+    shutil.copy(site / "libnewer.so.1", package)  # has no versions
+    (site / "versions").write_text("NEWER_2 { global: wanted; };")
+    (site / "a.c").write_text("void wanted(void) {}")
+    made = ["gcc", "-shared", "-fPIC", "-Wl,-soname,libnewer.so.1", "-Wl,--version-script=versions"]
+    subprocess.run([*made, "-o", "libnewer.so.1", "a.c"], check=True)
+    (site / "a.c").write_text("void wanted(void); void here(void) { wanted(); }")
+    module = package / "_C.abi3.so"
+    link = ["gcc", "-shared", "-fPIC", "-Wl,-rpath,$ORIGIN", "-o", str(module), "a.c", "./libnewer.so.1"]
+    subprocess.run(link, check=True)
+    (site / "a.c").write_text("void wanted(void) {}")
+    older = ["gcc", "-shared", "-fPIC", "-Wl,-soname,libnewer.so.1", "-Wl,--version-script=versions"]
+    (site / "versions").write_text("NEWER_1 { global: wanted; };")
+    subprocess.run([*older, "-o", str(package / "libnewer.so.1"), "a.c"], check=True)
+    found = outcome("linked", described(imports=["newer"]))
+    assert found.state == "failed" and "needs NEWER_2" in found.detail, found
+    module.write_bytes(module.read_bytes()[:300])
+    found = outcome("linked", described(imports=["newer"]))
+    assert found.state == "failed" and "to be whole" in found.detail, found
 
 
 def test_what_is_no_extension_module_or_lies_outside_is_not_looked_at(site: Path, linked: Callable[..., Path]) -> None:

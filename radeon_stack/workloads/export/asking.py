@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from radeon_stack.contracts.export import ExportConfig
-from radeon_stack.errors import MachineError, WorkloadError
+from radeon_stack.errors import MachineError, StackError
 from radeon_stack.runs import events as ev
 from radeon_stack.workloads.export import apart, quality
 from radeon_stack.workloads.export.held import TEXT
@@ -83,7 +83,7 @@ def asked(
     told = {**questions, "model": str(export.place), "reference": reference}
     try:
         done = apart.called(f"{LOADERS}.{MODULES[export.program]}", told)
-    except WorkloadError as error:  # the run ends with it; the report has it beside those that did load
+    except StackError as error:  # the run ends with it; the report has it beside those that did load
         job.emit(ev.Loaded(loader=export.loader, state="broken", broken=(f"gave no answer: {error.what}",)))
         raise
     reply = done.value | {"seconds": done.seconds}

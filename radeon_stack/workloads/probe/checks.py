@@ -26,6 +26,7 @@ from radeon_stack.workloads.probe.base import guarded, normal
 Description = Mapping[str, Any]
 # 0.50.0 is the first release that is right on warps of 32 (bitsandbytes pull requests 1885 and 1887).
 BITSANDBYTES_AT_LEAST = (0, 50)
+LLAMA_CPP_NEEDS = {"sse4_2", "avx", "avx2", "bmi2", "fma", "f16c"}  # docker/wheels/llama-cpp-python/build.sh
 IMPORT_SECONDS = 300
 
 
@@ -147,8 +148,10 @@ def linked(description: Description) -> str:
     modules = tuple(linking.look(packages))
     wrong = [f"{module.name} needs {', '.join(module.lost)}" for module in modules if module.lost]
     if wrong:
-        raise CheckError("; ".join(wrong) + ": no such library")
+        raise CheckError("; ".join(wrong) + ": not found")
     unknown = sum(module.lost is None for module in modules)
+    if unknown == len(modules) > 0:
+        raise CheckError(f"the dynamic loader told of none of {unknown} extension modules: is a space in their path?")
     return f"{len(modules)} extension modules in {len(packages)} packages" + (
         f", {unknown} of which cannot be told from here" if unknown else ""
     )
@@ -199,6 +202,9 @@ def bitsandbytes_native(description: Description) -> str:
 
 def llama_cpp_vectors(_: Description) -> str:
     """llama.cpp's products on the CPU are those of AVX2: without, it gives a tenth of the tokens and says nothing."""
+    flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2].partition("\n")[0].split())
+    if lacking := sorted(LLAMA_CPP_NEEDS - flags):
+        raise CheckError(f"this processor has no {', '.join(lacking)}, which our llama.cpp is built with")
     import llama_cpp
 
     told = llama_cpp.llama_print_system_info().decode(errors="replace")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -21,11 +22,15 @@ from tempfile import TemporaryDirectory
 SUFFIXES = tuple(suffix for suffix in EXTENSION_SUFFIXES if suffix != ".so")  # that one is any library's
 ASK = "LD_TRACE_LOADED_OBJECTS"  # ld.so(8): say what would be loaded, and end
 SECONDS = 60
+REFUSED = "cannot be preloaded"
+NEWER = re.compile(r"version `([^']+)' not found \(required by (.+)\)$", re.MULTILINE)  # GLIBCXX_3.4.32, of a library
 
 
 @dataclass(frozen=True)
 class Module:
-    """An extension module, and the libraries that its import would not find; None: it cannot be told from here."""
+    """An extension module, and what its import would not find, libraries or versions of them; None: it cannot be told
+    from here.
+    """
 
     name: str
     lost: tuple[str, ...] | None
@@ -65,12 +70,15 @@ def not_found(module: Path) -> tuple[str, ...] | None:
             [sys.executable, "-c", ""],
             env={**os.environ, ASK: "1", "LD_PRELOAD": f"{before} {module}".strip()},
             cwd=empty, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=SECONDS,
-        ).stdout  # fmt: skip
-    lines = [line.strip() for line in told.splitlines()]
+        )  # fmt: skip
+    if any(f"'{module}'" in line and REFUSED in line for line in told.stderr.splitlines()):
+        return (f"to be whole, and of this machine ({REFUSED})",)
+    lines = [line.strip() for line in told.stdout.splitlines()]
     if not any(line.startswith(f"{module} (") for line in lines):
         return None
     names = [name for name, _, where in (line.partition(" => ") for line in lines) if where == "not found"]
-    return tuple(name for name in dict.fromkeys(names) if not _loaded(name))
+    older = [version for version, who in NEWER.findall(told.stderr) if who == str(module)]
+    return (*(name for name in dict.fromkeys(names) if not _loaded(name)), *dict.fromkeys(older))
 
 
 def _loaded(name: str) -> bool:

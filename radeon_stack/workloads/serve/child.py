@@ -20,6 +20,7 @@ STOP_SECONDS = 30.0  # then it is killed; the whole run has two minutes
 # vLLM computes in a process of its own. When that has failed, its server may stay for ever, and answer nobody.
 ENGINE_FAILED = re.compile(
     r"EngineCore (failed to start|encountered a fatal error)\.$|RuntimeError: Engine core initialization failed\b"
+    r"|\[shutdown\] \w+: engine core exited unexpectedly|(Engine core|Worker) proc .* died unexpectedly"  # killed
 )
 REASON_SECONDS = 2.0  # that it has to say why, or to end by itself
 FAILED_SECONDS = 3.0  # that it has to stop then
@@ -27,7 +28,7 @@ POLL_SECONDS = 0.2
 ELSEWHERE = "See root cause above"
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 # `(EngineCore_DP0 pid=12) ERROR 09-18 10:34:29 [core.py:718] `: who of vLLM's processes says it, and where.
-PREFIX = re.compile(r"(\(\w+ pid=\d+\) +)?([A-Z]+ [\d-]+ [\d:]+ \[[\w.]+:\d+\] +)?")
+PREFIX = re.compile(r"(\(\w+ pid=\d+\) +)?([A-Z]+ [\d-]+ [\d:]+ \[[\w./-]+:\d+\] +)?")
 TELLING = re.compile(r"^(\w+\.)*\w*(Error|Exception|Interrupt)\b.*|.*\b(error|failed|cannot)\b.*", re.IGNORECASE)
 
 

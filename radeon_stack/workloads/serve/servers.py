@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -30,11 +31,12 @@ def environment(key: Path) -> dict[str, str]:
 
 
 def _compiles() -> bool:
-    """Can a model be compiled here, as vLLM does unless told? What torch generates wants Python's headers, and a
-    compiler.
+    """Can a model be compiled here, as vLLM does unless told? What torch generates wants Python's headers, and its
+    compilers of C++ (for a CPU) and of C (Triton's launchers).
     """
-    compilers = (os.environ.get("CC", "gcc"), "cc", "clang")
-    return Path(sysconfig.get_path("include"), "Python.h").is_file() and any(map(shutil.which, compilers))
+    asked = (os.environ.get("CXX") or "g++", os.environ.get("CC") or "gcc")
+    compilers = all(shutil.which(shlex.split(command)[0]) for command in asked)
+    return compilers and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
 def _llama(chosen: Served, config: ServeConfig, listen: str) -> list[str]:
