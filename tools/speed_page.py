@@ -26,8 +26,8 @@ model.set_experts_implementation("radeon_nf4")  # read packed, decoded tile by t
 
 - `kernels/experts.py`: mixture-of-experts layers over 16-bit or NF4 experts, gradients of everything, adapters an
   expert. Sums have a fixed order: twice is the same to the bit. The host is never asked for a number.
-- `kernels/router.py`: the router with its linear layer, softmax, the top experts and their weights, in one launch each
-  way; of more than 4096 tokens, or where it is trained, in two or three back.
+- `kernels/router.py`: the router with its linear layer, softmax, the top experts and their weights, in 16 bit and of up
+  to 128 experts in one launch each way; of more than 4096 tokens, or where it is trained, in two or three back.
 - `kernels/linear.py`: an NF4 linear layer with a LoRA adapter.
 - `kernels/nf4.py`: decoded values are bitsandbytes' to the bit.
 - `kernels/jit/turned.py`: on CUDA, decoded values go from registers to the matrix units. NVIDIA's assembler before 13.3
