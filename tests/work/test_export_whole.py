@@ -23,6 +23,7 @@ from radeon_stack.images.environments import environment_for
 from radeon_stack.runs import events as ev
 from radeon_stack.runs.store import home as store_home
 from tests.conftest import Cli, Result, tiny_llama, wait_for
+from tests.work.models import folder_of
 from tests.work.test_merging import flip
 
 MADE = environment_for("verify", store_home())  # before each test is given a home of its own
@@ -91,6 +92,18 @@ def test_a_run_is_converted_loaded_and_answers_the_same_by_llama_cpp(cli: Cli, s
     assert "Who loads it, and how well" in (run / "report.html").read_text()
     sums = subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=run / "artifacts/gguf", check=False)
     assert sums.returncode == 0
+
+
+def test_a_dense_qwen_that_is_no_run_goes_the_same_way(cli: Cli, base: Path, tmp_path: Path) -> None:
+    words = json.loads((base / "config.json").read_text())["vocab_size"]
+    folder = folder_of("qwen3", tmp_path / "qwen3", vocab_size=words)
+    for file in (*base.glob("*token*"), *base.glob("*.jinja")):
+        shutil.copy(file, folder)
+    done = exported(cli, folder)
+    assert done.code == 0, done.err
+    told = {one["loader"]: one["values"] for one in done.json["loaded"]}
+    assert done.json["facts"]["gguf_bf16"]["compared"] == len(load_file(folder / "model.safetensors"))
+    assert told["llama.cpp bf16"]["perplexity_ratio"] == pytest.approx(1, abs=0.02)
 
 
 def test_an_adapter_alone_is_merged_first_into_the_base_that_it_was_trained_on(cli: Cli, source: Path) -> None:
