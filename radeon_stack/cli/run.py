@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from radeon_stack.catalog.load import Effective, RecipeFile, read, resolve
+from radeon_stack.cli.cluster import CLUSTER_OPTIONS, wanted_of
 from radeon_stack.cli.estimate import tell
 from radeon_stack.cli.serving import announced
 from radeon_stack.cli.steps import step_view
@@ -19,6 +20,7 @@ from radeon_stack.errors import Exit, UsageError
 from radeon_stack.host.bundle import is_here, opened
 from radeon_stack.images.making import make
 from radeon_stack.launch.circumstances import Asked, find_out
+from radeon_stack.launch.cluster import dependency
 from radeon_stack.launch.engine import engine_named
 from radeon_stack.launch.launcher import Draft, detach, draft, paste_lines, read_plan, resumable, write_records
 from radeon_stack.launch.plan import LaunchPlan
@@ -62,7 +64,9 @@ def plan_options(command: Command) -> Command:
             help="What was made before: a run, 'last', or a folder (export-check, serve).",
         ),
         click.option("--with", "server", metavar="PROGRAM", callback=not_empty, help="What serves: llama.cpp or vllm."),
-        click.option("--engine", type=click.Choice(["auto", "docker", "local"]), default=None, help="Default: auto."),
+        click.option(
+            "--engine", type=click.Choice(["auto", "docker", "local", "slurm"]), default=None, help="Default: auto."
+        ),
         click.option(
             "--image", metavar="REF", callback=not_empty, help="A particular image instead of the newest that fits."
         ),
@@ -75,6 +79,7 @@ def plan_options(command: Command) -> Command:
         click.option("--share", is_flag=True, help="Have the GPUs together with other runs."),
         click.option("--without", multiple=True, metavar="RS-KI-…", help="Leave this known issue's mitigation out."),
         click.option("--sysroot", metavar="DIR", default="/", help="Look at this tree as the machine."),
+        *CLUSTER_OPTIONS,
     )
 
 
@@ -146,7 +151,7 @@ def run(dry_run: bool, only_estimate: bool, detached: bool, earlier: str | None,
     write_records(drafted, store)
     click.echo(f"engine {why}" if detached else f"{drafted.run.id}\nengine {why}", err=True)  # detached: on stdout
     if detached:
-        detach(drafted.run)
+        detach(drafted.run, drafted.plan)
         status = drafted.run.status()
         if status is not None and status.what:
             return end(drafted.run, recorded(status), as_json)
@@ -179,8 +184,13 @@ def drafted_from(
     sysroot: str,
     at: Run | None = None,
     cache: Path | None = None,
+    **cluster: Any,
 ) -> tuple[Draft, str]:
-    """The drafted launch, and why its engine; `at` another place than the store's next run directory."""
+    """The drafted launch, and why its engine; `at` another place than the store's next run directory.
+
+    `cluster`: the values of `CLUSTER_OPTIONS`.
+    """
+    wanted = wanted_of(**cluster)
     resumed: Run | None = None
     as_many: int | None = None
     effective: Effective
@@ -198,9 +208,11 @@ def drafted_from(
             image = image or (before.image if engine == before.engine else None)
             as_many = len(before.gpus) or None
             share, without = share or before.shared, without or before.without
+            wanted = wanted.or_as(before) if engine == before.engine else wanted
     else:
         effective = asked_recipe(recipe, preset, sets, model, data, source, server)
-    asked = Asked(gpus, engine or "auto", image, share, without, as_many)
+    after = dependency(wanted.after, store)
+    asked = Asked(gpus, engine or "auto", image, share, without, as_many, wanted, after)
     with opened(sysroot) as place:
         here = find_out(effective, place, asked, store.home)
         return draft(effective, here, store, resumed or at, resume=resumed is not None, cache=cache), here.choice.why

@@ -12,7 +12,7 @@ from radeon_stack.cli.run import end
 from radeon_stack.cli.serving import announced, calling
 from radeon_stack.errors import Exit, MachineError, UsageError
 from radeon_stack.launch.launcher import read_plan
-from radeon_stack.launch.supervise import attach, carry_out, settle, stop
+from radeon_stack.launch.supervise import Pace, attach, carry_out, settle, stop
 from radeon_stack.runs.compare import MARGIN, compare, side
 from radeon_stack.runs.compare import as_data as comparison_data
 from radeon_stack.runs.compare import lines as comparison_lines
@@ -86,7 +86,7 @@ def attach_run(run: str, as_json: bool) -> int:
     found = _store().find(run)
     try:
         with view_for(sys.stderr if as_json else sys.stdout) as view:
-            outcome = attach(found, announced(view, found, "Ctrl-C leaves it running"))
+            outcome = attach(found, announced(view, found, "Ctrl-C leaves it running"), view.say)
     except KeyboardInterrupt:
         click.echo(f"{found.id} goes on; stop it with: radeon-stack runs stop {found.id}", err=True)
         return Exit.OK
@@ -99,9 +99,9 @@ def attach_run(run: str, as_json: bool) -> int:
 def logs(run: str, follow: bool) -> None:
     """All that the workload printed."""
     found = _store().find(run)
-    offset = 0
+    offset, look = 0, Pace(found)
     while True:
-        goes_on = follow and settle(found).state is State.RUNNING
+        goes_on = follow and look().state is State.RUNNING
         if found.log.exists():
             with found.log.open("rb") as stream:
                 stream.seek(offset)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import importlib.metadata
-from dataclasses import dataclass, field
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from radeon_stack.catalog.load import Effective
-from radeon_stack.errors import ImageError
+from radeon_stack.errors import ImageError, UsageError
 from radeon_stack.host.choices import Choice as Taken
+from radeon_stack.host.gpus import Gpu
 from radeon_stack.host.known_issues import Mitigation, Setup, mitigations
 from radeon_stack.host.machine import Machine, look
 from radeon_stack.host.probes import Found, Subject
 from radeon_stack.host.selection import Selection, select
 from radeon_stack.host.sysroot import Sysroot
 from radeon_stack.launch.choose import Choice, choose
+from radeon_stack.launch.cluster import Wanted, job_for
 from radeon_stack.launch.leases import busy, lease_folder
 from radeon_stack.launch.placement import ONE, Placement
+from radeon_stack.launch.plan import Job
 from radeon_stack.launch.probing import found_for, subject_of
 from radeon_stack.launch.supervise import going_on
 
@@ -33,6 +38,9 @@ class Asked:
     """Known issues whose mitigations are left out."""
     as_many: int | None = None
     """So many GPUs where `gpus` does not say it: as the run had that is resumed."""
+    cluster: Wanted = Wanted()
+    after: str | None = None
+    """What a job waits for, in its cluster's words."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +60,22 @@ class Circumstances:
     choices: tuple[Taken, ...] = ()
     placement: Placement = ONE
     """What a draft decided for its recipe: `choices`, and how the work is shared."""
+    job: Job | None = None
+    job_reasons: Mapping[str, str] = field(default_factory=dict)
+    """What is asked of a cluster; machine and selection are those of one of its nodes then."""
+
+    @property
+    def gpus(self) -> tuple[Gpu, ...]:
+        """Of all nodes."""
+        return self.selection.gpus * (self.job.nodes if self.job else 1)
 
 
 def find_out(effective: Effective, sysroot: Sysroot, asked: Asked, home: Path) -> Circumstances:
     """Look at the machine and decide. MachineError or ImageError says what is missing and how to get it."""
+    if asked.engine == "slurm":
+        return on_cluster(effective, sysroot, asked, home)
+    if asked.cluster != Wanted():
+        raise UsageError("is for a cluster", where="--nodes, --partition, …", remedy="add --engine slurm")
     machine = look(sysroot)
     wanted = effective.recipe.resources.gpus
     in_use = busy(machine.gpus, lease_folder(home), going_on) if sysroot.live and not asked.shared else {}
@@ -73,14 +93,46 @@ def find_out(effective: Effective, sysroot: Sysroot, asked: Asked, home: Path) -
     return Circumstances(machine, selection, choice, found, left_out, asked.shared, sysroot, where, subject, probe)
 
 
-def setup(machine: Machine, selection: Selection, choice: Choice) -> Setup:
+def on_cluster(effective: Effective, sysroot: Sysroot, asked: Asked, home: Path) -> Circumstances:
+    """The same for a cluster, whose nodes are looked at in this machine's place."""
+    if asked.gpus is not None or asked.shared:
+        where = "--gpus" if asked.gpus is not None else "--share"
+        raise UsageError("Slurm chooses the GPUs", where=where, remedy="say how many: --gpus-per-node 2")
+    machine, cpus = look(sysroot), os.cpu_count() or 1
+    wanted = effective.recipe.resources.gpus
+    count = wanted.usual if asked.cluster.gpus is None else asked.cluster.gpus
+    selection = select(machine.gpus, None, least=max(wanted.min, count), most=min(count, wanted.max))
+    choice = choose(effective, selection, "local", asked.image, home)
+    choice = replace(choice, engine="slurm", why="slurm: asked for")
+    job, fields = job_for(effective, asked.cluster, len(selection.gpus), cpus, asked.after)
+    where = setup(machine, selection, choice, job.nodes)
+    found = mitigations(where, asked.without)
+    left_out = tuple(one.id for one in mitigations(where) if one.id in asked.without)
+    subject = subject_of(selection, choice, where.rocm)
+    reasons = {name: why for name, (_, why) in fields.items()}
+    return Circumstances(
+        machine,
+        selection,
+        choice,
+        found,
+        left_out,
+        sysroot=sysroot,
+        setup=where,
+        subject=subject,
+        probe=found_for(home, subject),
+        job=job,
+        job_reasons=reasons,
+    )
+
+
+def setup(machine: Machine, selection: Selection, choice: Choice, nodes: int = 1) -> Setup:
     """What known issues are looked up for: the chosen cards, and what the image or the Python that is taken has."""
     gpus = selection.gpus
     torch = _torch(choice)
     rocm = choice.image.rocm if choice.image else _rocm_of(torch)
     return Setup(
         gfx=frozenset(gpu.gfx for gpu in gpus),
-        gpus=len(gpus),
+        gpus=len(gpus) * nodes,
         rocm=rocm,
         kernel=machine.kernel,
         components={"torch": torch},

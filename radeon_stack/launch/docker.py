@@ -24,10 +24,15 @@ class DockerEngine:
     """Containers. They are removed once their exit code and log are safe, so none is left behind."""
 
     name = "docker"
+    keeps = False
+    pause = 0.1
 
     @cached_property
     def _client(self) -> Any:
         return client()
+
+    def files(self, plan: LaunchPlan) -> dict[Path, str]:
+        return {}
 
     def start(self, plan: LaunchPlan) -> Handle:
         with _translated("start the container", plan.run_id):
@@ -82,6 +87,9 @@ class DockerEngine:
 
     def render(self, plan: LaunchPlan) -> list[str]:
         return run_command(plan)
+
+    def standing(self, handle: Handle) -> str:
+        return ""
 
     def _find(self, handle: Handle) -> Container | None:
         from docker.errors import NotFound

@@ -1,9 +1,10 @@
-"""What an engine is: five verbs and a question, over a LaunchPlan and a handle that survives us."""
+"""What an engine is: a few verbs and questions, over a LaunchPlan and a handle that survives us."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Protocol
 
 from pydantic import JsonValue
@@ -18,6 +19,13 @@ class Engine(Protocol):
     """Carries out a LaunchPlan. Every method but `start` and `render` takes up any run by its handle."""
 
     name: str
+    keeps: bool
+    """Does it carry a run on by itself, for any machine to ask after? Else a process of ours keeps it, where it runs."""
+    pause: float
+    """Seconds between two questions to it."""
+
+    def files(self, plan: LaunchPlan) -> dict[Path, str]:
+        """What has to lie where before the command of `render` is typed."""
 
     def start(self, plan: LaunchPlan) -> Handle:
         """Start the workload. MachineError or ImageError when the engine cannot."""
@@ -37,13 +45,17 @@ class Engine(Protocol):
     def render(self, plan: LaunchPlan) -> list[str]:
         """The command that a person could type in place of `start`."""
 
+    def standing(self, handle: Handle) -> str:
+        """Where it stands, for a person; "" where there is nothing to tell but that it runs."""
+
 
 def engine_named(name: str) -> Engine:
     """An engine by its name in a plan or status record."""
     from radeon_stack.launch.docker import DockerEngine
     from radeon_stack.launch.local import LocalEngine
+    from radeon_stack.launch.slurm import SlurmEngine
 
-    engines: dict[str, type[DockerEngine] | type[LocalEngine]] = {"docker": DockerEngine, "local": LocalEngine}
+    engines: dict[str, Callable[[], Engine]] = {"docker": DockerEngine, "local": LocalEngine, "slurm": SlurmEngine}
     if name not in engines:
         raise UsageError(f"no engine '{name}'; allowed: {', '.join(engines)}")
     return engines[name]()

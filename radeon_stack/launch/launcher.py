@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.launch.planner import plan
 from radeon_stack.launch.probing import decided
 from radeon_stack.launch.recomputation import recomputed
-from radeon_stack.launch.supervise import UNSTARTED, call_off, settle
+from radeon_stack.launch.supervise import UNSTARTED, call_off, hand_over, settle
 from radeon_stack.runs.store import Run, RunStore, State, Status, cannot_write
 
 START_SECONDS = 60
@@ -59,8 +60,8 @@ def draft(
     run = run or store.new(effective.name)
     effective = with_port(effective, live=here.sysroot.live)
     effective, taken = decided(effective, here.probe, here.setup)
-    effective, placement = placed(effective, here.selection.gpus)
-    effective, layers = recomputed(effective, placement, here.selection.gpus)
+    effective, placement = placed(effective, here.gpus, here.job.nodes if here.job else 1)
+    effective, layers = recomputed(effective, placement, here.gpus)
     if resume:
         require_as_many(run, placement.processes)
     here = replace(here, choices=(*taken, *layers), placement=placement)
@@ -109,7 +110,7 @@ def require_as_many(run: Run, processes: int) -> None:
         raise UsageError(
             f"{run.id} has trained as {before} process{'es' * (before > 1)}, and would go on as {processes}",
             where="--resume",
-            remedy="give it as many GPUs as it had: --gpus 0,1,…",
+            remedy="give it as many GPUs as it had: --gpus 0,1,…; on a cluster as many nodes: --nodes 2",
         )
 
 
@@ -131,6 +132,7 @@ def write_records(drafted: Draft, store: RunStore) -> None:
                 preset=effective.preset,
                 engine=drafted.plan.engine,
                 launcher=asdict(Process.current()),
+                host=os.uname().nodename,
                 started=time.time(),
             )
         )
@@ -148,7 +150,7 @@ def paste_lines(drafted: Draft, store: RunStore) -> list[str]:
     """Shell lines that do by hand what `run` does: make the run's directory, then the launch itself."""
     run, environment = drafted.run, drafted.environment
     config = json.dumps(config_record(drafted.effective))
-    launch = engine_named(drafted.plan.engine).render(drafted.plan)
+    engine = engine_named(drafted.plan.engine)
     first = []
     if environment is not None and not environment.ready:
         first = [f"# first, once: a run by radeon-stack makes the environment for {environment.kind}"]
@@ -158,12 +160,19 @@ def paste_lines(drafted: Draft, store: RunStore) -> list[str]:
         f"{shlex.join(['printf', '%s', config])} > {shlex.quote(str(run.config))}",
         shlex.join(["touch", str(run.events)]),
         *([key_line(run.path)] if drafted.plan.ports else []),
-        shlex.join(launch),
+        *(
+            f"{shlex.join(['mkdir', '-p', str(place.parent)])}; cat >{shlex.quote(str(place))} <<'END'\n{text}END"
+            for place, text in engine.files(drafted.plan).items()
+        ),
+        shlex.join(engine.render(drafted.plan)),
     ]
 
 
-def detach(run: Run) -> None:
-    """Have another process, of its own session, carry the run out; returns when the workload has started."""
+def detach(run: Run, plan: LaunchPlan) -> None:
+    """Have the engine, or another process of its own session, carry the run out; returns when it has started."""
+    if engine_named(plan.engine).keeps:
+        hand_over(run, plan)
+        return
     keeper = subprocess.Popen(
         [sys.executable, "-m", "radeon_stack", "runs", "supervise", run.id],
         stdin=subprocess.DEVNULL,

@@ -21,9 +21,14 @@ class LocalEngine:
     """Processes outlive us when we are killed: they print to a file, and are found again by pid and start time."""
 
     name = "local"
+    keeps = False
+    pause = 0.1
 
     def __init__(self) -> None:
         self._children: dict[int, subprocess.Popen[bytes]] = {}
+
+    def files(self, plan: LaunchPlan) -> dict[Path, str]:
+        return {}
 
     def start(self, plan: LaunchPlan) -> Handle:
         environment = {name: text for name, text in os.environ.items() if name not in plan.unset}
@@ -79,6 +84,9 @@ class LocalEngine:
     def render(self, plan: LaunchPlan) -> list[str]:
         unset = [part for name in plan.unset for part in ("-u", name)]
         return ["env", *unset, *(f"{name}={value}" for name, value in plan.env), *plan.command]
+
+    def standing(self, handle: Handle) -> str:
+        return ""
 
 
 def _process(handle: Handle) -> Process:

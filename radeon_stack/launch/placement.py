@@ -37,8 +37,8 @@ class Placement:
 ONE = Placement("none", 1, "one process")
 
 
-def placed(effective: Effective, gpus: tuple[Gpu, ...]) -> tuple[Effective, Placement]:
-    """The recipe with `train.parallel` decided, and the decision.
+def placed(effective: Effective, gpus: tuple[Gpu, ...], nodes: int = 1) -> tuple[Effective, Placement]:
+    """The recipe with `train.parallel` decided, and the decision; `gpus` are those of all `nodes`.
 
     MachineError, with the figures and what to change, for what fits neither one of these cards nor all together.
     """
@@ -51,7 +51,9 @@ def placed(effective: Effective, gpus: tuple[Gpu, ...]) -> tuple[Effective, Plac
             where=effective.origin.get("config.backend", str(effective.path)) + ": config.backend",
             remedy="take one: --gpus 0, or --set backend=trl",
         )
-    placement = _on_cpu(config) if not gpus else _on_gpus(config, gpus, effective)
+    placement = _on_cpu(config, nodes) if not gpus else _on_gpus(config, gpus, effective, nodes)
+    if nodes > 1 and placement.parallel == "layers":
+        placement = _over_nodes(config, gpus, placement)
     if placement.parallel == "none":
         return effective, placement
     train = config.train.model_copy(update={"parallel": placement.parallel})
@@ -90,24 +92,33 @@ def fit(needed: int, has: int) -> str:
     return "fits" if surely(needed, has) else "does not fit" if _never(needed, has) else "tight"
 
 
-def _on_cpu(config: FinetuneConfig) -> Placement:
+def _over_nodes(config: FinetuneConfig, gpus: tuple[Gpu, ...], spread: Placement) -> Placement:
+    """One process does not reach over nodes: where a card is too small for the model, its base is shared out."""
+    if config.train.parallel == "layers":
+        raise UsageError("layers are spread over the GPUs of one node", where=WHERE, remedy="--set train.parallel=sharded")
+    why = spread.why.partition("; with its layers")[0]
+    return Placement("sharded", len(gpus), f"{why}; {_shared(len(gpus))}; {_batch(config, len(gpus))}")
+
+
+def _on_cpu(config: FinetuneConfig, nodes: int) -> Placement:
     if config.train.parallel == "layers":
         raise UsageError("layers are spread over GPUs, and this run takes none", where=WHERE, remedy="leave it out")
-    count = config.train.processes or 1
+    count = (config.train.processes or 1) * nodes
     if config.train.parallel == "sharded":
         _require_several(count, "--set train.processes=2")
         return Placement("sharded", count, f"asked for, on the CPU; {_shared(count)}; {_batch(config, count)}")
     if count == 1:
         return Placement("none", 1, "one process, on the CPU")
-    return Placement("data", count, f"asked for: train.processes, on the CPU; {_batch(config, count)}")
+    asked = "train.processes" if nodes == 1 else f"{nodes} nodes"
+    return Placement("data", count, f"asked for: {asked}, on the CPU; {_batch(config, count)}")
 
 
-def _on_gpus(config: FinetuneConfig, gpus: tuple[Gpu, ...], effective: Effective) -> Placement:
+def _on_gpus(config: FinetuneConfig, gpus: tuple[Gpu, ...], effective: Effective, nodes: int) -> Placement:
     count, asked = len(gpus), config.train.parallel
     least = min(room(gpu) for gpu in gpus)
-    if config.train.processes not in (None, count) and asked != "layers":
+    if config.train.processes not in (None, count // nodes) and asked != "layers":
         raise UsageError(
-            f"it is one process a GPU, and there are {count}", where="config.train.processes", remedy="leave it out"
+            f"it is one process a GPU, and there are {count // nodes}", where="config.train.processes", remedy="leave it out"
         )
     if asked == "sharded":
         _require_several(count, "--gpus 0,1")

@@ -31,15 +31,35 @@ class Port:
 
 
 @dataclass(frozen=True)
+class Job:
+    """What a run asks of a cluster. `gpus`, `cpus` are of each node; `minutes` None: what the partition gives.
+
+    `after` is a dependency and `more` are further options, both in Slurm's words. `requeue`: it may be begun anew, after
+    a node has died, for another's sake, or when its time is up.
+    """
+
+    nodes: int
+    gpus: int
+    cpus: int
+    partition: str | None = None
+    account: str | None = None
+    minutes: int | None = None
+    after: str | None = None
+    requeue: bool = True
+    more: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class LaunchPlan:
     """What an engine carries out. Dry run, JSON and the real launch are renderings of it.
 
     `memory` and `shm` are bytes, `gpus` PCI addresses (of a partition with its number); `shared` that others may have
     them too. `subject` is what a probe's answers hold for (card, image), `choices` what was chosen by them. `parallel`
     is how `processes` share the work: none, data, or layers (one process over several GPUs). `client` is the command
-    line that speaks to the engine: docker or podman. `unset` are variables that the workload must not see, `without`
+    line that speaks to the engine: docker or podman; on a cluster what its nodes run containers with. `job` is what is
+    asked of a cluster, which gives GPUs by number: `gpus` is empty then, and `processes` are those of all nodes. `unset` are variables that the workload must not see, `without`
     known issues that are not looked after. A field that an engine has no use for is empty, and its reason says so.
-    `reasons` has one for each field, and may have more: `env.NAME`, `choices.NAME`, `mounts.TARGET`.
+    `reasons` has one for each field, and may have more: `env.NAME`, `choices.NAME`, `job.NAME`, `mounts.TARGET`.
     """
 
     run_id: str
@@ -53,6 +73,7 @@ class LaunchPlan:
     choices: tuple[tuple[str, str], ...]
     parallel: str
     processes: int
+    job: Job | None
     command: tuple[str, ...]
     env: tuple[tuple[str, str], ...]
     unset: tuple[str, ...]
@@ -85,6 +106,8 @@ class LaunchPlan:
     def _has(self, field: str, item: str) -> bool:
         """Is there an item of that name in that field? Of a mount the target is its name."""
         items = getattr(self, field, ())
+        if isinstance(items, Job):
+            return hasattr(items, item)
         return any(item == (i.target if isinstance(i, Mount) else i[0] if isinstance(i, tuple) else i) for i in items)
 
     @classmethod
@@ -101,6 +124,8 @@ class LaunchPlan:
                 values[name] = tuple(tuple(item) if isinstance(item, list) else item for item in value)
         values["mounts"] = tuple(Mount(**mount) for mount in values["mounts"])
         values["ports"] = tuple(Port(**port) for port in values["ports"])
+        if values["job"] is not None:
+            values["job"] = Job(**{**values["job"], "more": tuple(values["job"]["more"])})
         reasons = {name: fields[name]["reason"] for name in cls.field_names()}
         for name in cls.field_names():
             reasons |= {f"{name}.{item}": why for item, why in fields[name].get("items", {}).items()}

@@ -26,6 +26,8 @@ VENV_PYTHON = "/opt/venv/bin/python"  # the contract of rocm/pytorch images
 ANY_ADDRESS = "0.0.0.0"  # noqa: S104 - of the container's own network, which is published at one address alone
 STOP_SECONDS = 120  # an optimizer step of a large model and its checkpoint fit
 FOREIGN = ("PYTHONPATH", "PYTHONHOME")  # would give one Python the packages of another
+NODE_MODULE = "radeon_stack.workloads.node"
+NO_CLUSTER = "this machine alone"
 NO_CONTAINER = "a child process, no container: it has what you have"
 
 
@@ -35,10 +37,10 @@ def plan(
     """The plan for one run. MachineError when this machine lacks what it needs."""
     image, machine = here.choice.image, here.machine
     inside = image is not None
-    if inside and effective.recipe.resources.memory > machine.memory:
+    if (inside or here.job) and effective.recipe.resources.memory > machine.memory:
         raise MachineError(
             f"{effective.name} asks for {format_size(effective.recipe.resources.memory)} of memory, "
-            f"this machine has {format_size(machine.memory)}",
+            f"{'a node' if here.job else 'this machine'} has {format_size(machine.memory)}",
             where="resources.memory",
             remedy="lower it: --set resources.memory=SIZE, or try --preset demo",
         )
@@ -56,7 +58,7 @@ def plan(
         paths.add_door(run_dir)
     python, whose = (VENV_PYTHON, "the image's Python") if inside else (here.choice.python, here.choice.python_why)
     module = f"radeon_stack.workloads.{effective.recipe.workload}"
-    command = (*started(python, here.placement.processes), module, *paths.arguments)
+    command = (*_started(python, here), module, *paths.arguments)
     values = _common(effective, here, run_id, run_dir)
     values["command"] = (
         (*command, "--resume") if resume else command,
@@ -67,7 +69,10 @@ def plan(
         values |= _container(effective, here, paths, run_dir, env)
     else:
         values |= _no_container()
-        env.add_local(here)
+        if here.job is None:
+            env.add_local(here)
+    if here.job is not None:
+        values |= _on_nodes(effective, here)
     values["env"] = (
         tuple(sorted(env.values.items())),
         "the recipe's, where caches are, and what known issues ask for",
@@ -76,9 +81,18 @@ def plan(
     values["unset"] = (unset, "would change what was decided here" if unset else "nothing has to be hidden")
     reasons = {name: reason for name, (_, reason) in values.items()}
     reasons |= {f"env.{name}": why for name, why in env.reasons.items()}
+    reasons |= {f"job.{name}": why for name, why in here.job_reasons.items()}
     reasons |= {f"choices.{choice.name}": choice.why for choice in here.choices}
     reasons |= {f"mounts.{mount.target}": why for mount, why in paths.reasons} if inside else {}
     return LaunchPlan(**{name: value for name, (value, _) in values.items()}, reasons=reasons)
+
+
+def _started(python: str, here: Circumstances) -> tuple[str, ...]:
+    """What comes before the workload's module."""
+    if here.job is None:
+        return started(python, here.placement.processes)
+    each = here.placement.processes // here.job.nodes
+    return (python, "-m", NODE_MODULE, "--nodes", str(here.job.nodes), "--processes", str(each), "--")
 
 
 class _Paths:
@@ -151,7 +165,7 @@ class _Environment:
         self.add("PYTHONUNBUFFERED", "1", "its lines arrive as they are printed")
         self.add("PYTHONFAULTHANDLER", "1", "a crash in native code leaves its Python stack in the log")
         self.add("HF_HUB_DISABLE_TELEMETRY", "1", "nothing is told to anyone")
-        for name, value, why in variables(here.placement.processes, STOP_SECONDS):
+        for name, value, why in variables(here.placement.processes, STOP_SECONDS, here.job):
             self.add(name, value, why)
         if recipe.resources.network == "none":
             self.add("HF_HUB_OFFLINE", "1", "there is no network")
@@ -207,6 +221,7 @@ def _common(effective: Effective, here: Circumstances, run_id: str, run_dir: Pat
             tuple((choice.name, choice.value) for choice in here.choices),
             "by what was measured" if here.choices else "this recipe leaves nothing to choose",
         ),
+        "job": (here.job, "what is asked of Slurm, which chooses when and where" if here.job else NO_CLUSTER),
         "parallel": (here.placement.parallel, here.placement.why),
         "processes": (here.placement.processes, here.placement.why),
         "ports": _ports(effective, inside=image is not None),
@@ -245,6 +260,13 @@ def _container(effective: Effective, here: Circumstances, paths: _Paths, run_dir
             "finds the container again",
         ),
     }
+
+
+def _on_nodes(effective: Effective, here: Circumstances) -> Reasoned:
+    """What is otherwise on a cluster: it gives GPUs by their number, and holds a job to its memory."""
+    count = len(here.selection.gpus)
+    cards = f"{count} × {here.selection.gpus[0].name} of each node: Slurm says which" if count else here.selection.why
+    return {"gpus": ((), cards), "memory": (effective.recipe.resources.memory, "the recipe's limit, of each node")}
 
 
 def _ports(effective: Effective, *, inside: bool) -> tuple[tuple[Port, ...], str]:

@@ -30,6 +30,7 @@ from radeon_stack.runs.report import write as write_report
 from radeon_stack.runs.store import Run, State, Status, cannot_write
 
 POLL_SECONDS = 0.1
+STARTING_SECONDS = 600  # in which a run that another machine starts has its engine's answer
 FULL_DISK_BYTES = 16 << 20
 FULL_DISK = "the disk is full"
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -57,8 +58,15 @@ def carry_out(run: Run, plan: LaunchPlan, watch: Watcher, say: Speaker) -> Outco
                 return _record(run, CALLED_OFF)
             handle = _start(run, status, plan, engine)
             reader = EventReader(run.events, offset=begins)
-            _watch_to_the_end(engine, handle, reader, audience, interrupts, plan)
+            _watch_to_the_end(engine, handle, reader, audience, interrupts, plan, Standing(run, audience.say))
             return _settle(run, engine)
+
+
+def hand_over(run: Run, plan: LaunchPlan) -> None:
+    """Start a run that its engine carries on by itself: nobody keeps it, and whoever looks at it may record its end."""
+    status = _begun(run)
+    if not status.state.ended:
+        _start(run, status.model_copy(update={"keeper": None}), plan, engine_named(plan.engine))
 
 
 def going_on(folder: Path) -> bool:
@@ -67,15 +75,16 @@ def going_on(folder: Path) -> bool:
     return run.status() is not None and settle(run).state is State.RUNNING
 
 
-def attach(run: Run, watch: Watcher) -> Outcome:
+def attach(run: Run, watch: Watcher, say: Speaker) -> Outcome:
     """Watch, from its first event, a run that another process carries out; Ctrl-C only ends the watching."""
-    reader = EventReader(run.events)
+    reader, look, standing = EventReader(run.events), Pace(run), Standing(run, say)
     while True:
-        outcome = settle(run)
+        outcome = look()
         for event in reader.poll() if outcome.state is State.RUNNING else reader.finish():
             watch(event)
         if outcome.state is not State.RUNNING:
             return outcome
+        standing()
         time.sleep(POLL_SECONDS)
 
 
@@ -86,9 +95,15 @@ def settle(run: Run) -> Outcome:
         return Outcome(State.LOST, Exit.WORKLOAD, "the run was killed before it had a record", remedy="run it again")
     if status.state.ended:
         return recorded(status)
-    if any(Process(**one).alive for one in (status.launcher, status.keeper) if one):
+    engine = engine_named(status.engine)
+    if status.host not in ("", here()):
+        # Its processes' numbers mean others here. What its engine knows by itself it says here too.
+        young = time.time() - status.started < STARTING_SECONDS
+        if not engine.keeps or (not status.handle and young):
+            return Outcome(State.RUNNING, Exit.OK, f"kept on {status.host}")
+    elif any(Process(**one).alive for one in (status.launcher, status.keeper) if one):
         return Outcome(State.RUNNING, Exit.OK)
-    return _settle(run, engine_named(status.engine))
+    return _settle(run, engine)
 
 
 def stop(run: Run, *, seconds: float, force: bool = False) -> Outcome:
@@ -99,10 +114,12 @@ def stop(run: Run, *, seconds: float, force: bool = False) -> Outcome:
     """
     deadline = time.monotonic() + seconds
     keeper_asked = workload_asked = call_off(run)
-    while (outcome := settle(run)).state is State.RUNNING:
+    look = Pace(run)
+    while (outcome := look()).state is State.RUNNING:
         status = run.status()
         if status is None or status.state.ended:
             continue  # its end has been recorded just now
+        _require_reach(run, status)
         late = time.monotonic() > deadline
         if status.handle:
             if late or not workload_asked:
@@ -130,6 +147,62 @@ def call_off(run: Run, why: Outcome = CALLED_OFF) -> bool:
             return False
         _record(run, why)
         return True
+
+
+class Pace:
+    """How a run stands, asked no oftener than its engine likes to be; at once when its record has changed."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._known: Outcome | None = None
+        self._status: Status | None = None
+        self._asked = 0.0
+
+    def __call__(self) -> Outcome:
+        status = self._run.status()
+        pause = engine_named(status.engine).pause if status else 0.0
+        if self._known is None or status != self._status or time.monotonic() - self._asked > pause:
+            self._known, self._asked = settle(self._run), time.monotonic()
+            self._status = self._run.status()
+        return self._known
+
+
+class Standing:
+    """Says where a run stands with its engine, whenever that is something new."""
+
+    def __init__(self, run: Run, say: Speaker) -> None:
+        self._run, self._say = run, say
+        self._last = ""
+        self._asked = float("-inf")
+
+    def __call__(self) -> None:
+        status = self._run.status()
+        if status is None or not status.handle:
+            return
+        engine = engine_named(status.engine)
+        if not engine.keeps or time.monotonic() - self._asked < engine.pause:
+            return
+        self._asked = time.monotonic()
+        try:
+            told = engine.standing(status.handle)
+        except StackError as error:
+            told = error.what
+        if told != self._last:
+            self._last = told
+            self._say(told)
+
+
+def here() -> str:
+    """This machine's name, as a run's status has it."""
+    return os.uname().nodename
+
+
+def _require_reach(run: Run, status: Status) -> None:
+    """MachineError for a run whose processes are another machine's."""
+    if status.host not in ("", here()) and not engine_named(status.engine).keeps:
+        raise MachineError(
+            f"{run.id} is kept on {status.host}", where="RUN", remedy=f"there: radeon-stack runs stop {run.id}"
+        )
 
 
 @contextmanager
@@ -174,6 +247,7 @@ def _begun(run: Run) -> Status:
             boot=boot_id(Sysroot()),
             started=time.time(),
             keeper=dataclasses.asdict(Process.current()),
+            host=here(),
         )
         _write(run, begun)
         return begun
@@ -193,6 +267,7 @@ def _watch_to_the_end(
     audience: _Audience,
     interrupts: _Interrupts,
     plan: LaunchPlan,
+    standing: Standing,
 ) -> None:
     """The first signal to us asks the workload to stop; another one, or time run out, ends it."""
     answered, deadline = 0, float("inf")
@@ -200,6 +275,7 @@ def _watch_to_the_end(
     while pump.running():
         for event in reader.poll():
             audience.show(event)
+        standing()
         late = time.monotonic() > deadline
         if interrupts.count > answered or late:
             force = answered > 0
@@ -217,6 +293,8 @@ def _settle(run: Run, engine: Engine) -> Outcome:
         return _take_down(run, engine)
     except MachineError as error:
         # The engine does not answer: nothing is recorded, what became of the workload shows when it does again.
+        if engine.keeps:
+            return Outcome(State.RUNNING, Exit.OK, error.what, error.where, error.remedy)
         return Outcome(State.LOST, error.exit_code, error.what, error.where, error.remedy)
 
 

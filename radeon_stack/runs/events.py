@@ -7,9 +7,11 @@ container it does not trust: a line that is torn, too long or not an event is sk
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -178,16 +180,38 @@ _ADAPTER: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator=
 
 
 class EventWriter:
-    """Appends events to a file; one `write` a line, so that readers never see two lines mixed."""
+    """Appends events to a file; one `write` a line, so that readers never see two lines mixed.
+
+    A writer at a time: on NFS two nodes that append at once write over each other. Its locks want a descriptor that
+    writes: flock(2), "NFS details".
+    """
 
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._alone = False
         if _ends_torn(path):
             os.write(self._fd, b"\n")
 
     def __call__(self, event: Event) -> None:
         """Append one event. OSError when the disk is full."""
-        os.write(self._fd, event.model_dump_json().encode() + b"\n")
+        with self.alone():
+            os.write(self._fd, event.model_dump_json().encode() + b"\n")
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no other process appends; where a file system has no locks it may."""
+        if self._alone:
+            yield
+            return
+        try:
+            with suppress(OSError):
+                fcntl.flock(self._fd, fcntl.LOCK_EX)
+            self._alone = True
+            yield
+        finally:
+            self._alone = False
+            with suppress(OSError):
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def close(self) -> None:
         os.close(self._fd)

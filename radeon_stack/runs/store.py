@@ -62,6 +62,7 @@ class Status(BaseModel):
     handle: dict[str, JsonValue] = {}
     launcher: dict[str, int] | None = None  # the process that has it carried out, until its keeper has begun
     keeper: dict[str, int] | None = None  # the process that carries the run out and will record its end
+    host: str = ""  # of these processes
     boot: str = ""  # of the machine, in which the attempt was started
     started: float
     ended: float | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import fcntl
 import json
 import os
 import signal
@@ -27,6 +26,7 @@ from radeon_stack.workloads.ranks import ALONE, Rank, end_with_the_launcher, los
 # finds ended, and would take this one for the cause.
 AFTER_ANOTHER = 1.0
 # oneDNN, which multiplies on a CPU: it has found how, and most often has no memory for it. It does not say how much.
+ATTEMPT_FILE = "slurm/attempt"  # in the run directory: which attempt is the newest; written by a cluster's job
 ONEDNN = "could not create a primitive"
 
 
@@ -37,6 +37,15 @@ class StopRequested(BaseException):
         super().__init__(stage)
         self.stage = stage
         self.step = step
+
+
+class TakenOver(StackError):
+    """Another attempt of this run has begun: what this one still does would be written over what that one does."""
+
+    exit_code = Exit.WORKLOAD
+
+    def __init__(self, run: Path) -> None:
+        super().__init__("this attempt has been given up: another has begun", where=str(run))
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,21 @@ class Job:
         finally:
             self._deferred = False
 
+    def taken_over(self) -> bool:
+        """Has a cluster begun this run again elsewhere? A node that it has given up may go on computing."""
+        if not self.rank.launch:
+            return False
+        try:
+            newest = (self.arguments.run / ATTEMPT_FILE).read_text(encoding="ascii").strip()
+        except (OSError, ValueError):  # not on a cluster, or its file system does not answer
+            return False
+        return newest != self.rank.launch
+
+    def require_own(self) -> None:
+        """TakenOver where this attempt is not the run's newest any more."""
+        if self.taken_over():
+            raise TakenOver(self.arguments.run)
+
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         asked_before, self.stop_asked = self.stop_asked, True
         if not self._deferred and not asked_before:
@@ -161,6 +185,9 @@ def carry_out(
         else:
             _tell_first(job, write, told)
         return Exit.INTERRUPTED
+    except TakenOver as error:
+        print(f"radeon-stack: {error.what}", file=sys.stderr, flush=True)  # nothing in its events: they are another's
+        return Exit.WORKLOAD
     except Exception as error:
         job._deferred = True
         traceback.print_exc()
@@ -176,17 +203,17 @@ def _silent(event: ev.Event) -> None:
     pass
 
 
-def _begin(job: Job, write: Callable[[ev.Event], None], resumed_step: int | None) -> None:
+def _begin(job: Job, write: ev.EventWriter, resumed_step: int | None) -> None:
     """Tell of this attempt, unless another process of it did: no process's end may come before its beginning."""
-    with _told_so_far(job) as told:
+    with _told_so_far(job, write) as told:
         begun = {event.launch for event in told if isinstance(event, ev.Attempt)}
         if job.rank.launch not in begun:
             write(ev.Attempt(pid=os.getpid(), resumed_step=resumed_step, launch=job.rank.launch))
 
 
-def _tell_first(job: Job, write: Callable[[ev.Event], None], event: ev.Error | ev.Stopped) -> None:
+def _tell_first(job: Job, write: ev.EventWriter, event: ev.Error | ev.Stopped) -> None:
     """Tell how this process ended, unless another one of this attempt did: then this one ended because of it."""
-    with _told_so_far(job) as told:
+    with _told_so_far(job, write) as told:
         ended = False
         for earlier in told:
             ended = isinstance(earlier, ev.Error | ev.Stopped) or (ended and not isinstance(earlier, ev.Attempt))
@@ -195,14 +222,13 @@ def _tell_first(job: Job, write: Callable[[ev.Event], None], event: ev.Error | e
 
 
 @contextmanager
-def _told_so_far(job: Job) -> Iterator[list[ev.Event]]:
+def _told_so_far(job: Job, write: ev.EventWriter) -> Iterator[list[ev.Event]]:
     """What all processes have told, while none of them tells more; nothing of one that is alone."""
     if job.rank.alone:
         yield []
         return
-    with (job.arguments.run / "events.jsonl").open("rb") as events:
-        fcntl.flock(events, fcntl.LOCK_EX)
-        yield ev.read_events(Path(events.name))
+    with write.alone():
+        yield ev.read_events(job.arguments.run / "events.jsonl")
 
 
 def _failure(error: Exception, job: Job) -> ev.Error:

@@ -19,15 +19,17 @@ LOST_WORDS = ("gloo", "Connection closed by peer", "Connection reset by peer", "
 
 @dataclass(frozen=True)
 class Rank:
-    """One process of `count`; `local` is its number on this machine, which is its card's.
+    """One process of `count`; `local` is its number on this machine, which is its card's, of `beside` in all.
 
-    `launch` is the same of all that one torchrun started, and another the next time.
+    `launch` is the same of all that were started together, and another the next time: a cluster's attempt, else
+    torchrun's own.
     """
 
     number: int = 0
     local: int = 0
     count: int = 1
     launch: str = ""
+    beside: int = 1
 
     @property
     def first(self) -> bool:
@@ -40,16 +42,20 @@ class Rank:
 
 
 ALONE = Rank()
+ATTEMPT = "RADEON_STACK_ATTEMPT"  # what a cluster's job calls this attempt of it
 
 
 def rank(environ: Mapping[str, str] = os.environ) -> Rank:
     """As torchrun's variables tell it; what makes no sense counts as being alone."""
+    launch = environ.get(ATTEMPT, "")
     try:
         number, local, count = (int(environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-        found = Rank(number, local, count, environ.get("TORCHELASTIC_RUN_ID", ""))
+        beside = int(environ.get("LOCAL_WORLD_SIZE", count))
+        found = Rank(number, local, count, launch or environ.get("TORCHELASTIC_RUN_ID", ""), beside)
     except (KeyError, ValueError):
-        return ALONE
-    return found if 0 <= found.local <= found.number < found.count <= MOST else ALONE
+        return Rank(launch=launch)
+    sensible = 0 <= found.local <= found.number < found.count <= MOST and found.local < found.beside <= found.count
+    return found if sensible else Rank(launch=launch)
 
 
 def end_with_the_launcher() -> None:

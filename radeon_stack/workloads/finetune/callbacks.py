@@ -30,8 +30,9 @@ from radeon_stack.workloads.finetune.evaluation import (
 )
 from radeon_stack.workloads.finetune.health import SHOWN, Watch, diagnosis, figures, figures_in, remedy
 from radeon_stack.workloads.finetune.resident import available, resident
-from radeon_stack.workloads.job import Job, StopRequested
+from radeon_stack.workloads.job import Job, StopRequested, TakenOver
 
+GIVE_UP = 2  # a stop is 1
 SHARE_OF_HOST = 0.5  # of the memory that is free as training begins, for products that wait there
 
 
@@ -59,7 +60,10 @@ class Teller(TrainerCallback):
         self._job.progress("train", state.global_step, self._steps, unit="steps")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        if ranks.any_of(self._job.stop_asked):
+        wish = ranks.most_of(GIVE_UP if self._job.rank.first and self._job.taken_over() else int(self._job.stop_asked))
+        if wish == GIVE_UP:
+            raise TakenOver(self._job.arguments.run)
+        if wish:
             control.should_save = True
             control.should_training_stop = True
             control.should_evaluate = False  # there is little time left
@@ -72,6 +76,7 @@ class Teller(TrainerCallback):
         ranks.meet()
 
     def _keep(self, state: Any) -> None:
+        self._job.require_own()
         folder = checkpoints(self._job.artifacts)
         made = scratch(self._job.artifacts) / f"checkpoint-{state.global_step}"
         kept = folder / f"step-{state.global_step}"
@@ -191,7 +196,7 @@ class Recompute(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         model = getattr(model, "module", model)
-        share = SHARE_OF_HOST / self._job.rank.count
+        share = SHARE_OF_HOST / self._job.rank.beside
         self._keeper = keeper_for(model, int(share * available())) if self._speed.keep_products else None
         if not use_recompute(model, can_spare, self._keeper):
             self._keeper = None

@@ -40,12 +40,17 @@ def meet() -> None:
 
 def any_of(flag: bool) -> bool:
     """Is it so in at least one process? All get the same answer, and have to ask together."""
+    return bool(most_of(int(flag)))
+
+
+def most_of(number: int) -> int:
+    """The largest of all processes' numbers. All get the same answer, and have to ask together."""
     if not dist.is_initialized():
-        return flag
+        return number
     where = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    votes = torch.tensor([int(flag)], device=where)
+    votes = torch.tensor([number], device=where)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return bool(votes.item())
+    return int(votes.item())
 
 
 def leave_to_each_process(model: torch.nn.Module) -> None:

@@ -1,0 +1,124 @@
+"""What is asked of a cluster: so many nodes, of which kind, for how long, after what; decided with reasons."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from radeon_stack.catalog.load import Effective
+from radeon_stack.contracts.finetune import FinetuneConfig
+from radeon_stack.errors import UsageError
+from radeon_stack.launch.confinement import Reasoned
+from radeon_stack.launch.plan import Job, LaunchPlan
+from radeon_stack.runs.store import Run, RunStore
+
+MOST_NODES = 128
+CPUS_A_PROCESS = 16  # data loading and tokenising take no more; a whole node of 128 is left to others
+# `[days-]hours:minutes:seconds` and its short forms, as sbatch takes them; or 90m, 4h, 2d.
+CLOCK = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d\d))?(?::(\d\d))?")
+SHORT = re.compile(r"(\d+)([mhd])")
+UNITS = {"m": 1, "h": 60, "d": 1440}
+AFTER = re.compile(r"(after|afterany|afterok|afternotok|aftercorr|singleton)(:[0-9_:+]+)?")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a person asks of the cluster; None: not said."""
+
+    nodes: int | None = None
+    gpus: int | None = None
+    partition: str | None = None
+    account: str | None = None
+    minutes: int | None = None
+    after: str | None = None
+    requeue: bool | None = None
+    container: str | None = None
+    more: tuple[str, ...] = ()
+
+    def or_as(self, before: LaunchPlan) -> Wanted:
+        """With what is not said as it was in an earlier plan; what the run waited for has been."""
+        job = before.job
+        if job is None:
+            return self
+        return Wanted(
+            self.nodes or job.nodes,
+            job.gpus if self.gpus is None else self.gpus,
+            self.partition or job.partition,
+            self.account or job.account,
+            self.minutes or job.minutes,
+            self.after,
+            job.requeue if self.requeue is None else self.requeue,
+            self.container or before.client or "none",
+            self.more or job.more,
+        )
+
+
+def minutes(text: str) -> int:
+    """`90m`, `4h`, `2d`, or Slurm's own forms: minutes, hours:minutes, days-hours. UsageError for anything else."""
+    if short := SHORT.fullmatch(text):
+        found = int(short[1]) * UNITS[short[2]]
+    elif clock := CLOCK.fullmatch(text):
+        days, first, second, third = (int(part) if part else None for part in clock.groups())
+        if days is not None:
+            found = days * 1440 + (first or 0) * 60 + (second or 0)
+        elif third is not None:
+            found = (first or 0) * 60 + (second or 0)
+        else:  # minutes, or minutes:seconds
+            found = first or 0
+    else:
+        found = 0
+    if not 0 < found <= 1440 * 366:
+        raise UsageError(f"'{text}' is no time", where="--time", remedy="--time 4h, 90m, 2d or 1-12:00:00")
+    return found
+
+
+def dependency(text: str | None, store: RunStore) -> str | None:
+    """What a job waits for, in Slurm's words: those, or a run that has to have ended well."""
+    if text is None or AFTER.fullmatch(text):
+        return text
+    run = store.find(text)
+    return f"afterok:{_job_of(run)}"
+
+
+def _job_of(run: Run) -> str:
+    status = run.status()
+    job = str(status.handle.get("job", "")) if status else ""
+    if not job:
+        raise UsageError(f"{run.id} is no job of a cluster", where="--after", remedy="a run with --engine slurm")
+    return job
+
+
+def processes_of(effective: Effective, gpus: int) -> int:
+    """Of one node: one a GPU, or what the recipe says for CPUs."""
+    if gpus:
+        return gpus
+    return (effective.config.train.processes or 1) if isinstance(effective.config, FinetuneConfig) else 1
+
+
+def job_for(effective: Effective, wanted: Wanted, gpus: int, cpus: int, after: str | None) -> tuple[Job, Reasoned]:
+    """The job, and a reason for each of its fields. `gpus` are chosen of a node that has `cpus` processors for them."""
+    nodes = wanted.nodes or 1
+    if not 1 <= nodes <= MOST_NODES:
+        raise UsageError(f"found {nodes}; 1 to {MOST_NODES}", where="--nodes")
+    if nodes > 1 and not isinstance(effective.config, FinetuneConfig):
+        raise UsageError(f"{effective.name} takes one node", where="--nodes", remedy="leave it out")
+    processes = processes_of(effective, gpus)
+    share = min(cpus, CPUS_A_PROCESS * processes)
+    unsaid = "the cluster's own choice"
+    fields: Reasoned = {
+        "nodes": (nodes, "asked for" if wanted.nodes else "one is enough unless more are asked for"),
+        "gpus": (gpus, "of each node, one a process" if gpus else "the recipe takes none"),
+        "cpus": (share, f"of each node: up to {CPUS_A_PROCESS} for each of {processes} process{'es' * (processes > 1)}"),
+        "partition": (wanted.partition, "asked for" if wanted.partition else unsaid),
+        "account": (wanted.account, "asked for" if wanted.account else unsaid),
+        "minutes": (wanted.minutes, "asked for" if wanted.minutes else "as long as the partition gives"),
+        "after": (after, "asked for" if after else "it waits for nothing"),
+        "requeue": (
+            wanted.requeue is not False,
+            "you leave it out"
+            if wanted.requeue is False
+            else "begun again from its last checkpoint after its time, a preemption or a node's death",
+        ),
+        "more": (wanted.more, "asked for" if wanted.more else "nothing more is asked"),
+    }
+    return Job(**{name: value for name, (value, _) in fields.items()}), fields

@@ -1,0 +1,240 @@
+"""A LaunchPlan as the script of a Slurm job, which begins the run again where a cluster ends it before its time."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from radeon_stack.errors import UsageError
+from radeon_stack.launch.plan import Job, LaunchPlan
+
+FOLDER = "slurm"  # of the run directory: the script, and what it notes
+SCRIPT = f"{FOLDER}/job.sh"
+ENDED = f"{FOLDER}/ended"
+MARGIN_SECONDS = 60  # Slurm may send the signal so much earlier than it is told to: sbatch(1), --signal
+IN_VAIN = 3  # beginnings without a new checkpoint after which it is not begun again
+MEBI = 1 << 20
+# What the script itself is about: an option of the user's own would undo it.
+OURS = re.compile(
+    r"--(array|chdir|comment|error|export|input|job-name|kill-on-invalid-dep|no-requeue|nodes|ntasks\S*|open-mode|output|"
+    r"parsable|requeue|signal|test-only|wait|wrap|gpus\S*|partition|account|time|dependency|mem|cpus-per-task)(=|$)"
+)
+OPTION = re.compile(r"--[a-z][a-z0-9-]*(=[ -~]+)?")
+
+
+def script(plan: LaunchPlan) -> str:
+    """The file that sbatch takes. It needs bash and Slurm's commands; UsageError for what it has no way to write."""
+    job = _job(plan)
+    run, words = shlex.quote(plan.run_dir), [*srun(plan), *plan.command]
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            *(f"#SBATCH {option}" for option in options(plan)),
+            f"# {_about(plan)}",
+            "",
+            f"run={run}",
+            f"notes=$run/{FOLDER}",
+            *(f': "${{{name}:?export {name} before sbatch}}"' for name in plan.secrets),
+            *(f"unset {name}" for name in plan.unset),
+            *(f"export {name}={shlex.quote(value)}" for name, value in plan.env),
+            _BEGINNING,
+            "work() {",
+            f"  exec {_folded(words)} \\\n    \"${{again[@]}}\"",
+            "}",
+            _WORK,
+            _AGAIN if job.requeue else "",
+            _END,
+        ]
+    ).replace("\n\n\n", "\n\n")
+
+
+def array(folder: Path, members: Sequence[LaunchPlan], most: int | None = None) -> str:
+    """One job for several runs alike: each task carries out the script of its own run. `most` of them at a time."""
+    first = members[0]
+    if any(options_alike(member) != options_alike(first) for member in members):
+        raise UsageError("its runs ask the cluster for different things", where="--sweep")
+    runs = " ".join(shlex.quote(member.run_dir) for member in members)
+    limit = f"%{most}" if most else ""
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            f"#SBATCH --job-name=radeon-stack-{folder.name}",
+            f"#SBATCH --array=0-{len(members) - 1}{limit}",
+            f"#SBATCH --output={_pattern(folder / FOLDER)}/task-%a.txt",
+            *(f"#SBATCH {option}" for option in options_alike(first)),
+            f"# {len(members)} runs of {_name(first)}, written by radeon-stack",
+            "",
+            f"runs=({runs})",
+            f'exec bash "${{runs[SLURM_ARRAY_TASK_ID]}}/{SCRIPT}" >>"${{runs[SLURM_ARRAY_TASK_ID]}}/log.txt" 2>&1',
+            "",
+        ]
+    )
+
+
+def options(plan: LaunchPlan) -> list[str]:
+    """What is asked of Slurm, each as an option of sbatch(1)."""
+    return [
+        f"--job-name=radeon-stack-{plan.run_id}",
+        f"--output={_pattern(Path(plan.run_dir))}/log.txt",
+        *options_alike(plan),
+    ]
+
+
+def options_alike(plan: LaunchPlan) -> list[str]:
+    """Those that say nothing of which run it is."""
+    job = _job(plan)
+    for option in job.more:
+        if not OPTION.fullmatch(option) or OURS.match(option):
+            raise UsageError(f"'{option}' is not for you to set here", where="--sbatch", remedy="--sbatch=--qos=high")
+    lead = plan.stop_seconds + MARGIN_SECONDS
+    if job.minutes is not None and job.minutes * 60 <= lead:
+        raise UsageError(
+            f"{job.minutes} min are over before anything is saved: {lead} s are kept for that",
+            where="--time",
+            remedy=f"ask for more than {-(-lead // 60)} minutes",
+        )
+    return [
+        f"--nodes={job.nodes}",
+        "--ntasks-per-node=1",
+        f"--cpus-per-task={job.cpus}",
+        *([f"--gpus-per-node={job.gpus}"] if job.gpus else []),
+        *([f"--mem={-(-plan.memory // MEBI)}M"] if plan.memory else []),
+        *([f"--partition={_word(job.partition, '--partition')}"] if job.partition else []),
+        *([f"--account={_word(job.account, '--account')}"] if job.account else []),
+        *([f"--time={job.minutes}"] if job.minutes is not None else []),
+        *([f"--dependency={_word(job.after, '--after')}"] if job.after else []),
+        "--chdir=/",
+        "--open-mode=append",
+        "--export=ALL",
+        f"--signal=B:USR1@{lead}",
+        "--requeue" if job.requeue else "--no-requeue",
+        *job.more,
+    ]
+
+
+def srun(plan: LaunchPlan) -> list[str]:
+    """One task a node; the first that ends badly ends the others, which have time to save."""
+    job = _job(plan)
+    # SLURM_EXPORT_ENV, SLURM_CPU_BIND and the like would come from a job in which sbatch was called.
+    return [
+        "srun",
+        f"--nodes={job.nodes}",
+        "--ntasks-per-node=1",
+        f"--cpus-per-task={job.cpus}",
+        "--export=ALL",
+        "--kill-on-bad-exit=1",
+        "--unbuffered",
+    ]
+
+
+_BEGINNING = """
+# The newest attempt is the run's: one on a node that was given up sees here that it is not, and leaves it alone.
+attempt=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+export RADEON_STACK_ATTEMPT=$attempt
+mkdir -p "$notes"
+printf '%s\\n' "$attempt" >"$notes/attempt.$attempt" && mv "$notes/attempt.$attempt" "$notes/attempt" || exit 1
+rm -f "$notes/ended"
+newest() { [ "$(cat "$notes/attempt")" = "$attempt" ]; }
+saved() { ls "$run/artifacts/checkpoints" 2>/dev/null; }
+saved_before=$(saved)
+again=()
+[ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || again=(--resume)
+"""
+
+_WORK = """
+# USR1: the time is nearly up. USR2: somebody stops the run. TERM: scancel, which tells the processes itself.
+stopping= step=
+ask() {
+  stopping=$1
+  [ -n "$step" ] && (while kill -USR1 "$step" 2>/dev/null; do sleep 5; done) &
+}
+trap 'ask time' USR1
+trap 'ask stop' USR2
+trap 'stopping=${stopping:-cancelled}' TERM
+work &
+step=$!
+[ -z "$stopping" ] || ask "$stopping"
+while :; do
+  wait "$step"
+  code=$?
+  kill -0 "$step" 2>/dev/null || break
+done
+newest || exit 1
+"""
+
+_AGAIN = f"""
+lost_a_node() {{
+  [ "$SLURM_JOB_NUM_NODES" -gt 1 ] && ! timeout 60 \\
+    srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=1 true
+}}
+preempted() {{ scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'; }}
+why=
+if [ "$code" -ne 0 ]; then
+  case $stopping in
+    time) why='its time was up' ;;
+    '') if preempted; then why='others came first'; elif lost_a_node; then why='a node does not answer'; fi ;;
+  esac
+fi
+if [ -n "$why" ]; then
+  vain=0
+  [ "$(saved)" != "$saved_before" ] || vain=$(($(cat "$notes/in-vain" 2>/dev/null || echo 0) + 1))
+  echo "$vain" >"$notes/in-vain"
+  if [ "$vain" -ge {IN_VAIN} ]; then
+    echo "radeon-stack: $why, {IN_VAIN} times without a new checkpoint: not begun again" >&2
+  else
+    echo "radeon-stack: $why: it is queued again, and goes on from its last checkpoint" >&2
+    for pause in 0 5 30 60 120 300; do
+      sleep "$pause"
+      scontrol requeue "$SLURM_JOB_ID" && exit 0
+    done
+  fi
+fi
+"""
+
+_END = """
+printf '%s %s\\n' "$attempt" "$code" >"$notes/ended.new" && mv "$notes/ended.new" "$notes/ended"
+exit "$code"
+"""
+
+
+def _job(plan: LaunchPlan) -> Job:
+    if plan.job is None:
+        raise UsageError("this run asks nothing of a cluster", where="--as sbatch", remedy="add --engine slurm")
+    return plan.job
+
+
+def _name(plan: LaunchPlan) -> str:
+    return plan.run_id.rpartition("-")[0] or plan.run_id
+
+
+def _about(plan: LaunchPlan) -> str:
+    whose = f"with {plan.client} on its nodes" if plan.image else f"with a Python that its nodes share: {plan.command[0]}"
+    return f"{plan.run_id}, written by radeon-stack; it runs {whose}"
+
+
+def _pattern(folder: Path) -> str:
+    """A folder in a file name pattern of sbatch: `%` and `\\` mean something there, and blanks end the option."""
+    text = str(folder)
+    if re.search(r"[\\\s\"']", text):
+        raise UsageError(f"Slurm cannot write to {text!r}", where="RADEON_STACK_HOME", remedy="a folder without blanks")
+    return text.replace("%", "%%")
+
+
+def _word(text: str | None, where: str) -> str:
+    if not text or not re.fullmatch(r"[A-Za-z0-9_.,:+?@/-]+", text):
+        raise UsageError(f"'{text}' is no name", where=where)
+    return text
+
+
+def _folded(words: Sequence[str]) -> str:
+    """A command over several lines: each option on its own."""
+    lines: list[str] = []
+    for word in words:
+        quoted = shlex.quote(word)
+        if lines and (not word.startswith("--") or len(lines[-1]) + len(quoted) < 90):
+            lines[-1] += f" {quoted}"
+        else:
+            lines.append(quoted)
+    return " \\\n    ".join(lines)

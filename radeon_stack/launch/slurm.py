@@ -1,0 +1,133 @@
+"""The slurm engine: a job that a cluster carries on by itself, wherever it was submitted."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from radeon_stack import atomic
+from radeon_stack.errors import MachineError
+from radeon_stack.host import slurm
+from radeon_stack.launch.engine import Handle, secret_values
+from radeon_stack.launch.plan import LaunchPlan
+from radeon_stack.launch.sbatch import ENDED, SCRIPT, script
+
+LOOK_SECONDS = 0.2  # at the run's own folder
+ASK_SECONDS = (2.0, 15.0)  # the controller: soon at first, then as often as clusters like it
+CANCELLED, KILLED = 143, 137  # as a shell tells SIGTERM and SIGKILL
+
+
+class SlurmEngine:
+    """Jobs. What one prints goes to the run's log by itself, and it notes its exit code in the run's folder."""
+
+    name = "slurm"
+    keeps = True
+    pause = 5.0
+
+    def files(self, plan: LaunchPlan) -> dict[Path, str]:
+        return {Path(plan.run_dir) / SCRIPT: script(plan)}
+
+    def start(self, plan: LaunchPlan) -> Handle:
+        secret_values(plan)  # that they are set; the job has our environment
+        return {**prepared(plan, self), "job": submitted(Path(plan.run_dir) / SCRIPT)}
+
+    def logs(self, handle: Handle) -> None:
+        asked, pause = time.monotonic(), ASK_SECONDS[0]
+        while _ended(handle) is None:
+            if time.monotonic() - asked > pause:
+                with suppress(slurm.ControllerError):  # the job goes on without it, and so do we
+                    if not _going(handle):
+                        return
+                asked, pause = time.monotonic(), min(2 * pause, ASK_SECONDS[1])
+            time.sleep(LOOK_SECONDS)
+
+    def alive(self, handle: Handle) -> bool:
+        return _ended(handle) is None and _going(handle)
+
+    def wait(self, handle: Handle) -> int | None:
+        self.logs(handle)
+        code = _ended(handle)
+        if code is not None:
+            return code
+        job = slurm.job(_id(handle))
+        if job is None:
+            return None
+        if job.state in ("CANCELLED", "DEADLINE", "TIMEOUT"):
+            return CANCELLED
+        if job.state in ("NODE_FAIL", "BOOT_FAIL"):
+            return None
+        return KILLED if job.state == "OUT_OF_MEMORY" else job.exit_code
+
+    def stop(self, handle: Handle, *, force: bool = False) -> None:
+        name = _id(handle)
+        with suppress(slurm.UnknownJob):
+            job = slurm.job(name)
+            if job is None or not job.going:
+                return
+            if force or job.pending:
+                if force and not job.pending:
+                    slurm.asked(["scancel", "--full", "--signal=KILL", name])
+                slurm.asked(["scancel", name])
+            else:
+                # The script asks its processes; scancel alone would leave them KillWait to save, 30 s by default.
+                slurm.asked(["scancel", "--batch", "--signal=USR2", name])
+
+    def render(self, plan: LaunchPlan) -> list[str]:
+        return ["sbatch", str(Path(plan.run_dir) / SCRIPT)]
+
+    def standing(self, handle: Handle) -> str:
+        """Where its job stands, for a person."""
+        name = _id(handle)
+        job = slurm.job(name)
+        if job is None:
+            return f"Slurm knows no job {name} any more"
+        begun = f", begun {job.restarts + 1} times" if job.restarts else ""
+        if job.pending:
+            return f"job {name} waits in the queue ({job.reason or job.state}){begun}"
+        return f"job {name}: {job.state}" + (f" on {job.nodes}" if job.nodes else "") + begun
+
+
+def prepared(plan: LaunchPlan, engine: SlurmEngine) -> dict[str, JsonValue]:
+    """Write what the job is started from; returns what its handle has beside the job."""
+    folder = Path(plan.run_dir)
+    for place, text in engine.files(plan).items():
+        place.parent.mkdir(exist_ok=True)
+        atomic.write_text(place, text)
+    (folder / ENDED).unlink(missing_ok=True)
+    return {"dir": str(folder), "log_begins": _size(folder / "log.txt")}
+
+
+def submitted(script: Path) -> str:
+    """The id of the job that a script has become."""
+    told = slurm.asked(["sbatch", "--parsable", str(script)]).strip().partition(";")[0]
+    if not slurm.ID.fullmatch(told):
+        raise MachineError(f"sbatch gave no job: {told[:100]!r}", where=slurm.WHERE)
+    return told
+
+
+def _going(handle: Handle) -> bool:
+    job = slurm.job(_id(handle))
+    return job is not None and job.going
+
+
+def _ended(handle: Handle) -> int | None:
+    """The exit code that the newest attempt has noted."""
+    try:
+        words = (Path(str(handle["dir"])) / ENDED).read_text(encoding="ascii").split()
+        return int(words[1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _id(handle: Handle) -> str:
+    name = str(handle.get("job", ""))
+    if not slurm.ID.fullmatch(name):
+        raise MachineError("the run's status names no job", where="status.json: handle")
+    return name
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
