@@ -101,7 +101,7 @@ def case(root: Path, model: Path, data: Path, gpus: int, parallel: str) -> dict[
     command += ["--cache", str(root), "--model", str(model), "--data", str(data)]
     seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
     cards = {"CUDA_VISIBLE_DEVICES": ",".join(seen[:gpus])}
-    environment = os.environ | cards | {name: value for name, value, _ in variables(gpus, STOP_SECONDS)}
+    environment = os.environ | cards | {name: value for name, value, _ in variables(gpus, STOP_SECONDS, None)}
     with (root / "log.txt").open("wb") as log:
         subprocess.run(command, env=environment, stdout=log, stderr=log, check=False, timeout=SECONDS)
     events = read_events(root / "events.jsonl") if (root / "events.jsonl").exists() else []

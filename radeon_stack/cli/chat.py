@@ -140,7 +140,7 @@ def _started(store: RunStore, source: str | None, *, sets: tuple[str, ...], **op
     require_environment(drafted)
     write_records(drafted, store)
     try:
-        detach(run)
+        detach(run, drafted.plan)
         yield _once_it_answers(run)
     finally:
         with _signals_ignored():

@@ -18,8 +18,10 @@ WHERE = "--engine slurm"
 GONE = ("Invalid job id", "Job/step already completing or completed", "No such process")
 # Of JOB STATE CODES in squeue(1): those in which something of the job is or will be on a node.
 GOING = frozenset(
-    "PENDING CONFIGURING RUNNING COMPLETING SUSPENDED STOPPED SIGNALING STAGE_OUT RESIZING REQUEUED REQUEUE_FED "
-    "REQUEUE_HOLD SPECIAL_EXIT RESV_DEL_HOLD PREEMPTED".split()
+    (
+        *("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"),
+        *("RESIZING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD", "PREEMPTED"),
+    )
 )
 ID = re.compile(r"[0-9]+(_[0-9]+)?")
 
@@ -28,7 +30,7 @@ class ControllerError(MachineError):
     """slurmctld does not answer: what it was asked is not known, and may be known again in a minute."""
 
 
-class UnknownJob(MachineError):
+class UnknownJobError(MachineError):
     """The controller knows no such job, or not any more."""
 
 
@@ -56,7 +58,7 @@ class Job:
 def asked(command: Sequence[str], seconds: float = SECONDS) -> str:
     """What one of Slurm's commands prints. MachineError when it is not there or refuses.
 
-    ControllerError when nothing answers it, UnknownJob when the job it names has gone.
+    ControllerError when nothing answers it, UnknownJobError when the job it names has gone.
     """
     if shutil.which(command[0]) is None:
         raise MachineError(
@@ -78,7 +80,7 @@ def asked(command: Sequence[str], seconds: float = SECONDS) -> str:
         return done.stdout
     said = one_line(" ".join(done.stderr.split()) or f"it ended with {done.returncode}", 300)
     if any(words in said for words in GONE):
-        raise UnknownJob(said, where=WHERE)
+        raise UnknownJobError(said, where=WHERE)
     if "Unable to contact slurm controller" in said or "Connection refused" in said or "timed out" in said.lower():
         raise ControllerError(f"{command[0]}: {said}", where=WHERE, remedy="is slurmctld up? scontrol ping")
     raise MachineError(f"{command[0]}: {said}", where=WHERE)
@@ -88,7 +90,7 @@ def job(name: str) -> Job | None:
     """What there is to know of a job, by its id or `ARRAY_TASK`; None when the controller has forgotten it."""
     try:
         text = asked(["scontrol", "--oneliner", "show", "job", name])
-    except UnknownJob:
+    except UnknownJobError:
         return None
     return parse_job(text)
 

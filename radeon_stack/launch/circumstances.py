@@ -38,7 +38,7 @@ class Asked:
     """Known issues whose mitigations are left out."""
     as_many: int | None = None
     """So many GPUs where `gpus` does not say it: as the run had that is resumed."""
-    cluster: Wanted = Wanted()
+    cluster: Wanted = field(default_factory=Wanted)
     after: str | None = None
     """What a job waits for, in its cluster's words."""
 
@@ -105,10 +105,10 @@ def on_cluster(effective: Effective, sysroot: Sysroot, asked: Asked, home: Path)
     choice = choose(effective, selection, "local", asked.image, home)
     choice = replace(choice, engine="slurm", why="slurm: asked for")
     job, fields = job_for(effective, asked.cluster, len(selection.gpus), cpus, asked.after)
-    where = setup(machine, selection, choice, job.nodes)
-    found = mitigations(where, asked.without)
-    left_out = tuple(one.id for one in mitigations(where) if one.id in asked.without)
-    subject = subject_of(selection, choice, where.rocm)
+    met = setup(machine, selection, choice, job.nodes)
+    found = mitigations(met, asked.without)
+    left_out = tuple(one.id for one in mitigations(met) if one.id in asked.without)
+    subject = subject_of(selection, choice, met.rocm)
     reasons = {name: why for name, (_, why) in fields.items()}
     return Circumstances(
         machine,
@@ -117,7 +117,7 @@ def on_cluster(effective: Effective, sysroot: Sysroot, asked: Asked, home: Path)
         found,
         left_out,
         sysroot=sysroot,
-        setup=where,
+        setup=met,
         subject=subject,
         probe=found_for(home, subject),
         job=job,

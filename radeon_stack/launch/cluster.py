@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from radeon_stack.catalog.load import Effective
 from radeon_stack.contracts.finetune import FinetuneConfig
+from radeon_stack.contracts.sections import Listens
 from radeon_stack.errors import UsageError
 from radeon_stack.launch.confinement import Reasoned
 from radeon_stack.launch.plan import Job, LaunchPlan
@@ -102,13 +103,16 @@ def job_for(effective: Effective, wanted: Wanted, gpus: int, cpus: int, after: s
         raise UsageError(f"found {nodes}; 1 to {MOST_NODES}", where="--nodes")
     if nodes > 1 and not isinstance(effective.config, FinetuneConfig):
         raise UsageError(f"{effective.name} takes one node", where="--nodes", remedy="leave it out")
+    if isinstance(effective.config, Listens):
+        raise UsageError(f"{effective.name} is called at this machine", where="--engine slurm", remedy="leave it out")
     processes = processes_of(effective, gpus)
+    each = f"{processes} process{'es' * (processes > 1)}"
     share = min(cpus, CPUS_A_PROCESS * processes)
     unsaid = "the cluster's own choice"
     fields: Reasoned = {
         "nodes": (nodes, "asked for" if wanted.nodes else "one is enough unless more are asked for"),
         "gpus": (gpus, "of each node, one a process" if gpus else "the recipe takes none"),
-        "cpus": (share, f"of each node: up to {CPUS_A_PROCESS} for each of {processes} process{'es' * (processes > 1)}"),
+        "cpus": (share, f"of each node: up to {CPUS_A_PROCESS} for each of {each}"),
         "partition": (wanted.partition, "asked for" if wanted.partition else unsaid),
         "account": (wanted.account, "asked for" if wanted.account else unsaid),
         "minutes": (wanted.minutes, "asked for" if wanted.minutes else "as long as the partition gives"),

@@ -20,7 +20,7 @@ class Engine(Protocol):
 
     name: str
     keeps: bool
-    """Does it carry a run on by itself, for any machine to ask after? Else a process of ours keeps it, where it runs."""
+    """Does it carry a run on by itself, for any machine to ask after? Else a process of ours keeps it."""
     pause: float
     """Seconds between two questions to it."""
 

@@ -95,7 +95,8 @@ def fit(needed: int, has: int) -> str:
 def _over_nodes(config: FinetuneConfig, gpus: tuple[Gpu, ...], spread: Placement) -> Placement:
     """One process does not reach over nodes: where a card is too small for the model, its base is shared out."""
     if config.train.parallel == "layers":
-        raise UsageError("layers are spread over the GPUs of one node", where=WHERE, remedy="--set train.parallel=sharded")
+        remedy = "--set train.parallel=sharded"
+        raise UsageError("layers are spread over the GPUs of one node", where=WHERE, remedy=remedy)
     why = spread.why.partition("; with its layers")[0]
     return Placement("sharded", len(gpus), f"{why}; {_shared(len(gpus))}; {_batch(config, len(gpus))}")
 
@@ -116,9 +117,10 @@ def _on_cpu(config: FinetuneConfig, nodes: int) -> Placement:
 def _on_gpus(config: FinetuneConfig, gpus: tuple[Gpu, ...], effective: Effective, nodes: int) -> Placement:
     count, asked = len(gpus), config.train.parallel
     least = min(room(gpu) for gpu in gpus)
-    if config.train.processes not in (None, count // nodes) and asked != "layers":
+    each = count // nodes
+    if config.train.processes not in (None, each) and asked != "layers":
         raise UsageError(
-            f"it is one process a GPU, and there are {count // nodes}", where="config.train.processes", remedy="leave it out"
+            f"it is one process a GPU, and there are {each}", where="config.train.processes", remedy="leave it out"
         )
     if asked == "sharded":
         _require_several(count, "--gpus 0,1")

@@ -34,8 +34,8 @@ class Port:
 class Job:
     """What a run asks of a cluster. `gpus`, `cpus` are of each node; `minutes` None: what the partition gives.
 
-    `after` is a dependency and `more` are further options, both in Slurm's words. `requeue`: it may be begun anew, after
-    a node has died, for another's sake, or when its time is up.
+    `after` is a dependency and `more` are further options, both in Slurm's words. `requeue`: it may be begun anew, when
+    its time is up, after a node has died, or when others came first.
     """
 
     nodes: int
@@ -57,8 +57,8 @@ class LaunchPlan:
     them too. `subject` is what a probe's answers hold for (card, image), `choices` what was chosen by them. `parallel`
     is how `processes` share the work: none, data, or layers (one process over several GPUs). `client` is the command
     line that speaks to the engine: docker or podman; on a cluster what its nodes run containers with. `job` is what is
-    asked of a cluster, which gives GPUs by number: `gpus` is empty then, and `processes` are those of all nodes. `unset` are variables that the workload must not see, `without`
-    known issues that are not looked after. A field that an engine has no use for is empty, and its reason says so.
+    asked of a cluster, which gives GPUs by number: `gpus` is empty then, and `processes` are those of all nodes. `unset` are variables that the
+    workload must not see, `without` known issues that are not looked after. A field that an engine has no use for is empty, and its reason says so.
     `reasons` has one for each field, and may have more: `env.NAME`, `choices.NAME`, `job.NAME`, `mounts.TARGET`.
     """
 

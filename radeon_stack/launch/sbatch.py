@@ -41,7 +41,7 @@ def script(plan: LaunchPlan) -> str:
             *(f"export {name}={shlex.quote(value)}" for name, value in plan.env),
             _BEGINNING,
             "work() {",
-            f"  exec {_folded(words)} \\\n    \"${{again[@]}}\"",
+            f'  exec {_folded(words)} \\\n    "${{again[@]}}"',
             "}",
             _WORK,
             _AGAIN if job.requeue else "",
@@ -210,7 +210,9 @@ def _name(plan: LaunchPlan) -> str:
 
 
 def _about(plan: LaunchPlan) -> str:
-    whose = f"with {plan.client} on its nodes" if plan.image else f"with a Python that its nodes share: {plan.command[0]}"
+    whose = (
+        f"with {plan.client} on its nodes" if plan.image else f"with a Python that its nodes share: {plan.command[0]}"
+    )
     return f"{plan.run_id}, written by radeon-stack; it runs {whose}"
 
 

@@ -63,7 +63,7 @@ class SlurmEngine:
 
     def stop(self, handle: Handle, *, force: bool = False) -> None:
         name = _id(handle)
-        with suppress(slurm.UnknownJob):
+        with suppress(slurm.UnknownJobError):
             job = slurm.job(name)
             if job is None or not job.going:
                 return

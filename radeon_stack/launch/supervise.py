@@ -7,13 +7,10 @@ import errno
 import os
 import shutil
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from radeon_stack.errors import Exit, MachineError, StackError
 from radeon_stack.host.machine import boot_id
@@ -24,12 +21,21 @@ from radeon_stack.launch.explaining import explained, refused
 from radeon_stack.launch.leases import lease_folder, leased
 from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.launch.probing import keep_answers
-from radeon_stack.runs.events import Event, EventReader, read_events
+from radeon_stack.launch.watching import (
+    POLL_SECONDS,
+    Audience,
+    Interrupts,
+    Pump,
+    Speaker,
+    Standing,
+    Watcher,
+    interrupts_counted,
+)
+from radeon_stack.runs.events import EventReader, read_events
 from radeon_stack.runs.outcome import Outcome, judge, recorded
 from radeon_stack.runs.report import write as write_report
 from radeon_stack.runs.store import Run, State, Status, cannot_write
 
-POLL_SECONDS = 0.1
 STARTING_SECONDS = 600  # in which a run that another machine starts has its engine's answer
 FULL_DISK_BYTES = 16 << 20
 FULL_DISK = "the disk is full"
@@ -37,8 +43,6 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 CALLED_OFF = Outcome(State.STOPPED, Exit.INTERRUPTED, "stopped before it had begun", remedy="run it again")
 STILL_STARTING = "still starting: its engine does not answer; it is stopped once it has started"
 UNSTARTED = Outcome(State.LOST, Exit.WORKLOAD, "killed while it was starting", remedy="run it again")
-Watcher = Callable[[Event], None]
-Speaker = Callable[[str], None]
 
 
 def carry_out(run: Run, plan: LaunchPlan, watch: Watcher, say: Speaker) -> Outcome:
@@ -48,8 +52,8 @@ def carry_out(run: Run, plan: LaunchPlan, watch: Watcher, say: Speaker) -> Outco
     """
     engine = engine_named(plan.engine)
     begins = run.events.stat().st_size if run.events.exists() else 0  # a resumed run has told its first part before
-    audience = _Audience(watch, say)
-    with _interrupts() as interrupts:  # before we are on record: whoever finds us there may signal us
+    audience = Audience(watch, say)
+    with interrupts_counted() as interrupts:  # before we are on record: whoever finds us there may signal us
         status = _begun(run)
         if status.state.ended:
             return recorded(status)
@@ -167,31 +171,6 @@ class Pace:
         return self._known
 
 
-class Standing:
-    """Says where a run stands with its engine, whenever that is something new."""
-
-    def __init__(self, run: Run, say: Speaker) -> None:
-        self._run, self._say = run, say
-        self._last = ""
-        self._asked = float("-inf")
-
-    def __call__(self) -> None:
-        status = self._run.status()
-        if status is None or not status.handle:
-            return
-        engine = engine_named(status.engine)
-        if not engine.keeps or time.monotonic() - self._asked < engine.pause:
-            return
-        self._asked = time.monotonic()
-        try:
-            told = engine.standing(status.handle)
-        except StackError as error:
-            told = error.what
-        if told != self._last:
-            self._last = told
-            self._say(told)
-
-
 def here() -> str:
     """This machine's name, as a run's status has it."""
     return os.uname().nodename
@@ -264,14 +243,14 @@ def _watch_to_the_end(
     engine: Engine,
     handle: Handle,
     reader: EventReader,
-    audience: _Audience,
-    interrupts: _Interrupts,
+    audience: Audience,
+    interrupts: Interrupts,
     plan: LaunchPlan,
     standing: Standing,
 ) -> None:
     """The first signal to us asks the workload to stop; another one, or time run out, ends it."""
     answered, deadline = 0, float("inf")
-    pump = _Pump(lambda: engine.logs(handle))
+    pump = Pump(lambda: engine.logs(handle))
     while pump.running():
         for event in reader.poll():
             audience.show(event)
@@ -367,71 +346,3 @@ def _unrecorded(run: Run, outcome: Outcome) -> Outcome:
     what = f"{outcome.what}; {FULL_DISK}" if outcome.what else f"{FULL_DISK}: this end is not recorded yet"
     remedy = f"free some room, then {outcome.remedy}" if outcome.remedy else "free some room"
     return dataclasses.replace(outcome, what=what, where=outcome.where or str(run.path), remedy=remedy)
-
-
-class _Pump:
-    """Runs a blocking call in a thread. An error of the engine's shows up again in the calls that follow."""
-
-    def __init__(self, call: Callable[[], None]) -> None:
-        self._call = call
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._call()
-        except StackError:
-            return
-
-    def running(self) -> bool:
-        self._thread.join(POLL_SECONDS)
-        return self._thread.is_alive()
-
-
-class _Audience:
-    """Who watches a run. One that cannot be told is told nothing more: the run is kept all the same."""
-
-    def __init__(self, watch: Watcher, say: Speaker) -> None:
-        self._watch: Watcher | None = watch
-        self._say: Speaker | None = say
-
-    def show(self, event: Event) -> None:
-        try:
-            if self._watch:
-                self._watch(event)
-        except OSError:  # its pipe or terminal has gone: nobody looks
-            self._watch = None
-        except Exception as error:
-            self._watch = None
-            self.say(f"cannot show the run's progress any more ({type(error).__name__}: {error}); it goes on")
-
-    def say(self, text: str) -> None:
-        try:
-            if self._say:
-                self._say(text)
-        except Exception:
-            self._say = None
-
-
-@dataclass
-class _Interrupts:
-    count: int = 0
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        # A closed terminal is told by the kernel and by its shell: that is one wish, not two.
-        if number != signal.SIGHUP or not self.count:
-            self.count += 1
-
-
-@contextmanager
-def _interrupts() -> Iterator[_Interrupts]:
-    """Counts SIGINT, SIGTERM and SIGHUP instead of dying of them; under nohup SIGHUP stays ignored."""
-    counter = _Interrupts()
-    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    numbers = (signal.SIGINT, signal.SIGTERM, *(() if nohup else (signal.SIGHUP,)))
-    old = {number: signal.signal(number, counter) for number in numbers}
-    try:
-        yield counter
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

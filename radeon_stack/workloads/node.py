@@ -119,7 +119,7 @@ def carried_out(command: Sequence[str], environment: Mapping[str, str]) -> int:
     child: subprocess.Popen[bytes] | None = None
     for number in ASKING:
         signal.signal(number, ask)
-    child = subprocess.Popen(command, env=environment, preexec_fn=end_with_the_launcher)  # noqa: PLW1509 - one thread
+    child = subprocess.Popen(command, env=environment, preexec_fn=end_with_the_launcher)
     if stopping:  # while it was started
         child.send_signal(signal.SIGTERM)
     code = child.wait()
