@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 NODES = ("n1", "n2")
-CONTROLLER_PORT, NODE_PORT = 16817, 17001
+PORTS = ("slurmctld", *NODES)
 START_SECONDS = 30
 POLL_SECONDS = 0.1
 PROGRAMS = ("munged", "slurmctld", "slurmd")
@@ -126,13 +126,32 @@ def up(root: Path, daemon: str) -> int:
 
 
 def configured(root: Path) -> str:
-    host, (cores, memory) = socket.gethostname(), machine()
+    host, (cores, memory), port = socket.gethostname(), machine(), ports(root)
     lines = [
-        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={NODE_PORT + number} CPUs={cores} "
+        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port[name]} CPUs={cores} "
         f"RealMemory={memory // len(NODES)} State=UNKNOWN"
-        for number, name in enumerate(NODES)
+        for name in NODES
     ]
-    return CONFIGURATION.format(root=root, host=f"{host}(127.0.0.1)", port=CONTROLLER_PORT, nodes="\n".join(lines))
+    return CONFIGURATION.format(root=root, host=f"{host}(127.0.0.1)", port=port["slurmctld"], nodes="\n".join(lines))
+
+
+def ports(root: Path) -> dict[str, int]:
+    """Each daemon's port: free ones when the folder is new, the same ones ever after; several clusters share a host."""
+    kept = root / "ports"
+    if not kept.exists():
+        kept.write_text(" ".join(map(str, free_ports(len(PORTS)))), encoding="utf-8")
+    return dict(zip(PORTS, map(int, kept.read_text(encoding="utf-8").split()), strict=True))
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
 
 
 def machine() -> tuple[int, int]:
