@@ -106,7 +106,9 @@ def start(root: Path) -> int:
 def stop(root: Path) -> int:
     """End every process of this folder: daemons, and what jobs have left."""
     if shutil.which("scancel") and running(root, "slurmctld"):
-        subprocess.run(["scancel", "--user", "root"], env=environment(root), capture_output=True, timeout=10, check=False)
+        subprocess.run(
+            ["scancel", "--user", "root"], env=environment(root), capture_output=True, timeout=10, check=False
+        )
         await_(lambda: not jobs(root), seconds=5)
     for daemon in (*NODES, "slurmctld", "munged"):
         end(root, daemon, signal.SIGKILL)
@@ -258,7 +260,9 @@ def impossible() -> str:
     """Why no cluster can be started here, or nothing."""
     for program in PROGRAMS:
         if shutil.which(program) is None:
-            return f"{program} is not installed (Debian: apt-get install --no-install-recommends slurmd slurmctld munge)"
+            return (
+                f"{program} is not installed (Debian: apt-get install --no-install-recommends slurmd slurmctld munge)"
+            )
     return "" if os.geteuid() == 0 else "slurmd needs root"
 
 
