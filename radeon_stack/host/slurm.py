@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from radeon_stack.errors import MachineError
@@ -55,8 +55,10 @@ class Job:
         return self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING")
 
 
-def asked(command: Sequence[str], seconds: float = SECONDS) -> str:
-    """What one of Slurm's commands prints. MachineError when it is not there or refuses.
+def asked(command: Sequence[str], seconds: float = SECONDS, variables: Mapping[str, str] | None = None) -> str:
+    """What one of Slurm's commands prints, with other variables than ours where some are given.
+
+    MachineError when it is not there or refuses.
 
     ControllerError when nothing answers it, UnknownJobError when the job it names has gone.
     """
@@ -68,7 +70,13 @@ def asked(command: Sequence[str], seconds: float = SECONDS) -> str:
         )
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=seconds, stdin=subprocess.DEVNULL
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+            stdin=subprocess.DEVNULL,
+            env=variables,
         )
     except subprocess.TimeoutExpired as error:
         raise ControllerError(
