@@ -214,7 +214,7 @@ def drafted_from(
     after = dependency(wanted.after, store)
     asked = Asked(gpus, engine or "auto", image, share, without, as_many, wanted, after)
     with opened(sysroot) as place:
-        here = find_out(effective, place, asked, store.home)
+        here = find_out(effective, place, asked, store.home, lambda text: print_line(text, sys.stderr))
         return draft(effective, here, store, resumed or at, resume=resumed is not None, cache=cache), here.choice.why
 
 

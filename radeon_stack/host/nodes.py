@@ -7,7 +7,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +56,10 @@ def node_of(
     anew: bool = False,
     wait_seconds: int = 60,
     options: Sequence[str] = (),
+    say: Callable[[str], None] = lambda text: None,
 ) -> NodeFacts:
-    """A node of the partition, as it was within the last week, else as it is now; `options` are more words for srun.
+    """A node of the partition, as it was within the last week, else as it is now; `options` are more words for srun;
+    `say` hears when one is asked.
 
     MachineError when none is free within so many seconds, or when it does not see this Python or the home folder.
     """
@@ -65,6 +67,7 @@ def node_of(
     kept = None if anew else kept_facts(folder, safe(partition.name), gpus_per_node)
     if kept is not None:
         return kept
+    say(f"asking a node of partition {partition.name} what it is; its answer is kept for a week")
     token = secrets.token_hex(8)
     # Names of this question alone: NFS remembers for a while that a name was not there.
     name = f"{safe(partition.name)}.{token}"

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from radeon_stack.catalog.load import Effective
-from radeon_stack.errors import ImageError, UsageError
+from radeon_stack.errors import ImageError, MachineError, UsageError
+from radeon_stack.host.bundle import opened
 from radeon_stack.host.choices import Choice as Taken
+from radeon_stack.host.cluster import cluster, partition_named
 from radeon_stack.host.gpus import Gpu
 from radeon_stack.host.known_issues import Mitigation, Setup, mitigations
 from radeon_stack.host.machine import Machine, look
+from radeon_stack.host.nodes import node_of
 from radeon_stack.host.probes import Found, Subject
 from radeon_stack.host.selection import Selection, select
 from radeon_stack.host.sysroot import Sysroot
@@ -70,10 +72,15 @@ class Circumstances:
         return self.selection.gpus * (self.job.nodes if self.job else 1)
 
 
-def find_out(effective: Effective, sysroot: Sysroot, asked: Asked, home: Path) -> Circumstances:
-    """Look at the machine and decide. MachineError or ImageError says what is missing and how to get it."""
+def find_out(
+    effective: Effective, sysroot: Sysroot, asked: Asked, home: Path, say: Callable[[str], None] = lambda text: None
+) -> Circumstances:
+    """Look at the machine and decide. MachineError or ImageError says what is missing and how to get it.
+
+    `say` hears what has to be waited for.
+    """
     if asked.engine == "slurm":
-        return on_cluster(effective, sysroot, asked, home)
+        return on_cluster(effective, sysroot, asked, home, say)
     if asked.cluster != Wanted():
         raise UsageError("is for a cluster", where="--nodes, --partition, …", remedy="add --engine slurm")
     machine = look(sysroot)
@@ -93,18 +100,34 @@ def find_out(effective: Effective, sysroot: Sysroot, asked: Asked, home: Path) -
     return Circumstances(machine, selection, choice, found, left_out, asked.shared, sysroot, where, subject, probe)
 
 
-def on_cluster(effective: Effective, sysroot: Sysroot, asked: Asked, home: Path) -> Circumstances:
-    """The same for a cluster, whose nodes are looked at in this machine's place."""
+def on_cluster(
+    effective: Effective, sysroot: Sysroot, asked: Asked, home: Path, say: Callable[[str], None]
+) -> Circumstances:
+    """The same for a cluster, one of whose nodes is looked at in this machine's place."""
     if asked.gpus is not None or asked.shared:
         where = "--gpus" if asked.gpus is not None else "--share"
         raise UsageError("Slurm chooses the GPUs", where=where, remedy="say how many: --gpus-per-node 2")
-    machine, cpus = look(sysroot), os.cpu_count() or 1
+    if not sysroot.live:
+        raise UsageError("a cluster is asked itself", where="--sysroot", remedy="leave it out")
     wanted = effective.recipe.resources.gpus
     count = wanted.usual if asked.cluster.gpus is None else asked.cluster.gpus
+    there = cluster()
+    partition = partition_named(there, asked.cluster.partition)
+    node = node_of(home, there, partition, count, say=say)
+    with opened(str(node.machine)) as place:
+        machine = look(place)
+    machine = replace(machine, memory=min(machine.memory, partition.memory or machine.memory))
     selection = select(machine.gpus, None, least=max(wanted.min, count), most=min(count, wanted.max))
     choice = choose(effective, selection, "local", asked.image, home)
-    choice = replace(choice, engine="slurm", why="slurm: asked for")
-    job, fields = job_for(effective, asked.cluster, len(selection.gpus), cpus, asked.after)
+    choice = replace(choice, engine="slurm", why=f"slurm: asked for; cluster {there.name}, partition {partition.name}")
+    if choice.image is None and not node.record.torch:
+        raise MachineError(
+            f"this Python lacks torch on {node.record.hostname}",
+            where=f"partition {partition.name}",
+            remedy="make setup on a file system that all nodes see",
+        )
+    cpus = node.record.all_cpus * count // max(len(machine.gpus), 1) if count else node.record.all_cpus
+    job, fields = job_for(effective, asked.cluster, len(selection.gpus), max(cpus, 1), asked.after)
     met = setup(machine, selection, choice, job.nodes)
     found = mitigations(met, asked.without)
     left_out = tuple(one.id for one in mitigations(met) if one.id in asked.without)
@@ -116,7 +139,6 @@ def on_cluster(effective: Effective, sysroot: Sysroot, asked: Asked, home: Path)
         choice,
         found,
         left_out,
-        sysroot=sysroot,
         setup=met,
         subject=subject,
         probe=found_for(home, subject),

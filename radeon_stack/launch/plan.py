@@ -57,8 +57,9 @@ class LaunchPlan:
     them too. `subject` is what a probe's answers hold for (card, image), `choices` what was chosen by them. `parallel`
     is how `processes` share the work: none, data, or layers (one process over several GPUs). `client` is the command
     line that speaks to the engine: docker or podman; on a cluster what its nodes run containers with. `job` is what is
-    asked of a cluster, which gives GPUs by number: `gpus` is empty then, and `processes` are those of all nodes. `unset` are variables that the
-    workload must not see, `without` known issues that are not looked after. A field that an engine has no use for is empty, and its reason says so.
+    asked of a cluster, which gives GPUs by number: `gpus` is empty then, and `processes` are those of all nodes.
+    `unset` are variables that the workload must not see, `without` known issues that are not looked after. A field that
+    an engine has no use for is empty, and its reason says so.
     `reasons` has one for each field, and may have more: `env.NAME`, `choices.NAME`, `job.NAME`, `mounts.TARGET`.
     """
 

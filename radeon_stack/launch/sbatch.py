@@ -210,9 +210,7 @@ def _name(plan: LaunchPlan) -> str:
 
 
 def _about(plan: LaunchPlan) -> str:
-    whose = (
-        f"with {plan.client} on its nodes" if plan.image else f"with a Python that its nodes share: {plan.command[0]}"
-    )
+    whose = f"in {plan.client} on its nodes" if plan.image else f"with a Python that its nodes share: {plan.command[0]}"
     return f"{plan.run_id}, written by radeon-stack; it runs {whose}"
 
 

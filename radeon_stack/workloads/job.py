@@ -39,7 +39,7 @@ class StopRequested(BaseException):
         self.step = step
 
 
-class TakenOver(StackError):
+class TakenOverError(StackError):
     """Another attempt of this run has begun: what this one still does would be written over what that one does."""
 
     exit_code = Exit.WORKLOAD
@@ -129,9 +129,9 @@ class Job:
         return newest != self.rank.launch
 
     def require_own(self) -> None:
-        """TakenOver where this attempt is not the run's newest any more."""
+        """TakenOverError where this attempt is not the run's newest any more."""
         if self.taken_over():
-            raise TakenOver(self.arguments.run)
+            raise TakenOverError(self.arguments.run)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         asked_before, self.stop_asked = self.stop_asked, True
@@ -185,7 +185,7 @@ def carry_out(
         else:
             _tell_first(job, write, told)
         return Exit.INTERRUPTED
-    except TakenOver as error:
+    except TakenOverError as error:
         print(f"radeon-stack: {error.what}", file=sys.stderr, flush=True)  # nothing in its events: they are another's
         return Exit.WORKLOAD
     except Exception as error:

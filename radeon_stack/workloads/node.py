@@ -58,7 +58,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
 
 
 def place_of(environ: Mapping[str, str]) -> Place:
-    """As Slurm tells it (srun(1), OUTPUT ENVIRONMENT VARIABLES); the address is the one that leads to the first node."""
+    """As Slurm tells it: srun(1), OUTPUT ENVIRONMENT VARIABLES. The address is the one that leads to the first node."""
     head = environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
     port = FIRST_PORT + int(environ.get("SLURM_JOB_ID", "0")) % PORTS
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

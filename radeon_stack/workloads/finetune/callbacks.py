@@ -30,7 +30,7 @@ from radeon_stack.workloads.finetune.evaluation import (
 )
 from radeon_stack.workloads.finetune.health import SHOWN, Watch, diagnosis, figures, figures_in, remedy
 from radeon_stack.workloads.finetune.resident import available, resident
-from radeon_stack.workloads.job import Job, StopRequested, TakenOver
+from radeon_stack.workloads.job import Job, StopRequested, TakenOverError
 
 GIVE_UP = 2  # a stop is 1
 SHARE_OF_HOST = 0.5  # of the memory that is free as training begins, for products that wait there
@@ -62,7 +62,7 @@ class Teller(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         wish = ranks.most_of(GIVE_UP if self._job.rank.first and self._job.taken_over() else int(self._job.stop_asked))
         if wish == GIVE_UP:
-            raise TakenOver(self._job.arguments.run)
+            raise TakenOverError(self._job.arguments.run)
         if wish:
             control.should_save = True
             control.should_training_stop = True
