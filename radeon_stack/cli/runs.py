@@ -13,6 +13,7 @@ from radeon_stack.cli.serving import announced, calling
 from radeon_stack.errors import Exit, MachineError, UsageError
 from radeon_stack.launch.launcher import read_plan
 from radeon_stack.launch.supervise import Pace, attach, carry_out, settle, stop
+from radeon_stack.launch.watching import standing_of
 from radeon_stack.runs.compare import MARGIN, compare, side
 from radeon_stack.runs.compare import as_data as comparison_data
 from radeon_stack.runs.compare import lines as comparison_lines
@@ -67,11 +68,14 @@ def show(run: str, as_json: bool) -> None:
     """What a run came to, and where its outputs are."""
     found = _store().find(run)
     outcome = settle(found)
+    standing = standing_of(found) if outcome.state is State.RUNNING else ""
     if as_json:
-        click.echo(json.dumps(summary(found, outcome), indent=2))
+        click.echo(json.dumps(summary(found, outcome) | {"standing": standing}, indent=2))
         return
     for line in lines(found, outcome):
         print_line(line)
+    if standing:
+        print_line(f"  {standing}")
     for line in calling(found) if outcome.state is State.RUNNING else []:
         print_line(f"  {line}")
     if outcome.what:

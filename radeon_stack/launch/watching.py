@@ -20,6 +20,15 @@ Watcher = Callable[[Event], None]
 Speaker = Callable[[str], None]
 
 
+def standing_of(run: Run) -> str:
+    """Where a run stands with its engine; "" where there is nothing to tell, or nobody to tell it."""
+    status = run.status()
+    try:
+        return engine_named(status.engine).standing(status.handle) if status and status.handle else ""
+    except StackError as error:
+        return error.what
+
+
 class Standing:
     """Says where a run stands with its engine, whenever that is something new."""
 
@@ -36,10 +45,7 @@ class Standing:
         if not engine.keeps or time.monotonic() - self._asked < engine.pause:
             return
         self._asked = time.monotonic()
-        try:
-            told = engine.standing(status.handle)
-        except StackError as error:
-            told = error.what
+        told = standing_of(self._run)
         if told != self._last:
             self._last = told
             self._say(told)

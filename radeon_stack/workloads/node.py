@@ -119,11 +119,17 @@ def carried_out(command: Sequence[str], environment: Mapping[str, str]) -> int:
     child: subprocess.Popen[bytes] | None = None
     for number in ASKING:
         signal.signal(number, ask)
-    child = subprocess.Popen(command, env=environment, preexec_fn=end_with_the_launcher)
+    child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_as_a_child)
     if stopping:  # while it was started
         child.send_signal(signal.SIGTERM)
     code = child.wait()
     return 128 - code if code < 0 else code
+
+
+def _as_a_child() -> None:
+    """Slurm signals a task's whole process group, or all that is in its cgroup: SIGUSR1 is for this process alone."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    end_with_the_launcher()
 
 
 if __name__ == "__main__":
