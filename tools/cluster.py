@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -49,6 +50,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf_interval=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
+GresTypes=gpu
 ReturnToService=2
 SlurmdTimeout=8
 KillWait=20
@@ -66,12 +68,13 @@ def main() -> int:
     parser.add_argument("action", choices=["start", "stop", "kill", "up"])
     parser.add_argument("--root", type=Path, required=True, help="the cluster's folder; a short path, for its sockets")
     parser.add_argument("--daemon", choices=["slurmctld", *NODES], help="of kill and up: which one")
+    parser.add_argument("--gpus", type=int, default=0, help="of start: as many on each node, which are no real ones")
     arguments = parser.parse_args()
     root: Path = arguments.root.absolute()
     if arguments.action in ("kill", "up") and not arguments.daemon:
         parser.error("kill and up take a --daemon")
     actions: dict[str, Callable[[], int]] = {
-        "start": lambda: start(root),
+        "start": lambda: start(root, arguments.gpus),
         "stop": lambda: stop(root),
         "kill": lambda: kill(root, arguments.daemon),
         "up": lambda: up(root, arguments.daemon),
@@ -79,7 +82,7 @@ def main() -> int:
     return actions[arguments.action]()
 
 
-def start(root: Path) -> int:
+def start(root: Path, gpus: int = 0) -> int:
     """Start the cluster unless it is there; exit code 3 when it cannot be had."""
     if why := impossible():
         return fail(why)
@@ -89,7 +92,8 @@ def start(root: Path) -> int:
     if not key.exists():
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
-    configuration(root).write_text(configured(root), encoding="utf-8")
+    configuration(root).write_text(configured(root, gpus), encoding="utf-8")
+    (root / "gres.conf").write_text("".join(gpu_lines(root, gpus)), encoding="utf-8")
     if not running(root, "munged"):
         launch(root, "munged")
     if not await_(lambda: (root / "munge.socket").exists()):
@@ -127,14 +131,23 @@ def up(root: Path, daemon: str) -> int:
     return 0 if await_(lambda: running(root, daemon)) else fail(f"{daemon} did not start; see {root}/{daemon}.log")
 
 
-def configured(root: Path) -> str:
+def configured(root: Path, gpus: int) -> str:
     host, (cores, memory), port = socket.gethostname(), machine(), ports(root)
     lines = [
         f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port[name]} CPUs={cores} "
-        f"RealMemory={memory // len(NODES)} State=UNKNOWN"
+        f"RealMemory={memory // len(NODES)} {f'Gres=gpu:{gpus} ' if gpus else ''}State=UNKNOWN"
         for name in NODES
     ]
     return CONFIGURATION.format(root=root, host=f"{host}(127.0.0.1)", port=port["slurmctld"], nodes="\n".join(lines))
+
+
+def gpu_lines(root: Path, count: int) -> list[str]:
+    """gres.conf: Slurm asks for device nodes and opens none; the null device is one, under a render node's name."""
+    nodes = [root / f"renderD{128 + number}" for number in range(count)]
+    for node in nodes:
+        if not node.exists():
+            os.mknod(node, 0o600 | stat.S_IFCHR, os.stat(os.devnull).st_rdev)
+    return [f"Name=gpu File={node} Flags=amd_gpu_env\n" for node in nodes]
 
 
 def ports(root: Path) -> dict[str, int]:
