@@ -54,6 +54,7 @@ test-unit:
 	@$(BIN)/python -m pytest tests/unit
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(MOVED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/engine --ignore=$(ALONE)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster
 
 test-work:
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels

@@ -38,6 +38,22 @@ BUSY = (
 NO_PYTHON = re.compile(r"execve\(\):|No module named|Permission denied|can't find '__main__'")
 
 
+class NodeError(MachineError):
+    """A node could not be asked."""
+
+
+class BusyError(NodeError):
+    """None was free in time."""
+
+
+class SharingError(NodeError):
+    """It does not see the submit host's folder."""
+
+
+class PythonError(NodeError):
+    """It does not run the submit host's Python."""
+
+
 @dataclass(frozen=True)
 class NodeFacts:
     """A bundle of the node's facts, for `host.bundle.opened`, and its record; when that was asked, in Unix seconds."""
@@ -90,7 +106,7 @@ def _kept(folder: Path, told: str, name: str) -> NodeFacts:
     ended = time.time()
     record = read_record(folder / f"{told}{RECORD}")
     if record is None:
-        raise MachineError("the node wrote its answer, and it is not here", where=str(folder), remedy=REMEDY)
+        raise SharingError("the node wrote its answer, and it is not here", where=str(folder), remedy=REMEDY)
     # Its last word and srun's end are a moment apart: what is more than that is its clock.
     shared = record.shared.model_copy(update={"clock_offset": round(record.written - ended, 1)})
     record = record.model_copy(update={"shared": shared})
@@ -155,27 +171,26 @@ def _ask(words: Sequence[str], partition: Partition, folder: Path, wait_seconds:
         raise told(error, partition, folder, wait_seconds) from error
 
 
-def told(error: MachineError, partition: Partition, folder: Path, wait_seconds: int) -> MachineError:
+def told(error: MachineError, partition: Partition, folder: Path, wait_seconds: int) -> NodeError:
     """srun's words as ours."""
     where = f"partition {partition.name}"
     if any(words in error.what for words in BUSY):
-        return MachineError(
+        return BusyError(
             f"no node was free within {wait_seconds} s",
             where=where,
             remedy=f"wait until one is (sinfo --partition={partition.name}; squeue), or name another one: --partition",
         )
     if NOT_SHARED in error.what:
-        return MachineError(NOT_SHARED, where=f"{folder}, {where}", remedy=REMEDY)
+        return SharingError(NOT_SHARED, where=f"{folder}, {where}", remedy=REMEDY)
     if NOT_WRITABLE in error.what:
-        return MachineError(one_line(error.what, 200), where=where, remedy=REMEDY)
+        return SharingError(one_line(error.what, 200), where=where, remedy=REMEDY)
     if NO_PYTHON.search(error.what):
-        return MachineError(
+        return PythonError(
             f"this Python ({sys.executable}) does not run on the node: {error.what}",
             where=where,
             remedy="install radeon-stack into an environment on a file system that all nodes see",
         )
-    if "generic resource" in error.what:
-        return MachineError(
-            error.what, where=where, remedy="the cluster counts no GPUs as gres: radeon-stack doctor --engine slurm"
-        )
-    return error
+    if "generic resource" in error.what or "node configuration is not available" in error.what:
+        remedy = "no node has that, or the cluster counts no GPUs as gres: radeon-stack doctor --engine slurm"
+        return NodeError(error.what, where=where, remedy=remedy)
+    return NodeError(error.what, where=where, remedy=error.remedy)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,9 @@ TOOL = ROOT / "tools/cluster.py"
 Tool = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture(scope="session")
-def cluster_tool() -> Iterator[Tool]:
-    """tools/cluster.py for a cluster that has been started; its daemons can be killed and brought up again."""
+@contextmanager
+def running(*words: str) -> Iterator[Tool]:
+    """A cluster of its own, started with these words; what runs meanwhile asks it."""
     root = Path(tempfile.mkdtemp(prefix="rs"))  # short: a socket's path has 107 characters
 
     def tool(action: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -28,7 +29,7 @@ def cluster_tool() -> Iterator[Tool]:
         return subprocess.run(asked, capture_output=True, text=True, check=False)
 
     try:
-        started = tool("start")
+        started = tool("start", *words)
         if started.returncode:
             if os.environ.get("RADEON_STACK_NEED_ENGINE"):
                 pytest.fail(f"RADEON_STACK_NEED_ENGINE is set, and {started.stderr.strip()}")
@@ -39,6 +40,13 @@ def cluster_tool() -> Iterator[Tool]:
     finally:
         tool("stop")
         shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def cluster_tool() -> Iterator[Tool]:
+    """tools/cluster.py for a cluster that has been started; its daemons can be killed and brought up again."""
+    with running() as tool:
+        yield tool
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from radeon_stack.host.machine import probe
 from radeon_stack.host.nodes import KEPT_SECONDS, node_of
 from radeon_stack.host.slurm import ControllerError
 from tests.cluster.conftest import Tool
+from tests.conftest import wait_for
 
 
 @pytest.fixture
@@ -102,7 +103,7 @@ def test_a_home_that_the_node_does_not_share_is_named(home: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if "unshare" in done.stderr or "mount:" in done.stderr:
         pytest.skip(f"no file system of its own here: {done.stderr.strip()}")
-    assert done.stdout.startswith("MachineError") and "is not the submit host's folder" in done.stdout, done
+    assert done.stdout.startswith("SharingError") and "is not the submit host's folder" in done.stdout, done
     assert "RADEON_STACK_HOME=DIR" in done.stdout
 
 
@@ -113,11 +114,11 @@ def test_without_a_controller_it_is_the_controller_that_is_named(cluster_tool: T
             cluster()
     finally:
         assert cluster_tool("up", "--daemon", "slurmctld").returncode == 0
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                if partition_named(cluster(), "main").idle == 2:
-                    break
-            except MachineError:
-                pass
-            time.sleep(0.2)
+        wait_for(answers, what="the controller")
+
+
+def answers() -> bool:
+    try:
+        return not any(node.broken for one in cluster().partitions for node in one.members)
+    except MachineError:
+        return False
