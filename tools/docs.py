@@ -6,13 +6,16 @@ import argparse
 import ast
 import inspect
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import kernels_page
 import speed_page
 import training_page
 
-from radeon_stack.host.checks import CHECKS
+from radeon_stack.host.checks import CHECKS, Check
+from radeon_stack.host.checks.cluster import CHECKS as CLUSTER_CHECKS
 from radeon_stack.host.known_issues import Issue, load_issues
 from radeon_stack.host.signatures import load_signatures
 from radeon_stack.workloads.capabilities.questions import all_questions
@@ -63,9 +66,13 @@ def doctor() -> str:
     """Checks, known issues and error texts as Markdown."""
     lines = ["<!-- written by tools/docs.py; edit the data it reads -->", "# What doctor looks at", ""]
     lines += ["`radeon-stack doctor` prints these codes; `-v` prints those too that are fine. Exit 3 on a failure.", ""]
-    for check in CHECKS:
-        lines += [f'## <a id="{check.code.lower()}"></a>{check.code}: {check.title}', ""]
-        lines += [inspect.getdoc(check.evaluate) or "", ""]
+    lines += _checks(CHECKS)
+    lines += ["# What doctor looks at of a Slurm cluster", ""]
+    lines += [
+        "`radeon-stack doctor --engine slurm [--partition NAME]` asks these of the cluster and one of its nodes.",
+        "",
+    ]
+    lines += _checks(CLUSTER_CHECKS)
     lines += ["# Known issues", ""]
     lines += ["A run sets the variables by itself, and says so in `explain`; `--without ID` leaves them out.", ""]
     for issue in load_issues():
@@ -76,6 +83,14 @@ def doctor() -> str:
         lines += [*(f"    {text}" for text in signature.contains), "", f"{signature.cause}. **{signature.remedy}**", ""]
         lines += [f"See {', '.join(signature.links)}", ""]
     return "\n".join(lines)
+
+
+def _checks(checks: Sequence[Check[Any]]) -> list[str]:
+    lines = []
+    for check in checks:
+        lines += [f'## <a id="{check.code.lower()}"></a>{check.code}: {check.title}', ""]
+        lines += [inspect.getdoc(check.evaluate) or "", ""]
+    return lines
 
 
 def _issue(issue: Issue) -> list[str]:

@@ -7,6 +7,7 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from typing import Any
 import click
 
 from radeon_stack.errors import CheckError, Exit, MachineError, UsageError
-from radeon_stack.host.bundle import opened, pack
+from radeon_stack.host.bundle import is_here, opened, pack
 from radeon_stack.host.checks import Check, Finding, State, examine
+from radeon_stack.host.checks.cluster import examine_cluster
 from radeon_stack.host.checks.finding import Fix
 from radeon_stack.host.clients import baking_client, building_client
+from radeon_stack.host.cluster_facts import gather_cluster
 from radeon_stack.host.facts import Ways, gather
 from radeon_stack.host.signatures import Match, diagnose
 from radeon_stack.images.resolve import image_facts
@@ -38,18 +41,31 @@ PACKED = {
     b"\xff\xfe": ("is UTF-16", "iconv -f UTF-16 -t UTF-8 LOG | radeon-stack diagnose -"),
 }
 DOCUMENT = "docs/doctor.md"
-Found = list[tuple[Check, Finding]]
+Found = Sequence[tuple[Check[Any], Finding]]
+NODE_SECONDS = 60  # for a node to be free
 
 
 @click.command()
 @click.option("--sysroot", metavar="DIR", default="/", help="Look at this tree, or bundle, as the machine.")
+@click.option("--engine", type=click.Choice(["slurm"]), help="Look at the cluster, and at a node of it, instead.")
+@click.option("--partition", metavar="NAME", help="With --engine slurm: which one; by default the cluster's own.")
 @click.option("--bundle", metavar="FILE", help="Pack the facts, without names and serials, to be diagnosed elsewhere.")
 @click.option("--fix", is_flag=True, help="Offer to run what is safe and reversible, showing it first.")
 @click.option("--yes", is_flag=True, help="With --fix: run it without asking.")
 @click.option("--dry-run", is_flag=True, help="With --fix: show it and do nothing.")
 @click.option("-v", "--verbose", is_flag=True, help="What is fine, and what does not apply, too.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def doctor(sysroot: str, bundle: str | None, fix: bool, yes: bool, dry_run: bool, verbose: bool, as_json: bool) -> int:
+def doctor(
+    sysroot: str,
+    engine: str | None,
+    partition: str | None,
+    bundle: str | None,
+    fix: bool,
+    yes: bool,
+    dry_run: bool,
+    verbose: bool,
+    as_json: bool,
+) -> int:
     """Is this machine ready? What exactly is wrong, and the command that mends it.
 
     Exit 3 when something fails; a warning is none. It reads files and asks the engine, for two seconds at most.
@@ -59,8 +75,16 @@ def doctor(sysroot: str, bundle: str | None, fix: bool, yes: bool, dry_run: bool
       radeon-stack doctor -v                       # also what is fine, and the known issues of this setup
       radeon-stack doctor --fix
       radeon-stack doctor --bundle facts.tar.gz    # for somebody who helps: doctor --sysroot facts.tar.gz
+      radeon-stack doctor --engine slurm           # asks the cluster, and one of its nodes by a short job
     """
     _require_sense(bundle, fix=fix, yes=yes, dry_run=dry_run, as_json=as_json)
+    if engine is not None:
+        _require_cluster_alone(bundle, fix=fix, sysroot=sysroot)
+        return _cluster(partition, verbose=verbose, as_json=as_json)
+    if partition is not None:
+        raise UsageError(
+            "is a word of --engine slurm", where="--partition", remedy="doctor --engine slurm --partition P"
+        )
     with opened(sysroot) as place:
         facts = gather(place, home(), _ways())
         found = examine(facts)
@@ -75,6 +99,19 @@ def doctor(sysroot: str, bundle: str | None, fix: bool, yes: bool, dry_run: bool
             found = examine(gather(place, home(), _ways()))
             click.echo("\nafter that:")
             _print(found, verbose)
+    return _ended(found)
+
+
+def _cluster(partition: str | None, *, verbose: bool, as_json: bool) -> int:
+    found = examine_cluster(gather_cluster(home(), partition, NODE_SECONDS))
+    if as_json:
+        click.echo(json.dumps(as_record(found), indent=2))
+    else:
+        _print(found, verbose)
+    return _ended(found)
+
+
+def _ended(found: Found) -> int:
     return int(Exit.MACHINE if any(finding.state is State.FAIL for _, finding in found) else Exit.OK)
 
 
@@ -121,6 +158,14 @@ def _require_sense(bundle: str | None, *, fix: bool, yes: bool, dry_run: bool, a
         raise UsageError(f"'{bundle}' {said}", where="--bundle", remedy="name a file that is not there yet")
 
 
+def _require_cluster_alone(bundle: str | None, *, fix: bool, sysroot: str) -> None:
+    given = [("--bundle", bundle is not None), ("--fix", fix), ("--sysroot", not is_here(sysroot))]
+    for where in (name for name, there in given if there):
+        raise UsageError(
+            "is of this machine, and --engine slurm looks at a cluster", where=where, remedy="leave one out"
+        )
+
+
 def _require_plain(log: BufferedReader) -> None:
     for magic, (what, remedy) in PACKED.items():
         if log.peek(len(magic)).startswith(magic):
@@ -143,7 +188,7 @@ def as_record(found: Found) -> dict[str, Any]:
     return {"checks": checks, "states": {str(s): sum(f.state is s for _, f in found) for s in State}}
 
 
-def document(check: Check) -> str:
+def document(check: Check[Any]) -> str:
     """Where more is said of a check."""
     return f"{DOCUMENT}#{check.code.lower()}"
 
@@ -218,7 +263,7 @@ def _fix(found: Found, live: bool, *, yes: bool, dry_run: bool) -> bool:
     return True
 
 
-def _run(check: Check, fix: Fix) -> None:
+def _run(check: Check[Any], fix: Fix) -> None:
     try:
         code = subprocess.run(_rooted(fix.run), check=False).returncode
     except OSError as error:

@@ -8,12 +8,12 @@ from radeon_stack.host.checks.finding import Check, Finding, State, ok, skipped,
 from radeon_stack.host.facts import Facts
 from radeon_stack.host.known_issues import Issue, Setup, met_by
 
-CHECKS: tuple[Check, ...] = tuple(
+CHECKS: tuple[Check[Facts], ...] = tuple(
     sorted((check for room in (gpu, settings, engine, images) for check in room.CHECKS), key=lambda check: check.code)
 )
 
 
-def examine(facts: Facts) -> list[tuple[Check, Finding]]:
+def examine(facts: Facts) -> list[tuple[Check[Facts], Finding]]:
     """Every check with what it finds, then the known issues that this machine can meet."""
     unread = "files" in facts.late or "files" in facts.broken
     late = skipped("the files of the kernel do not answer (RS100)")

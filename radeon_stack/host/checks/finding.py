@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Generic, TypeVar
 
 from radeon_stack.host.facts import Facts
+
+F = TypeVar("F")
+"""What is judged: the facts of a machine, or those of a cluster."""
 
 
 class State(StrEnum):
@@ -37,12 +41,12 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Check:
-    """One question. Its code is stable: people search for it."""
+class Check(Generic[F]):
+    """One question about a machine, or about a cluster. Its code is stable: people search for it."""
 
     code: str
     title: str
-    evaluate: Callable[[Facts], Finding]
+    evaluate: Callable[[F], Finding]
 
 
 def ok(evidence: str) -> Finding:
