@@ -27,8 +27,6 @@ KEPT_SECONDS = 7 * 24 * 3600
 MINUTES = 2  # of the job
 SLACK_SECONDS = 30  # for its prologue, and for srun to end
 JOB_NAME = "radeon-stack-look"
-# Of our own job's variables, should we be in one: srun(1) takes what is not listed here for options.
-KEPT_VARIABLES = ("SLURM_CONF", "SLURM_ACCOUNT", "SLURM_QOS", "SLURM_RESERVATION", "SLURM_CLUSTERS")
 BUSY = (
     "Requested nodes are busy",
     "Immediate execution impossible",
@@ -152,7 +150,7 @@ def command(
 
 def environment() -> dict[str, str]:
     """Variables of the job: this package is found as it is here, and no words of our own job are taken for options."""
-    kept = {k: v for k, v in slurm.environment().items() if not k.startswith("SLURM_") or k in KEPT_VARIABLES}
+    kept = slurm.environment()
     places = [str(Path(radeon_stack.__file__).absolute().parents[1]), *filter(None, [kept.get("PYTHONPATH")])]
     return kept | {"PYTHONPATH": os.pathsep.join(places)}
 

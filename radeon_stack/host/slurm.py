@@ -23,6 +23,8 @@ GOING = frozenset(
         *("RESIZING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD", "PREEMPTED"),
     )
 )
+# Of a job's variables, should we be in one: what says which cluster, and on whose account.
+KEPT_VARIABLES = ("SLURM_CONF", "SLURM_ACCOUNT", "SLURM_QOS", "SLURM_RESERVATION", "SLURM_CLUSTERS")
 ID = re.compile(r"[0-9]+(_[0-9]+)?")
 
 
@@ -123,5 +125,5 @@ def parse_job(text: str) -> Job | None:
 
 
 def environment() -> dict[str, str]:
-    """This process's variables without those of a job that we may be in: sbatch would take them for options."""
-    return {name: text for name, text in os.environ.items() if not name.startswith(("SLURM_JOB", "SLURM_STEP"))}
+    """This process's variables without those of a job that we may be in: Slurm's commands take them for options."""
+    return {name: text for name, text in os.environ.items() if not name.startswith("SLURM_") or name in KEPT_VARIABLES}

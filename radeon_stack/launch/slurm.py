@@ -102,7 +102,7 @@ def prepared(plan: LaunchPlan, engine: SlurmEngine) -> dict[str, JsonValue]:
 
 def submitted(script: Path) -> str:
     """The id of the job that a script has become."""
-    told = slurm.asked(["sbatch", "--parsable", str(script)]).strip().partition(";")[0]
+    told = slurm.asked(["sbatch", "--parsable", str(script)], variables=slurm.environment()).strip().partition(";")[0]
     if not slurm.ID.fullmatch(told):
         raise MachineError(f"sbatch gave no job: {told[:100]!r}", where=slurm.WHERE)
     return told

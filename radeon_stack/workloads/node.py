@@ -28,6 +28,8 @@ SIOCGIFADDR = 0x8915  # linux/sockios.h
 JOIN_SECONDS = 1800
 READ_SECONDS = 600  # and how long the others look for the first one, whose Python may still be loading
 PATIENCE = f"join_timeout={JOIN_SECONDS},read_timeout={READ_SECONDS}"
+FIRST_VISIBLE = "ROCR_VISIBLE_DEVICES"
+OTHER_VISIBLE = ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -53,8 +55,15 @@ def main(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
     place = place_of(environ) if several else None
     return carried_out(
         command(place, known.nodes, known.processes, known.work, environ),
-        dict(environ) | (variables(place, known.processes, environ) if place else {}),
+        seen(environ) | (variables(place, known.processes, environ) if place else {}),
     )
+
+
+def seen(environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables of which one says which GPUs are this job's. Slurm may set several, and each counts on top of the last:
+    gres.conf(5), Flags."""
+    ours = environ.get(FIRST_VISIBLE)
+    return {name: text for name, text in environ.items() if ours is None or name not in OTHER_VISIBLE}
 
 
 def place_of(environ: Mapping[str, str]) -> Place:

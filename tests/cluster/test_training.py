@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def test_scancel_leaves_time_to_save_and_it_can_be_resumed(
     run = going()
     asked("scancel", job_of(run))
     told = ended(cli, run, Exit.INTERRUPTED)
-    assert told["state"] == "stopped" and "saved at step" in told["what"]
+    assert told["state"] == "stopped" and "saved at step" in told["error"]["what"]
     assert cli("run", "--resume", run.id, "--json").code == Exit.OK
     assert len(taught_in_order(run)) == STEPS
     assert curve(run) == pytest.approx(whole, rel=1e-4)
@@ -161,6 +162,8 @@ def test_a_node_whose_daemon_is_killed_is_given_up_and_the_run_goes_on(
     run = going()
     assert cluster_tool("kill", "--daemon", "n2").returncode == 0
     try:
+        with training.held(run):  # until the controller has noticed, and ends what is on the other node
+            pass
         wait_for(lambda: job(run).restarts == 1, what="that the job is queued again", seconds=PATIENCE)
     finally:
         assert cluster_tool("up", "--daemon", "n2").returncode == 0
@@ -205,7 +208,7 @@ def test_an_attempt_that_was_given_up_and_still_computes_leaves_the_run_to_the_n
         assert cluster_tool("up", "--daemon", node).returncode == 0
     assert cli("runs", "stop", run.id).code == Exit.OK
     steps = taught_in_order(run)
-    assert sum(after <= before for before, after in zip(steps, steps[1:], strict=False)) == 1, "the two took no turns"
+    assert sum(after <= before for before, after in pairwise(steps)) == 1, "the two took no turns"
 
 
 def test_the_controller_is_restarted_and_nobody_notices(
@@ -244,7 +247,7 @@ def test_ctrl_c_at_an_attached_run_stops_it_and_saves(on_nodes: Arguments, home:
     attached.send_signal(signal.SIGINT)
     out, err = attached.communicate(timeout=PATIENCE)
     assert attached.returncode == Exit.INTERRUPTED, err
-    assert "saved at step" in json.loads(out)["what"]
+    assert "saved at step" in json.loads(out)["error"]["what"]
     assert not processes_of(run)
 
 
