@@ -9,18 +9,17 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from radeon_stack.catalog.platforms import load_platforms
 from radeon_stack.catalog.sizes import format_size
-from radeon_stack.errors import ImageError, StackError, UsageError
+from radeon_stack.errors import ImageError
 from radeon_stack.host.bundle import opened
 from radeon_stack.host.engines import require_engine
 from radeon_stack.host.machine import look
 from radeon_stack.images.download import PATIENCE_SECONDS
-from radeon_stack.images.published import STABLE, Candidate, Choice, Wanted, choose, in_channel
+from radeon_stack.images.published import STABLE, Candidate, Choice, Wanted, first_fitting
 from radeon_stack.images.publishing import published
 from radeon_stack.images.pulling import Need, need, require_room
 from radeon_stack.images.pulling import pull as fetch
-from radeon_stack.images.references import repository, split
+from radeon_stack.images.references import split
 from radeon_stack.images.registry import Registry
 from radeon_stack.runs.store import home
 from radeon_stack.text import print_line
@@ -88,22 +87,7 @@ def _find(reference: str | None, registries: tuple[str, ...], wanted: Wanted, ch
         where, name = split(reference)
         registry = Registry(where)
         return registry, Choice(published(registry, name), "asked for by name", ())
-    if not registries:
-        raise UsageError(
-            "no registry is set, and none is known to hold images",
-            where="--registry",
-            remedy="RADEON_STACK_REGISTRY=HOST/NAME, or build it: make image ROCM=7.1.1 ARCH=gfx1201",
-        )
-    releases = list(dict.fromkeys(platform.rocm or "" for platform in load_platforms().values()))
-    failures: list[StackError] = []
-    for text in (name for value in registries for name in value.split()):
-        registry = Registry(repository(text))
-        try:
-            return registry, choose(in_channel(registry, channel), wanted, releases)
-        except ImageError as error:
-            failures.append(error)
-            print_line(f"pull: {text}: {error}", sys.stderr)
-    raise ImageError(str(failures[-1]), remedy="another source: --registry, or build it here: --or-build")
+    return first_fitting(registries, wanted, channel, lambda line: print_line(f"pull: {line}", sys.stderr))
 
 
 def _take(registry: Registry, choice: Choice, patience: float, dry_run: bool, as_json: bool) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from radeon_stack.errors import ImageError
+from radeon_stack.catalog.platforms import load_platforms
+from radeon_stack.errors import ImageError, StackError, UsageError
 from radeon_stack.images.labels import DRIVERS, GFX, KEY, KIND, PLATFORM, ROCM
+from radeon_stack.images.references import repository
 from radeon_stack.images.registry import Manifest, Registry
 
 STABLE = "stable"
@@ -68,6 +70,34 @@ def in_channel(registry: Registry, channel: str = STABLE) -> list[Candidate]:
     """All images that a channel points to."""
     tags = [tag for tag in registry.tags() if tag.endswith(f"-{channel}")]
     return [found for tag in sorted(tags) if (found := candidate(registry, tag)) is not None]
+
+
+def first_fitting(
+    registries: Iterable[str],
+    wanted: Wanted,
+    channel: str = STABLE,
+    told: Callable[[str], None] = lambda line: None,
+) -> tuple[Registry, Choice]:
+    """The choice of the first of these registries that has one; `told` hears why those before have none.
+
+    UsageError when there is no registry, ImageError when no image fits.
+    """
+    names = [name for value in registries for name in value.split()]
+    if not names:
+        raise UsageError(
+            "no registry is set, and none is known to hold images",
+            where="--registry",
+            remedy="RADEON_STACK_REGISTRY=HOST/NAME, or build it: make image ROCM=7.1.1 ARCH=gfx1201",
+        )
+    releases = list(dict.fromkeys(platform.rocm or "" for platform in load_platforms().values()))
+    for name in names:
+        registry = Registry(repository(name))
+        try:
+            return registry, choose(in_channel(registry, channel), wanted, releases)
+        except ImageError as error:
+            last: StackError = error
+            told(f"{name}: {error}")
+    raise ImageError(str(last), remedy="another source: --registry, or build it here: --or-build")
 
 
 def choose(candidates: Iterable[Candidate], wanted: Wanted, releases: Sequence[str]) -> Choice:

@@ -190,6 +190,11 @@ class Registry:
         return secure
 
     @property
+    def plain(self) -> bool:
+        """It speaks HTTP alone: what other programs have to be told."""
+        return self._root.startswith("http://")
+
+    @property
     def _login(self) -> str:
         return f"docker login {self.repository.host}"
 
@@ -231,7 +236,7 @@ class Registry:
     def _answer(self, challenge: str, also: Repository | None) -> dict[str, str]:
         """What the registry asks for: basic credentials, or a token for them."""
         scheme, _, rest = challenge.partition(" ")
-        credentials = self._credentials()
+        credentials = self.credentials()
         if scheme.lower() == "basic":
             if credentials is None:
                 raise ImageError(
@@ -260,8 +265,8 @@ class Registry:
         told = answer.json()
         return {"Authorization": f"Bearer {told.get('token') or told.get('access_token')}"}
 
-    def _credentials(self) -> tuple[str, str] | None:
-        """Docker's own for this registry, from its config.json or the helper named there."""
+    def credentials(self) -> tuple[str, str] | None:
+        """User and password: Docker's own for this registry, from its config.json or the helper named there."""
         import docker.auth as auth
 
         found = auth.resolve_authconfig(auth.load_config(), registry=self.repository.host)

@@ -14,7 +14,7 @@ from radeon_stack.host.engines import address, client
 from radeon_stack.host.facts import KEEP_GROUPS_ANNOTATION
 from radeon_stack.launch.access import KEEP_GROUPS
 from radeon_stack.launch.engine import Handle, secret_values
-from radeon_stack.launch.plan import LaunchPlan
+from radeon_stack.launch.plan import LaunchPlan, Mount
 
 if TYPE_CHECKING:
     from docker.models.containers import Container
@@ -119,13 +119,14 @@ def create(engine: Any, plan: LaunchPlan) -> Container:
 
 def container_config(plan: LaunchPlan, version: str) -> dict[str, Any]:
     """The plan in the words of the engine's API (of that version), secrets with their values."""
-    from docker.types import ContainerConfig, DeviceRequest, HostConfig, Mount
+    from docker.types import ContainerConfig, DeviceRequest, HostConfig
+    from docker.types import Mount as Bind
 
     cdi = [device for device in plan.devices if is_cdi(device)]
     keeps = KEEP_GROUPS in plan.groups
     host = HostConfig(
         version=version,
-        mounts=[Mount(m.target, m.source, type="bind", read_only=m.read_only) for m in plan.mounts],
+        mounts=[Bind(m.target, m.source, type="bind", read_only=m.read_only) for m in plan.mounts],
         devices=[f"{device}:{device}:rwm" for device in plan.devices if not is_cdi(device)],
         device_requests=[DeviceRequest(driver="cdi", device_ids=cdi)] if cdi else [],
         group_add=[] if keeps else list(plan.groups),
@@ -171,8 +172,13 @@ def run_command(plan: LaunchPlan) -> list[str]:
 def run_arguments(plan: LaunchPlan) -> list[str]:
     """The plan in the words of `docker run`, which `podman run` understands as well."""
     entrypoint, *arguments = plan.command
-    flags: list[str] = ["--name", container_name(plan)]
-    flags += ["--init"] if plan.init else []
+    flags = ["--name", container_name(plan), *run_flags(plan)]
+    return [*flags, "--entrypoint", entrypoint, str(plan.image), *arguments]
+
+
+def run_flags(plan: LaunchPlan) -> list[str]:
+    """What a container is given and held to; not its name, image and command. A field that is None has no flag."""
+    flags = ["--init"] if plan.init else []
     flags += ["--read-only"] if plan.read_only_root else []
     pairs: list[tuple[str, Callable[[Any], str], tuple[Any, ...]]] = [
         ("--user", str, (plan.user,)),
@@ -187,7 +193,7 @@ def run_arguments(plan: LaunchPlan) -> list[str]:
         ("--tmpfs", str, plan.tmpfs),
         ("--device", str, plan.devices),
         ("--group-add", str, plan.groups),
-        ("--mount", _mount_flag, plan.mounts),
+        ("--mount", mount_flag, plan.mounts),
         ("--env", "=".join, plan.env),
         ("--env", str, plan.secrets),
         ("--label", "=".join, plan.labels),
@@ -196,8 +202,8 @@ def run_arguments(plan: LaunchPlan) -> list[str]:
     ]
     for flag, text, values in pairs:
         for value in values:
-            flags += [flag, text(value)]
-    return [*flags, "--entrypoint", entrypoint, str(plan.image), *arguments]
+            flags += [flag, text(value)] if value is not None else []
+    return flags
 
 
 def is_cdi(device: str) -> bool:
@@ -205,8 +211,8 @@ def is_cdi(device: str) -> bool:
     return "=" in device and not device.startswith("/")
 
 
-def _mount_flag(mount: Any) -> str:
-    # docker reads this flag as CSV: a comma in a path needs quotes around its field.
+def mount_flag(mount: Mount) -> str:
+    """A mount in the words of `--mount`, which docker, podman and apptainer read as CSV: a comma needs quotes."""
     fields = ["type=bind", f"source={mount.source}", f"target={mount.target}", *(["readonly"] * mount.read_only)]
     return ",".join('"' + f.replace('"', '""') + '"' if "," in f or '"' in f else f for f in fields)
 

@@ -292,7 +292,7 @@ def test_a_manifest_that_is_not_its_digest_or_is_malformed_is_refused(lying: Any
 
 def test_a_password_is_not_sent_to_whom_a_registry_points_at(lying: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, registry = lying
-    monkeypatch.setattr(Registry, "_credentials", lambda self: ("me", "hunter2"))
+    monkeypatch.setattr(Registry, "credentials", lambda self: ("me", "hunter2"))
     far = Registry(Repository("registry.example.org", "radeon"))
     with pytest.raises(ImageError, match="in the clear"):
         far._answer('Bearer realm="http://elsewhere.example.org/token",service="s"', None)
