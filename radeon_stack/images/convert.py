@@ -108,10 +108,8 @@ def converting(made: Conversion) -> str:
     folder = Path(made.file).parent
     another_home = "or put the home folder elsewhere: RADEON_STACK_HOME=DIR"
     if made.storage:
-        scratch = [
-            _call("own", made.storage),
-            _call("room", made.storage, _kib(made.unpacked), "free some on this node"),
-        ]
+        room = _call("room", made.storage, _kib(made.unpacked), "free some on this node")
+        scratch = [_call("own", made.storage), room, _call("steady", made.storage)]
     else:
         # Not quoted by shlex: the node's own variables say where.
         remedy = shlex.quote("name a larger folder of this node: TMPDIR=DIR")
@@ -129,7 +127,7 @@ def converting(made: Conversion) -> str:
         'partial="$file.$(uname -n).$$.partial"',
         'trap \'rm -rf -- "$partial" "$partial.record"\' EXIT',
         "trap 'exit 130' INT TERM",
-        *(f"{_line(command)} || {_failed(made)}" for command in made.commands),
+        *(f"{_line(made, command)} || {_failed(made)}" for command in made.commands),
         'sync "$partial"',
         'echo "$reference $(stat -c %s "$partial")" >"$partial.record"',
         'mv -f "$partial.record" "$file.record"',
@@ -142,20 +140,20 @@ def loading(made: Conversion) -> str:
     """`sh` that each node runs once before its container: podman takes the file in unless it has it. "" for others."""
     if not made.storage:
         return ""
-    begin = podman(made.storage)
-    prune = shlex.join((*begin, "image", "prune", "--all"))
+    prune = shlex.join((*podman(made.storage), "image", "prune", "--all"))
+    has = _call("engine", "image", "exists", made.name)
     lines = [
         *_begin(made),
-        f"has() {{ {_line((*begin, 'image', 'exists', made.name))}; }}",
         _call("own", made.storage),
+        _call("steady", made.storage),
         f"{_call('lock', f'{made.storage}/lock')} || true",
         "# Containers of jobs that were killed; those that run stay.",
-        f"{_line((*begin, 'container', 'prune', '--force'))} || true",
-        "! has || exit 0",
+        "engine container prune --force || true",
+        f"! {has} || exit 0",
         'whole || fail "there is no whole $file" "convert the image first, on a node that reaches its registry"',
         _call("room", made.storage, _kib(made.unpacked), f"on this node: {prune}"),
-        f"{_line((*begin, 'load', '--quiet', '--input', made.file))} || {_failed(made)}",
-        'has || fail "podman loaded another image than $file is of" "remove that file: it is then made anew"',
+        f'engine load --quiet --input "$file" || {_failed(made)}',
+        f'{has} || fail "podman loaded another image than $file is of" "remove that file: it is then made anew"',
     ]
     return "\n".join([*lines, ""])
 
@@ -195,18 +193,35 @@ own() {  # a folder in a place where everyone may write: made for us alone, or r
 }"""
 
 
+# podman takes the namespaces of a process of its own or of a container; the end of a job kills them all, and it then
+# refuses everything, since it believes a container to run. Its remedy stops what runs: there is nothing then.
+STEADY = """\
+steady() {
+  (
+    flock 9 2>/dev/null || true
+    engine info >/dev/null 2>&1 || { engine system migrate && engine rm --all --force --time 0; }
+  ) 9>>"$1/lock"
+}"""
+
+
 def _begin(made: Conversion) -> list[str]:
-    return [PRELUDE, f"file={shlex.quote(made.file)}", f"reference={shlex.quote(made.reference)}"]
+    lines = [PRELUDE, f"file={shlex.quote(made.file)}", f"reference={shlex.quote(made.reference)}"]
+    if made.storage:
+        lines += [f'engine() {{ {shlex.join(podman(made.storage))} "$@" >&2 9>&-; }}', STEADY]
+    return lines
 
 
 def _call(*words: str) -> str:
     return shlex.join(words)
 
 
-def _line(command: Command) -> str:
+def _line(made: Conversion, command: Command) -> str:
     """A command whose lines go to stderr. The lock is not for what it leaves running, as podman does."""
+    begin = podman(made.storage)
+    if made.storage and command[: len(begin)] == begin:
+        command = ("engine", *command[len(begin) :])
     words = " ".join('"$partial"' if word == PARTIAL else shlex.quote(word) for word in command)
-    return f"{words} >&2 9>&-"
+    return words if command[0] == "engine" else f"{words} >&2 9>&-"
 
 
 def _failed(made: Conversion) -> str:

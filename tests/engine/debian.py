@@ -73,22 +73,23 @@ def program(root: Path, path: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Apart:
-    """A process in a mount namespace of its own; `enter` begins commands that run beside it."""
+    """A process in a mount namespace of its own; `enter` begins commands that run beside it, `first` is its pid."""
 
     process: subprocess.Popen[bytes]
     enter: tuple[str, ...]
+    first: int
 
 
 @contextmanager
 def apart(
-    root: Path, mounts: Mapping[Path, str], command: list[str], log: Path, env: Mapping[str, str]
+    root: Path, mounts: Mapping[Path, str], command: list[str], log: Path, env: Mapping[str, str], *, net: bool = False
 ) -> Iterator[Apart]:
-    """Run a command with `root` as its root, and there what `mounts` names, at these places.
+    """Run a command with `root` as its root, and there what `mounts` names, at these places; `net`: a network too.
 
     All that is started in there ends with it. Nothing is entered before it is furnished: until then it is still here.
     """
     pairs = [word for source, target in mounts.items() for word in (str(source), target)]
-    spaces = ["--mount", "--propagation", "private", "--pid", "--fork", "--mount-proc"]
+    spaces = ["--mount", "--propagation", "private", "--pid", "--fork", "--mount-proc", *(["--net"] * net)]
     heard, told = os.pipe()
     with log.open("wb") as output, open(told, "wb") as word, open(heard, "rb") as ear:
         process = subprocess.Popen(
@@ -104,7 +105,10 @@ def apart(
     assert ready, f"nothing could be furnished in {root}: {log.read_text(errors='replace')[-2000:]}"
     inside = _first_child(process)
     try:
-        yield Apart(process, ("nsenter", f"--mount=/proc/{inside}/ns/mnt", f"--pid=/proc/{inside}/ns/pid"))
+        kinds = {"mount": "mnt", "pid": "pid"} | ({"net": "net"} if net else {})
+        yield Apart(
+            process, ("nsenter", *(f"--{kind}=/proc/{inside}/ns/{name}" for kind, name in kinds.items())), inside
+        )
     finally:
         with suppress(ProcessLookupError):
             os.kill(inside, signal.SIGKILL)  # the first process there: with it go all others

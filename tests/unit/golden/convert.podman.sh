@@ -17,6 +17,13 @@ own() {  # a folder in a place where everyone may write: made for us alone, or r
 }
 file=/shared/home/images/aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa.tar
 reference=registry.example.org/radeon/train@sha256:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa
+engine() { env -u XDG_RUNTIME_DIR -u DBUS_SESSION_BUS_ADDRESS podman --root /var/tmp/radeon-stack-1000/storage --runroot /var/tmp/radeon-stack-1000/run --cgroup-manager=cgroupfs --events-backend=none "$@" >&2 9>&-; }
+steady() {
+  (
+    flock 9 2>/dev/null || true
+    engine info >/dev/null 2>&1 || { engine system migrate && engine rm --all --force --time 0; }
+  ) 9>>"$1/lock"
+}
 ! whole || exit 0
 mkdir -p /shared/home/images || fail 'cannot make /shared/home/images' 'or put the home folder elsewhere: RADEON_STACK_HOME=DIR'
 if lock "$file.lock"; then locked=yes; else locked=; fi
@@ -24,14 +31,15 @@ if lock "$file.lock"; then locked=yes; else locked=; fi
 room /shared/home/images 25165824 'remove images that no run needs, or put the home folder elsewhere: RADEON_STACK_HOME=DIR'
 own /var/tmp/radeon-stack-1000
 room /var/tmp/radeon-stack-1000 25165824 'free some on this node'
+steady /var/tmp/radeon-stack-1000
 # What a killed attempt left; without a lock it may be another node's.
 if [ -n "$locked" ]; then rm -rf -- "$file".*.partial; fi
 partial="$file.$(uname -n).$$.partial"
 trap 'rm -rf -- "$partial" "$partial.record"' EXIT
 trap 'exit 130' INT TERM
-env -u XDG_RUNTIME_DIR -u DBUS_SESSION_BUS_ADDRESS podman --root /var/tmp/radeon-stack-1000/storage --runroot /var/tmp/radeon-stack-1000/run --cgroup-manager=cgroupfs --events-backend=none pull --quiet registry.example.org/radeon/train@sha256:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa >&2 9>&- || fail 'podman made no image of registry.example.org/radeon/train@sha256:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa' 'see above; what this node does not reach, a login node can convert'
-env -u XDG_RUNTIME_DIR -u DBUS_SESSION_BUS_ADDRESS podman --root /var/tmp/radeon-stack-1000/storage --runroot /var/tmp/radeon-stack-1000/run --cgroup-manager=cgroupfs --events-backend=none tag registry.example.org/radeon/train@sha256:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa localhost/radeon-stack/site:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa >&2 9>&- || fail 'podman made no image of registry.example.org/radeon/train@sha256:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa' 'see above; what this node does not reach, a login node can convert'
-env -u XDG_RUNTIME_DIR -u DBUS_SESSION_BUS_ADDRESS podman --root /var/tmp/radeon-stack-1000/storage --runroot /var/tmp/radeon-stack-1000/run --cgroup-manager=cgroupfs --events-backend=none save --quiet --format oci-archive --output "$partial" localhost/radeon-stack/site:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa >&2 9>&- || fail 'podman made no image of registry.example.org/radeon/train@sha256:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa' 'see above; what this node does not reach, a login node can convert'
+engine pull --quiet registry.example.org/radeon/train@sha256:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa || fail 'podman made no image of registry.example.org/radeon/train@sha256:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa' 'see above; what this node does not reach, a login node can convert'
+engine tag registry.example.org/radeon/train@sha256:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa localhost/radeon-stack/site:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa || fail 'podman made no image of registry.example.org/radeon/train@sha256:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa' 'see above; what this node does not reach, a login node can convert'
+engine save --quiet --format oci-archive --output "$partial" localhost/radeon-stack/site:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa || fail 'podman made no image of registry.example.org/radeon/train@sha256:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa' 'see above; what this node does not reach, a login node can convert'
 sync "$partial"
 echo "$reference $(stat -c %s "$partial")" >"$partial.record"
 mv -f "$partial.record" "$file.record"

@@ -17,13 +17,20 @@ own() {  # a folder in a place where everyone may write: made for us alone, or r
 }
 file=/shared/home/images/aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa.tar
 reference=registry.example.org/radeon/train@sha256:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa
-has() { env -u XDG_RUNTIME_DIR -u DBUS_SESSION_BUS_ADDRESS podman --root /var/tmp/radeon-stack-1000/storage --runroot /var/tmp/radeon-stack-1000/run --cgroup-manager=cgroupfs --events-backend=none image exists localhost/radeon-stack/site:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa >&2 9>&-; }
+engine() { env -u XDG_RUNTIME_DIR -u DBUS_SESSION_BUS_ADDRESS podman --root /var/tmp/radeon-stack-1000/storage --runroot /var/tmp/radeon-stack-1000/run --cgroup-manager=cgroupfs --events-backend=none "$@" >&2 9>&-; }
+steady() {
+  (
+    flock 9 2>/dev/null || true
+    engine info >/dev/null 2>&1 || { engine system migrate && engine rm --all --force --time 0; }
+  ) 9>>"$1/lock"
+}
 own /var/tmp/radeon-stack-1000
+steady /var/tmp/radeon-stack-1000
 lock /var/tmp/radeon-stack-1000/lock || true
 # Containers of jobs that were killed; those that run stay.
-env -u XDG_RUNTIME_DIR -u DBUS_SESSION_BUS_ADDRESS podman --root /var/tmp/radeon-stack-1000/storage --runroot /var/tmp/radeon-stack-1000/run --cgroup-manager=cgroupfs --events-backend=none container prune --force >&2 9>&- || true
-! has || exit 0
+engine container prune --force || true
+! engine image exists localhost/radeon-stack/site:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa || exit 0
 whole || fail "there is no whole $file" "convert the image first, on a node that reaches its registry"
 room /var/tmp/radeon-stack-1000 25165824 'on this node: env -u XDG_RUNTIME_DIR -u DBUS_SESSION_BUS_ADDRESS podman --root /var/tmp/radeon-stack-1000/storage --runroot /var/tmp/radeon-stack-1000/run --cgroup-manager=cgroupfs --events-backend=none image prune --all'
-env -u XDG_RUNTIME_DIR -u DBUS_SESSION_BUS_ADDRESS podman --root /var/tmp/radeon-stack-1000/storage --runroot /var/tmp/radeon-stack-1000/run --cgroup-manager=cgroupfs --events-backend=none load --quiet --input /shared/home/images/aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa.tar >&2 9>&- || fail 'podman made no image of registry.example.org/radeon/train@sha256:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa' 'see above; what this node does not reach, a login node can convert'
-has || fail "podman loaded another image than $file is of" "remove that file: it is then made anew"
+engine load --quiet --input "$file" || fail 'podman made no image of registry.example.org/radeon/train@sha256:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa' 'see above; what this node does not reach, a login node can convert'
+engine image exists localhost/radeon-stack/site:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa || fail "podman loaded another image than $file is of" "remove that file: it is then made anew"
