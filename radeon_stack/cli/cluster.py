@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from radeon_stack.errors import UsageError
+from radeon_stack.host.runtimes import ORDER, VENV
 from radeon_stack.launch.cluster import Wanted, minutes
 
 FLAGS = {
@@ -18,7 +19,7 @@ FLAGS = {
     "container": "--container",
     "sbatch": "--sbatch",
 }
-CONTAINERS = ("apptainer", "singularity", "pyxis", "podman", "none")
+CONTAINERS = (*ORDER, VENV)
 CLUSTER_OPTIONS = (
     click.option("--nodes", type=click.IntRange(1), help="Of a cluster: so many, each with as many GPUs."),
     click.option("--gpus-per-node", type=click.IntRange(0), help="Of a cluster. Default: what the recipe wants."),

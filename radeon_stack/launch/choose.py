@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,12 +13,17 @@ from radeon_stack.catalog.load import Effective
 from radeon_stack.catalog.platforms import CPU, load_platforms
 from radeon_stack.errors import ImageError, MachineError, StackError, UsageError
 from radeon_stack.host.engines import EngineProbe, probe_engine, require_engine
+from radeon_stack.host.node_record import NodeRecord
+from radeon_stack.host.runtimes import VENV, choose_runtime
 from radeon_stack.host.selection import Selection
 from radeon_stack.images.environments import Environment, environment_for, lacking
+from radeon_stack.images.published import Wanted
 from radeon_stack.images.resolve import Image, find_image, named_image
+from radeon_stack.images.sites import SiteImage, site_image
 
 USUAL_KIND = "train"  # of `make image`
 # `make setup` is for these: what they lack here is installed, or comes in an image. Others get an environment.
+REGISTRY_VARIABLE = "RADEON_STACK_REGISTRY"
 TRAINING_KINDS = (USUAL_KIND, "train-unsloth")
 # What the workloads import; looked for, never imported, on the host side.
 WORK_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
@@ -36,6 +42,10 @@ class Choice:
     probe: EngineProbe | None = None
     environment: Environment | None = None
     python_why: str = "this Python has what it needs"
+    site: SiteImage | None = None
+    runtime: str = ""
+    runtime_why: str = ""
+    """Of a cluster: the image as its registry has it, and what runs it on a node."""
 
     @property
     def python(self) -> str:
@@ -68,6 +78,32 @@ def choose(effective: Effective, selection: Selection, engine: str, reference: s
             raise
         return _local(effective, selection, f"local: {error.what}", home)
     return Choice("docker", image, image.why, probe)
+
+
+def choose_for_nodes(
+    effective: Effective, selection: Selection, record: NodeRecord, asked: str | None, reference: str | None, home: Path
+) -> Choice:
+    """The container of a cluster's nodes: what they have, with an image of a registry; else the Python they share.
+
+    ImageError where one that was asked for cannot be had.
+    """
+    runtime = choose_runtime(record, asked, where="--container")
+    registries = tuple(os.environ.get(REGISTRY_VARIABLE, "").split())
+    wanted = asked not in (None, VENV) or reference is not None
+    if runtime.name == VENV or not (wanted or registries):
+        if reference is not None:
+            remedy = "leave it out, or name a container: --container apptainer"
+            raise UsageError(f"an image needs a container: {runtime.why}", where="--image", remedy=remedy)
+        why = runtime.why if runtime.name == VENV else f"no registry is named ({REGISTRY_VARIABLE}) to have images from"
+        return replace(_local(effective, selection, why, home), runtime_why=f"no container: {why}")
+    try:
+        kind, gfx = effective.image_kind, platform_of(effective, selection)
+        site = site_image(reference, registries, Wanted(kind, gfx))
+    except ImageError as error:
+        if wanted:
+            raise
+        return replace(_local(effective, selection, error.what, home), runtime_why=f"no container: {error.what}")
+    return Choice("slurm", site.image, site.image.why, site=site, runtime=runtime.name, runtime_why=runtime.why)
 
 
 def platform_of(effective: Effective, selection: Selection) -> str:

@@ -15,13 +15,15 @@ from radeon_stack.host.cluster import cluster, partition_named
 from radeon_stack.host.gpus import Gpu
 from radeon_stack.host.known_issues import Mitigation, Setup, mitigations
 from radeon_stack.host.machine import Machine, look
+from radeon_stack.host.node_record import NodeRecord
 from radeon_stack.host.nodes import node_of
 from radeon_stack.host.probes import Found, Subject
 from radeon_stack.host.selection import Selection, select
 from radeon_stack.host.sysroot import Sysroot
-from radeon_stack.launch.choose import Choice, choose
+from radeon_stack.launch.choose import Choice, choose, choose_for_nodes
 from radeon_stack.launch.cluster import Wanted, job_for
 from radeon_stack.launch.leases import busy, lease_folder
+from radeon_stack.launch.node_access import storage_of
 from radeon_stack.launch.placement import ONE, Placement
 from radeon_stack.launch.plan import Job
 from radeon_stack.launch.probing import found_for, subject_of
@@ -64,7 +66,8 @@ class Circumstances:
     """What a draft decided for its recipe: `choices`, and how the work is shared."""
     job: Job | None = None
     job_reasons: Mapping[str, str] = field(default_factory=dict)
-    """What is asked of a cluster; machine and selection are those of one of its nodes then."""
+    record: NodeRecord | None = None
+    """What is asked of a cluster; machine and selection are those of one of its nodes then, which has told the rest."""
 
     @property
     def gpus(self) -> tuple[Gpu, ...]:
@@ -118,8 +121,9 @@ def on_cluster(
         machine = look(place)
     machine = replace(machine, memory=min(machine.memory, partition.memory or machine.memory))
     selection = select(machine.gpus, None, least=max(wanted.min, count), most=min(count, wanted.max))
-    choice = choose(effective, selection, "local", asked.image, home)
-    choice = replace(choice, engine="slurm", why=f"slurm: asked for; cluster {there.name}, partition {partition.name}")
+    choice = choose_for_nodes(effective, selection, node.record, asked.cluster.container, asked.image, home)
+    _require_same_gfx(selection, choice)
+    choice = replace(choice, engine="slurm", why=_where(there.name, partition.name, choice))
     if choice.image is None and not node.record.torch:
         raise MachineError(
             f"this Python lacks torch on {node.record.hostname}",
@@ -128,6 +132,14 @@ def on_cluster(
         )
     cpus = node.record.all_cpus * count // max(len(machine.gpus), 1) if count else node.record.all_cpus
     job, fields = job_for(effective, asked.cluster, len(selection.gpus), max(cpus, 1), asked.after)
+    if choice.site is not None:
+        job = replace(
+            job,
+            images=str(home.absolute()),
+            download=choice.site.download,
+            plain=choice.site.plain,
+            storage=storage_of(choice.runtime),
+        )
     met = setup(machine, selection, choice, job.nodes)
     found = mitigations(met, asked.without)
     left_out = tuple(one.id for one in mitigations(met) if one.id in asked.without)
@@ -143,8 +155,14 @@ def on_cluster(
         subject=subject,
         probe=found_for(home, subject),
         job=job,
+        record=node.record,
         job_reasons=reasons,
     )
+
+
+def _where(cluster: str, partition: str, choice: Choice) -> str:
+    told = f"slurm: asked for; cluster {cluster}, partition {partition}"
+    return told if choice.image else f"{told}; {choice.runtime_why}"
 
 
 def setup(machine: Machine, selection: Selection, choice: Choice, nodes: int = 1) -> Setup:

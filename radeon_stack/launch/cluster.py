@@ -9,6 +9,7 @@ from radeon_stack.catalog.load import Effective
 from radeon_stack.contracts.finetune import FinetuneConfig
 from radeon_stack.contracts.sections import Listens
 from radeon_stack.errors import UsageError
+from radeon_stack.host.runtimes import VENV
 from radeon_stack.launch.confinement import Reasoned
 from radeon_stack.launch.plan import Job, LaunchPlan
 from radeon_stack.runs.store import Run, RunStore
@@ -49,7 +50,7 @@ class Wanted:
             self.minutes or job.minutes,
             self.after,
             job.requeue if self.requeue is None else self.requeue,
-            self.container or before.client or "none",
+            self.container or before.client or VENV,
             self.more or job.more,
         )
 
@@ -96,6 +97,14 @@ def processes_of(effective: Effective, gpus: int) -> int:
     return (effective.config.train.processes or 1) if isinstance(effective.config, FinetuneConfig) else 1
 
 
+IMAGE_FIELDS = {
+    "images": "where its image is kept, once for the site",
+    "download": "bytes of the image's layers",
+    "plain": "whether its registry speaks without TLS",
+    "storage": "podman's folder on a node's own disk",
+}
+
+
 def job_for(effective: Effective, wanted: Wanted, gpus: int, cpus: int, after: str | None) -> tuple[Job, Reasoned]:
     """The job, and a reason for each of its fields. `gpus` are chosen of a node that has `cpus` processors for them."""
     nodes = wanted.nodes or 1
@@ -125,4 +134,5 @@ def job_for(effective: Effective, wanted: Wanted, gpus: int, cpus: int, after: s
         ),
         "more": (wanted.more, "asked for" if wanted.more else "nothing more is asked"),
     }
-    return Job(**{name: value for name, (value, _) in fields.items()}), fields
+    job = Job(**{name: value for name, (value, _) in fields.items()})
+    return job, fields

@@ -21,11 +21,12 @@ from radeon_stack.launch.docker import mount_flag, run_flags
 from radeon_stack.launch.plan import LaunchPlan, Mount
 
 # Slurm, and whoever sets up the meeting of several processes, set these on the node, each task's its own. A `*` stands
-# for the rest of a name. Not RADEON_STACK_*: the caller's home folder is nothing inside, and the image sets its own.
+# for the rest of a name. Of RADEON_STACK_* the attempt alone: the caller's home folder is nothing inside, and the image sets its own.
 FORWARDED = (
     *VISIBLE,
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"),
     "SLURM_*",
+    "RADEON_STACK_ATTEMPT",
 )
 ENV = "/usr/bin/env"  # of the image: it takes values as they are, whatever is in them
 SHARED_MEMORY = "/dev/shm"  # noqa: S108

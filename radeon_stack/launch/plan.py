@@ -35,7 +35,8 @@ class Job:
     """What a run asks of a cluster. `gpus`, `cpus` are of each node; `minutes` None: what the partition gives.
 
     `after` is a dependency and `more` are further options, both in Slurm's words. `requeue`: it may be begun anew, when
-    its time is up, after a node has died, or when others came first.
+    its time is up, after a node has died, or when others came first. Of an image: `images` is the home folder below
+    which its file is, `download` the bytes of its layers, `plain` that its registry has no TLS, `storage` podman's.
     """
 
     nodes: int
@@ -47,6 +48,10 @@ class Job:
     after: str | None = None
     requeue: bool = True
     more: tuple[str, ...] = ()
+    images: str = ""
+    download: int = 0
+    plain: bool = False
+    storage: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from radeon_stack.launch.confinement import Reasoned, confined
 from radeon_stack.launch.endpoint import KEY_VARIABLE
 from radeon_stack.launch.inputs import data_file, model_folder, require_network, source_folder
 from radeon_stack.launch.model_files import require_whole
+from radeon_stack.launch.node_access import on_node
+from radeon_stack.launch.node_containers import lost
 from radeon_stack.launch.plan import LaunchPlan, Mount, Port
 from radeon_stack.launch.torchrun import LOOPBACK, started, variables
 
@@ -26,6 +29,7 @@ VENV_PYTHON = "/opt/venv/bin/python"  # the contract of rocm/pytorch images
 ANY_ADDRESS = "0.0.0.0"  # noqa: S104 - of the container's own network, which is published at one address alone
 STOP_SECONDS = 120  # an optimizer step of a large model and its checkpoint fit
 FOREIGN = ("PYTHONPATH", "PYTHONHOME")  # would give one Python the packages of another
+NOTES = "slurm"  # of the run directory
 NODE_MODULE = "radeon_stack.workloads.node"
 NO_CLUSTER = "this machine alone"
 NO_CONTAINER = "a child process, no container: it has what you have"
@@ -65,7 +69,10 @@ def plan(
         f"the recipe's workload, paths as it sees them; {whose}",
     )
     env = _Environment(effective, here)
-    if inside:
+    if here.job is not None and inside:
+        paths.add_attempt(run_dir)
+        values |= _no_container() | _node_container(effective, here, paths)
+    elif inside:
         values |= _container(effective, here, paths, run_dir, env)
     else:
         values |= _no_container()
@@ -84,7 +91,11 @@ def plan(
     reasons |= {f"job.{name}": why for name, why in here.job_reasons.items()}
     reasons |= {f"choices.{choice.name}": choice.why for choice in here.choices}
     reasons |= {f"mounts.{mount.target}": why for mount, why in paths.reasons} if inside else {}
-    return LaunchPlan(**{name: value for name, (value, _) in values.items()}, reasons=reasons)
+    made = LaunchPlan(**{name: value for name, (value, _) in values.items()}, reasons=reasons)
+    if here.job is None or not inside:
+        return made
+    whole = f"{reasons['client']}; it cannot give: {'; '.join(lost(made)) or 'nothing that is asked for'}"
+    return replace(made, reasons=reasons | {"client": whole})
 
 
 def _started(python: str, here: Circumstances) -> tuple[str, ...]:
@@ -136,6 +147,10 @@ class _Paths:
         file = data_file(dataset, where=where)
         if file is not None:
             self._add("--data", file, f"{ROOM}/data/{file.name}", "the data, never written", read_only=True)
+
+    def add_attempt(self, run_dir: Path) -> None:
+        """A cluster's job notes there which attempt is the newest; the folder, for the file is replaced as a whole."""
+        self.mount(Mount(str(run_dir / NOTES), f"{ROOM}/run/{NOTES}", read_only=True), "which attempt is the newest")
 
     def add_door(self, run_dir: Path) -> None:
         """Where it listens, and the key that it asks for: a file, for its environment shows in `docker inspect`."""
@@ -262,8 +277,24 @@ def _container(effective: Effective, here: Circumstances, paths: _Paths, run_dir
     }
 
 
+def _node_container(effective: Effective, here: Circumstances, paths: _Paths) -> Reasoned:
+    if here.job is None or here.record is None:
+        raise ValueError("a node's container is a cluster's")
+    for asked in effective.recipe.mounts:
+        paths.mount(Mount(_existing(asked.source), asked.target, asked.read_only), "the recipe names it")
+    resources = effective.recipe.resources
+    return on_node(here.choice.runtime, here.choice.runtime_why, here.job, here.record, resources.network) | {
+        "mounts": (
+            paths.mounts,
+            "events, artifacts and cache to write; config, model and data to read, and what the recipe names",
+        ),
+        "shm": (resources.shm, "data loaders and RCCL need a large /dev/shm"),
+        "labels": ((("radeon-stack.recipe", effective.name),), "what it is, where its runtime keeps it"),
+    }
+
+
 def _on_nodes(effective: Effective, here: Circumstances) -> Reasoned:
-    """What is otherwise on a cluster: it gives GPUs by their number, and holds a job to its memory."""
+    """What is otherwise on a cluster: it chooses the GPUs, and holds a job to its memory."""
     count = len(here.selection.gpus)
     cards = f"{count} × {here.selection.gpus[0].name} of each node: Slurm says which" if count else here.selection.why
     return {"gpus": ((), cards), "memory": (effective.recipe.resources.memory, "the recipe's limit, of each node")}

@@ -8,6 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from radeon_stack.errors import UsageError
+from radeon_stack.images.convert import Conversion, conversion, converting, loading
+from radeon_stack.images.resolve import Image
+from radeon_stack.images.sites import SiteImage
+from radeon_stack.launch.node_containers import FORWARDED, words
 from radeon_stack.launch.plan import Job, LaunchPlan
 
 FOLDER = "slurm"  # of the run directory: the script, and what it notes
@@ -27,7 +31,7 @@ OPTION = re.compile(r"--[a-z][a-z0-9-]*(=[ -~]+)?")
 def script(plan: LaunchPlan) -> str:
     """The file that sbatch takes. It needs bash and Slurm's commands; UsageError for what it has no way to write."""
     job = _job(plan)
-    run, words = shlex.quote(plan.run_dir), [*srun(plan), *plan.command]
+    run = shlex.quote(plan.run_dir)
     return "\n".join(
         [
             "#!/bin/bash",
@@ -37,11 +41,11 @@ def script(plan: LaunchPlan) -> str:
             f"run={run}",
             f"notes=$run/{FOLDER}",
             *(f': "${{{name}:?export {name} before sbatch}}"' for name in plan.secrets),
-            *(f"unset {name}" for name in plan.unset),
-            *(f"export {name}={shlex.quote(value)}" for name, value in plan.env),
+            *(() if plan.image else _environment(plan)),
             _BEGINNING,
+            *(_image(plan, job) if plan.image else ()),
             "work() {",
-            f'  exec {_folded(words)} \\\n    "${{again[@]}}"',
+            f'  exec {_folded(work(plan, job))} \\\n    "${{again[@]}}"',
             "}",
             _WORK,
             _AGAIN if job.requeue else "",
@@ -129,6 +133,39 @@ def srun(plan: LaunchPlan) -> list[str]:
     ]
 
 
+def work(plan: LaunchPlan, job: Job) -> list[str]:
+    """What is run on each node, by `srun`."""
+    if plan.image is None:
+        return [*srun(plan), *plan.command]
+    around = words(plan, _conversion(plan, job).name, FORWARDED, storage=job.storage)
+    return [*srun(plan), *around.srun, *around.before, *plan.command]
+
+
+def _environment(plan: LaunchPlan) -> list[str]:
+    return [*(f"unset {name}" for name in plan.unset), *(f"export {n}={shlex.quote(v)}" for n, v in plan.env)]
+
+
+def _image(plan: LaunchPlan, job: Job) -> list[str]:
+    """Have the image's file made, once for the site; and where each node has images of its own, put it there."""
+    made = _conversion(plan, job)
+    lines = [
+        "image=$(cat <<'END'",
+        converting(made).rstrip("\n"),
+        "END",
+        ")",
+        'sh -c "$image" </dev/null || give_up $?',
+    ]
+    if load := loading(made):
+        lines += ["image=$(cat <<'END'", load.rstrip("\n"), "END", ")"]
+        lines.append(f'srun --nodes={job.nodes} --ntasks-per-node=1 sh -c "$image" </dev/null || give_up $?')
+    return [*lines, ""]
+
+
+def _conversion(plan: LaunchPlan, job: Job) -> Conversion:
+    image = SiteImage(Image(str(plan.image), "", ""), job.download, job.plain)
+    return conversion(image, str(plan.client), Path(job.images), job.storage)
+
+
 _BEGINNING = """
 # The newest attempt is the run's: one on a node that was given up sees here that it is not, and leaves it alone.
 attempt=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
@@ -139,6 +176,10 @@ rm -f "$notes/ended"
 newest() { [ "$(cat "$notes/attempt")" = "$attempt" ]; }
 saved() { ls "$run/artifacts/checkpoints" 2>/dev/null; }
 saved_before=$(saved)
+give_up() {
+  printf '%s %s\\n' "$attempt" "$1" >"$notes/ended.new" && mv "$notes/ended.new" "$notes/ended"
+  exit "$1"
+}
 again=()
 [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || again=(--resume)
 """
@@ -194,8 +235,7 @@ fi
 """
 
 _END = """
-printf '%s %s\\n' "$attempt" "$code" >"$notes/ended.new" && mv "$notes/ended.new" "$notes/ended"
-exit "$code"
+give_up "$code"
 """
 
 

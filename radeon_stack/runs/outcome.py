@@ -60,6 +60,14 @@ def judge(exit_code: int | None, events: Iterable[Event], expect: Mapping[str, A
             "the workload is gone and left no result",
             remedy=f"continue from the last checkpoint: radeon-stack run --resume {run}",
         )
+    if exit_code == Exit.IMAGE:  # of a cluster's job, before the workload
+        return Outcome(
+            State.FAILED,
+            Exit.IMAGE,
+            "the image could not be made for this site",
+            "log.txt",
+            f"see why: radeon-stack runs logs {run}",
+        )
     if exit_code in TERMINATED:
         return Outcome(State.STOPPED, Exit.INTERRUPTED, "stopped before it had begun", remedy="run it again")
     if exit_code in FORCED:
