@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from radeon_stack.catalog.folders import data_folder
-from radeon_stack.catalog.merge import Layers, flatten, parse_assignment
+from radeon_stack.catalog.merge import Layers, Tree, flatten, parse_assignment
 from radeon_stack.catalog.problems import explain, nearest
 from radeon_stack.catalog.recipe import Recipe
 from radeon_stack.contracts import WORKLOADS
@@ -137,12 +137,15 @@ def _add_sets(layers: Layers, sets: Sequence[str]) -> list[str]:
     """Add a layer for each `--set`; their full keys."""
     keys: list[str] = []
     for text in sets:
-        tree = parse_assignment(text)
-        own = set(tree) <= set(Recipe.model_fields)
-        tree = tree if own else {"config": tree}
+        tree = in_recipe(parse_assignment(text))
         layers.add(tree, f"--set {text.partition('=')[0]}")
         keys += [key for key, _ in flatten(tree)]
     return keys
+
+
+def in_recipe(tree: Tree) -> Tree:
+    """Where a person's keys stand in a recipe: below `config`, unless they begin with a table of the recipe itself."""
+    return tree if set(tree) <= set(Recipe.model_fields) else {"config": tree}
 
 
 def _checked(source: RecipeFile, preset: str | None, layers: Layers) -> Effective:

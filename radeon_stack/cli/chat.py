@@ -19,7 +19,7 @@ from radeon_stack.launch.endpoint import endpoint_of
 from radeon_stack.launch.launcher import detach, write_records
 from radeon_stack.launch.supervise import settle, stop
 from radeon_stack.runs.events import EventReader
-from radeon_stack.runs.store import Run, RunStore, State, home
+from radeon_stack.runs.store import Run, RunStore, State, home, require_one
 from radeon_stack.runs.view import view_for
 from radeon_stack.text import print_line, printable
 
@@ -125,6 +125,7 @@ def _print(pieces: Generator[str, None, None]) -> None:
 @contextmanager
 def _going(store: RunStore, wanted: str) -> Iterator[Endpoint]:
     run = store.find(wanted)
+    require_one(run, "--to")
     if settle(run).state is not State.RUNNING:
         raise UsageError(f"{run.id} is not running", where="--to", remedy="see: radeon-stack runs list")
     yield _once_it_answers(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from radeon_stack.launch.launcher import config_record
 from radeon_stack.runs.handover import PARTS, gathered, hand_over
 from radeon_stack.runs.sources import find_source
 from radeon_stack.runs.store import Run, RunStore, home
+from radeon_stack.text import print_line
 
 
 @click.command()
@@ -88,7 +90,8 @@ def export(
 def handed_over(source: str, folder: Path, *, dry_run: bool, as_json: bool) -> int:
     """Copy what a run made into a new folder; tells each file on stderr."""
     _require_new(folder, "--to")
-    found = gathered(Path(find_source(RunStore(home()), source, tuple(PARTS))["source"]))
+    place = find_source(RunStore(home()), source, tuple(PARTS), lambda text: print_line(text, sys.stderr))["source"]
+    found = gathered(Path(place))
     told = {
         "folder": str(folder),
         "bytes": found.size,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import click
 
 from radeon_stack.catalog.load import Effective, RecipeFile, read, resolve
+from radeon_stack.catalog.merge import Tree
 from radeon_stack.cli.cluster import CLUSTER_OPTIONS, wanted_of
 from radeon_stack.cli.estimate import tell
 from radeon_stack.cli.serving import announced
@@ -36,6 +38,7 @@ from radeon_stack.runs.view import view_for
 from radeon_stack.text import even_unheard, print_line
 
 Command = Callable[..., Any]
+AS_IT_WAS = ("recipe", "preset", "model", "data", "source", "server")  # of a run that is continued
 SOURCE_SETS = ("source=", "config.source=")  # a folder named by --set, in place of --from
 
 
@@ -106,6 +109,13 @@ def _with(command: Command, *options: Callable[[Command], Command]) -> Command:
 @click.argument("recipe", required=False)
 @plan_options
 @resume_options
+@click.option(
+    "--sweep",
+    "sweeps",
+    multiple=True,
+    metavar="KEY=A,B,…",
+    help="A run for each value, compared in one report; given again, for each combination.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the commands that would be run, and do nothing.")
 @click.option(
     "--estimate", "only_estimate", is_flag=True, help="Print how much GPU memory it would take, and do nothing."
@@ -113,7 +123,15 @@ def _with(command: Command, *options: Callable[[Command], Command]) -> Command:
 @click.option("--detach", "detached", is_flag=True, help="Start it and come back; watch it with: runs attach.")
 @click.option("--compare", "earlier", metavar="RUN", help="Of a benchmark: exit 7 when a figure is worse than there.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout at the end; progress on stderr.")
-def run(dry_run: bool, only_estimate: bool, detached: bool, earlier: str | None, as_json: bool, **options: Any) -> int:
+def run(
+    dry_run: bool,
+    only_estimate: bool,
+    detached: bool,
+    earlier: str | None,
+    as_json: bool,
+    sweeps: tuple[str, ...],
+    **options: Any,
+) -> int:
     """Run a recipe and record it.
 
     Ctrl-C stops it, cleanly: exit 130, also of `serve`, which ends in no other way.
@@ -129,7 +147,14 @@ def run(dry_run: bool, only_estimate: bool, detached: bool, earlier: str | None,
       radeon-stack run bench-attention --compare last
       radeon-stack run --resume last
       radeon-stack run --resume last --set train.learning_rate=1e-5
+      radeon-stack run train-llama --preset demo --sweep train.learning_rate=1e-4,2e-4,5e-4,1e-3
     """
+    if sweeps or _resumes_sweep(options):
+        from radeon_stack.cli.sweep import run_sweep
+
+        if only_estimate or earlier is not None:
+            raise click.UsageError("a sweep takes neither --estimate nor --compare: give these with a run of their own")
+        return run_sweep(sweeps, options, dry_run=dry_run, detached=detached, as_json=as_json)
     if earlier is not None and detached:
         raise click.UsageError("--compare waits for the end: leave --detach out, and use: runs compare")
     if only_estimate:
@@ -162,6 +187,12 @@ def run(dry_run: bool, only_estimate: bool, detached: bool, earlier: str | None,
     with view_for(sys.stderr if as_json else sys.stdout) as view:
         outcome = carry_out(drafted.run, drafted.plan, announced(view, drafted.run), view.say)
     return end(drafted.run, outcome, as_json, old)
+
+
+def _resumes_sweep(options: Mapping[str, Any]) -> bool:
+    """Is it a sweep that is continued? What cannot stand beside --resume is a mistake, whatever is named."""
+    alone = all(options[name] is None for name in AS_IT_WAS)
+    return alone and options["resume"] is not None and RunStore(home()).find(options["resume"]).is_sweep
 
 
 def drafted_from(
@@ -214,8 +245,13 @@ def drafted_from(
     after = dependency(wanted.after, store)
     asked = Asked(gpus, engine or "auto", image, share, without, as_many, wanted, after)
     with opened(sysroot) as place:
-        here = find_out(effective, place, asked, store.home, lambda text: print_line(text, sys.stderr))
+        here = find_out(effective, place, asked, store.home, waiting)
         return draft(effective, here, store, resumed or at, resume=resumed is not None, cache=cache), here.choice.why
+
+
+def waiting(text: str) -> None:
+    """Tell on stderr what has to be waited for."""
+    print_line(text, sys.stderr)
 
 
 def asked_recipe(
@@ -226,18 +262,21 @@ def asked_recipe(
     data: str | None,
     source: str | None = None,
     server: str | None = None,
+    varied: Mapping[str, Tree] = MappingProxyType({}),
 ) -> Effective:
-    """The recipe with its preset, values and flags laid over it."""
+    """The recipe with its preset, values and flags laid over it; `varied`: by their flags, a sweep member's values."""
     if recipe is None:
         raise click.UsageError("which recipe? see: radeon-stack list")
-    flags: dict[str, dict[str, Any]] = {}
+    flags: dict[str, Tree] = {**varied}
     file = read(recipe)
     takes = config_fields(file)
     makes = SOURCES.get(str(file.tree.get("workload")))
     if source is not None and makes is None:
         raise UsageError(f"{file.name} takes nothing that a run made", where="--from", remedy="leave it out")
-    if makes is not None and not any(text.startswith(SOURCE_SETS) for text in sets):
-        found = find_source(RunStore(home()), source or LAST, makes)
+    named = any(text.startswith(SOURCE_SETS) for text in sets)
+    varies = any("source" in tree.get("config", {}) for tree in varied.values())
+    if makes is not None and not (named or varies):
+        found = find_source(RunStore(home()), source or LAST, makes, lambda text: print_line(text, sys.stderr))
         flags["--from"] = {"config": {name: value for name, value in found.items() if name in takes}}
     if server is not None:
         if "server" not in takes:

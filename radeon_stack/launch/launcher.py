@@ -30,7 +30,7 @@ from radeon_stack.launch.planner import plan
 from radeon_stack.launch.probing import decided
 from radeon_stack.launch.recomputation import recomputed
 from radeon_stack.launch.supervise import UNSTARTED, call_off, hand_over, settle
-from radeon_stack.runs.store import Run, RunStore, State, Status, cannot_write
+from radeon_stack.runs.store import Run, RunStore, State, Status, cannot_write, require_one
 
 START_SECONDS = 60
 POLL_SECONDS = 0.05
@@ -81,6 +81,7 @@ def resumable(run: Run, sets: Sequence[str] = (), *, after_fault: bool = False) 
 
     UsageError for one that goes on or has nothing to continue, MachineError where a fault wants a reboot first.
     """
+    require_one(run, "--resume")
     state = settle(run).state
     if state is State.RUNNING:
         raise UsageError(f"{run.id} is still running", remedy=f"watch it: radeon-stack runs attach {run.id}")
@@ -173,6 +174,14 @@ def detach(run: Run, plan: LaunchPlan) -> None:
     if engine_named(plan.engine).keeps:
         hand_over(run, plan)
         return
+    if begun_by_another(run):
+        return
+    call_off(run, UNSTARTED)
+    raise MachineError("the run did not start", where=str(run.path), remedy=f"see: radeon-stack runs logs {run.id}")
+
+
+def begun_by_another(run: Run) -> bool:
+    """Leave a run, or a sweep, to a process of its own session. Has that begun it? False when it could not in time."""
     keeper = subprocess.Popen(
         [sys.executable, "-m", "radeon_stack", "runs", "supervise", run.id],
         stdin=subprocess.DEVNULL,
@@ -184,12 +193,11 @@ def detach(run: Run, plan: LaunchPlan) -> None:
     while time.monotonic() < deadline:
         status = run.status()
         if status is not None and status.state is not State.STARTING:
-            return
+            return True
         if keeper.poll() is not None:
             break
         time.sleep(POLL_SECONDS)
-    call_off(run, UNSTARTED)
-    raise MachineError("the run did not start", where=str(run.path), remedy=f"see: radeon-stack runs logs {run.id}")
+    return False
 
 
 def read_plan(run: Run) -> LaunchPlan:

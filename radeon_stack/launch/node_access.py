@@ -1,4 +1,4 @@
-"""What a container on a cluster's node is given: all GPUs' folder, for Slurm alone knows which of them are the job's."""
+"""What a container on a cluster's node is given: the folder of all GPUs, of which Slurm leaves the job its own."""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ from radeon_stack.launch.docker import mount_flag, run_flags
 from radeon_stack.launch.plan import LaunchPlan, Mount
 
 # Slurm, and whoever sets up the meeting of several processes, set these on the node, each task's its own. A `*` stands
-# for the rest of a name. Of RADEON_STACK_* the attempt alone: the caller's home folder is nothing inside, and the image sets its own.
+# for the rest of a name. Of RADEON_STACK_* the attempt alone: the caller's home folder is nothing inside, and the image
+# sets its own.
 FORWARDED = (
     *VISIBLE,
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"),

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -18,21 +18,13 @@ from radeon_stack.host.processes import Process
 from radeon_stack.host.sysroot import Sysroot
 from radeon_stack.launch.engine import Engine, Handle, engine_named
 from radeon_stack.launch.explaining import explained, refused
+from radeon_stack.launch.interrupts import Interrupts, interrupted
 from radeon_stack.launch.leases import lease_folder, leased
 from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.launch.probing import keep_answers
-from radeon_stack.launch.watching import (
-    POLL_SECONDS,
-    Audience,
-    Interrupts,
-    Pump,
-    Speaker,
-    Standing,
-    Watcher,
-    interrupts_counted,
-)
+from radeon_stack.launch.watching import POLL_SECONDS, Audience, Pump, Speaker, Standing, Watcher
 from radeon_stack.runs.events import EventReader, read_events
-from radeon_stack.runs.outcome import Outcome, judge, recorded
+from radeon_stack.runs.outcome import Outcome, closed, judge, recorded
 from radeon_stack.runs.report import write as write_report
 from radeon_stack.runs.store import Run, State, Status, cannot_write
 
@@ -53,7 +45,7 @@ def carry_out(run: Run, plan: LaunchPlan, watch: Watcher, say: Speaker) -> Outco
     engine = engine_named(plan.engine)
     begins = run.events.stat().st_size if run.events.exists() else 0  # a resumed run has told its first part before
     audience = Audience(watch, say)
-    with interrupts_counted() as interrupts:  # before we are on record: whoever finds us there may signal us
+    with interrupted() as interrupts:  # before we are on record: whoever finds us there may signal us
         status = _begun(run)
         if status.state.ended:
             return recorded(status)
@@ -154,19 +146,22 @@ def call_off(run: Run, why: Outcome = CALLED_OFF) -> bool:
 
 
 class Pace:
-    """How a run stands, asked no oftener than its engine likes to be; at once when its record has changed."""
+    """How a run stands, asked no oftener than its engine likes to be; at once when its record has changed.
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    `settled` is how it is found out, `times` as often as that may be the pause between two questions.
+    """
+
+    def __init__(self, run: Run, settled: Callable[[Run], Outcome] | None = None, times: float = 1.0) -> None:
+        self._run, self._settled, self._times = run, settled or settle, times
         self._known: Outcome | None = None
         self._status: Status | None = None
         self._asked = 0.0
 
     def __call__(self) -> Outcome:
         status = self._run.status()
-        pause = engine_named(status.engine).pause if status else 0.0
+        pause = engine_named(status.engine).pause * self._times if status else 0.0
         if self._known is None or status != self._status or time.monotonic() - self._asked > pause:
-            self._known, self._asked = settle(self._run), time.monotonic()
+            self._known, self._asked = self._settled(self._run), time.monotonic()
             self._status = self._run.status()
         return self._known
 
@@ -320,17 +315,8 @@ def _record(run: Run, outcome: Outcome) -> Outcome:
         outcome = Outcome(State.FAILED, error.exit_code, error.what, error.where, error.remedy)
     status = run.status()
     if status is not None:
-        end = {
-            "state": outcome.state,
-            "ended": time.time(),
-            "exit_code": int(outcome.exit_code),
-            "what": outcome.what,
-            "where": outcome.where,
-            "remedy": outcome.remedy,
-            "diagnosis": outcome.diagnosis,
-        }
         try:
-            run.write_status(status.model_copy(update=end))
+            run.write_status(closed(status, outcome, time.time()))
             write_report(run)
         except OSError as error:
             if error.errno not in FULL:

@@ -1,14 +1,10 @@
-"""Who watches a run: those who look, what they are told beside its events, and the signals by which they ask."""
+"""Who watches a run: those who look, and what they are told beside its events."""
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from types import FrameType
+from collections.abc import Callable
 
 from radeon_stack.errors import StackError
 from radeon_stack.launch.engine import engine_named
@@ -93,27 +89,3 @@ class Audience:
                 self._say(text)
         except Exception:
             self._say = None
-
-
-@dataclass
-class Interrupts:
-    count: int = 0
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        # A closed terminal is told by the kernel and by its shell: that is one wish, not two.
-        if number != signal.SIGHUP or not self.count:
-            self.count += 1
-
-
-@contextmanager
-def interrupts_counted() -> Iterator[Interrupts]:
-    """Counts SIGINT, SIGTERM and SIGHUP instead of dying of them; under nohup SIGHUP stays ignored."""
-    counter = Interrupts()
-    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    numbers = (signal.SIGINT, signal.SIGTERM, *(() if nohup else (signal.SIGHUP,)))
-    old = {number: signal.signal(number, counter) for number in numbers}
-    try:
-        yield counter
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -12,6 +12,7 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 40
 MAX_POINTS = 600
 LARGEST = 1e30  # what lies beyond has diverged and would leave the rest of the curve a flat line
 TICKS = 5
+COLOURS, DASHES = 8, 4
 
 BAR, GAP, HEAD = 16, 6, 22  # pixels: a bar, below it, a group's title
 NAME_WIDTH, TEXT_WIDTH = 176, 150  # left and right of the bars
@@ -37,6 +38,15 @@ class Group:
     title: str
     bars: tuple[Bar, ...]
     mark: float | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of several, with its name; `strong`: drawn above the others, and wider."""
+
+    name: str
+    points: Sequence[Point]
+    strong: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,16 +82,11 @@ def line_chart(
         return f'<p class="none">{escape(title)}: nothing was measured.</p>'
     name, others = also or ("", ())
     beside = _drawable(others, log)
-    xs, ys = [x for x, _ in [*drawn, *beside]], [y for _, y in [*drawn, *beside]]
-    x_scale = Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT)
-    y_ticks = log_ticks(min(ys), max(ys)) if log else linear_ticks(min(ys), max(ys))
-    y_scale = Scale(min(*y_ticks, *ys), max(*y_ticks, *ys), HEIGHT - BOTTOM, TOP, log)
+    x_scale, y_scale, axes = _axes([*drawn, *beside], x_label, log)
     return "".join(
         [
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title, quote=True)}">',
-            *(_y_tick(y_scale(tick), tick) for tick in y_ticks),
-            *(_x_tick(x_scale(tick), tick) for tick in whole_ticks(min(xs), max(xs))),
-            f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_label)}</text>',
+            *axes,
             *_line(drawn, x_scale, y_scale, x_label, ""),
             *(_line(beside, x_scale, y_scale, f"{name}, {x_label}", " second") if beside else ()),
             *(_legend(name) if beside else ()),
@@ -90,15 +95,60 @@ def line_chart(
     )
 
 
+def curves_chart(title: str, curves: Sequence[Curve], *, x_label: str = "step", log: bool = False) -> str:
+    """An `<svg>` of several lines on the same axes; each has its colour by its place, as `swatch` has it."""
+    drawn = [(at, curve, _drawable(curve.points, log)) for at, curve in enumerate(curves)]
+    drawn = sorted((one for one in drawn if one[2]), key=lambda one: one[1].strong)
+    if not drawn:
+        return f'<p class="none">{escape(title)}: nothing was measured.</p>'
+    x_scale, y_scale, axes = _axes([point for _, _, points in drawn for point in points], x_label, log)
+    lines = []
+    for at, curve, points in drawn:
+        kind = f" of-many {colour(at)}{' strong' if curve.strong else ''}"
+        path = f'<path class="line{kind}" d="{_path(points, x_scale, y_scale)}"/>'
+        end = _dot(x_scale(points[-1][0]), y_scale(points[-1][1]), f"{curve.name}: {points[-1][1]:.4g}", kind)
+        lines.append(f"<g><title>{escape(curve.name)}</title>{path}{end}</g>")
+    head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title, quote=True)}">'
+    return "".join([head, *axes, *lines, "</svg>"])
+
+
+def swatch(at: int) -> str:
+    """A piece of the line that `curves_chart` draws in this place: its legend, to stand beside a name."""
+    line = f'<path class="line {colour(at)}" d="M0 4h28"/>'
+    return f'<svg class="swatch" viewBox="0 0 28 8" aria-hidden="true">{line}</svg>'
+
+
+def colour(at: int) -> str:
+    """The classes of the line in a place: eight colours, then these again with dashes of another kind."""
+    return f"c{at % COLOURS} d{at // COLOURS % DASHES}"
+
+
+def _axes(points: Sequence[Point], x_label: str, log: bool) -> tuple[Scale, Scale, list[str]]:
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    x_scale = Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT)
+    y_ticks = log_ticks(min(ys), max(ys)) if log else linear_ticks(min(ys), max(ys))
+    y_scale = Scale(min(*y_ticks, *ys), max(*y_ticks, *ys), HEIGHT - BOTTOM, TOP, log)
+    drawn = [
+        *(_y_tick(y_scale(tick), tick) for tick in y_ticks),
+        *(_x_tick(x_scale(tick), tick) for tick in whole_ticks(min(xs), max(xs))),
+        f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_label)}</text>',
+    ]
+    return x_scale, y_scale, drawn
+
+
 def _drawable(points: Sequence[Point], log: bool) -> list[Point]:
     shown = [p for p in points if all(abs(value) <= LARGEST for value in p)]  # false for nan too
     return thinned([p for p in shown if p[1] >= 1 / LARGEST] if log else shown)
 
 
 def _line(points: Sequence[Point], x_scale: Scale, y_scale: Scale, label: str, kind: str) -> list[str]:
-    path = " ".join(f"{'L' if i else 'M'}{x_scale(x):.1f} {y_scale(y):.1f}" for i, (x, y) in enumerate(points))
+    path = _path(points, x_scale, y_scale)
     dots = [_dot(x_scale(x), y_scale(y), f"{label} {x:g}: {y:.4g}", kind) for x, y in points if len(points) <= 120]
     return [f'<path class="line{kind}" d="{path}"/>', *dots]
+
+
+def _path(points: Sequence[Point], x_scale: Scale, y_scale: Scale) -> str:
+    return " ".join(f"{'L' if i else 'M'}{x_scale(x):.1f} {y_scale(y):.1f}" for i, (x, y) in enumerate(points))
 
 
 def _legend(name: str) -> list[str]:

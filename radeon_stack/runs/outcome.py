@@ -37,6 +37,21 @@ def recorded(status: Status) -> Outcome:
     return Outcome(status.state, status.exit_code or 0, status.what, status.where, status.remedy, status.diagnosis)
 
 
+def closed(status: Status, outcome: Outcome, at: float) -> Status:
+    """The status with its run's end."""
+    return status.model_copy(
+        update={
+            "state": outcome.state,
+            "ended": at,
+            "exit_code": int(outcome.exit_code),
+            "what": outcome.what,
+            "where": outcome.where,
+            "remedy": outcome.remedy,
+            "diagnosis": outcome.diagnosis,
+        }
+    )
+
+
 def judge(exit_code: int | None, events: Iterable[Event], expect: Mapping[str, Any], *, run: str) -> Outcome:
     """The outcome of an ended attempt of the run with that id. `exit_code` None: nobody was there to see it."""
     last = _last_word(events)

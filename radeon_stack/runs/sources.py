@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +11,30 @@ from radeon_stack.atomic import PARTIAL
 from radeon_stack.contracts.sections import is_made
 from radeon_stack.errors import UsageError
 from radeon_stack.runs.store import Run, RunStore
+from radeon_stack.runs.sweep_table import by_what, judged_by, ranked, rows_of
 
 LAST = "last"
 
 
-def find_source(store: RunStore, wanted: str, makes: Sequence[str]) -> dict[str, Any]:
+def find_source(
+    store: RunStore, wanted: str, makes: Sequence[str], say: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
     """`source` and, of a run, the `model` it began with, for a workload's configuration.
 
-    makes: names below `artifacts/`, any of which will do. UsageError where nothing has one.
+    makes: names below `artifacts/`, any of which will do. Of a sweep the best member that has one is taken, which
+    `say` is told. UsageError where nothing has one.
     """
     if wanted == LAST:
         run = _newest(store, makes)
     elif os.sep in wanted or Path(wanted).is_dir():
         folder = Path(os.path.abspath(Path(wanted).expanduser()))
         run = Run(folder)
-        if not run.config.is_file() or not run.artifacts.is_dir():
+        if not run.is_sweep and not (run.config.is_file() and run.artifacts.is_dir()):
             return {"source": str(folder)}  # a model's or an adapter's own
     else:
         run = store.find(wanted)
+    if run.is_sweep or (wanted == LAST and store.sweep_of(run)):
+        run = _best(store.sweep_of(run) or run, makes, say)
     if not _made(run, makes):
         raise UsageError(f"{run.id} has made no {_either(makes)}", where="--from", remedy="see: radeon-stack runs list")
     return {"source": str(run.path), **_base(run)}
@@ -44,6 +50,19 @@ def _newest(store: RunStore, makes: Sequence[str]) -> Run:
         where="--from",
         remedy="make one: radeon-stack run train-llama --preset demo",
     )
+
+
+def _best(sweep: Run, makes: Sequence[str], say: Callable[[str], None]) -> Run:
+    """The best member that has made it; of those without any loss the first. The sweep itself where there is none."""
+    rows = rows_of(sweep)
+    ordered = [*ranked(rows), *(row for row in rows if judged_by(row) is None)]
+    for row in ordered:
+        run = Run(sweep.path.with_name(row.run))
+        if _made(run, makes):
+            loss = f", {by_what(row)} {judged_by(row):.4g}" if judged_by(row) is not None else ""
+            say(f"from {run.id}, the best member of the sweep that has made it: {row.label}{loss}")
+            return run
+    return sweep
 
 
 def _made(run: Run, makes: Sequence[str]) -> bool:

@@ -23,6 +23,7 @@ from radeon_stack.errors import MachineError, UsageError
 
 HOME_VARIABLE = "RADEON_STACK_HOME"
 _ID = re.compile(r"^[0-9]{8}-[0-9]{6}-[a-z0-9-]+$")
+_MEMBER = re.compile(r"^(.+)-[1-9][0-9]*$")
 
 
 class State(StrEnum):
@@ -107,6 +108,19 @@ class Run:
     def artifacts(self) -> Path:
         return self.path / "artifacts"
 
+    @property
+    def sweep(self) -> Path:
+        return self.path / "sweep.json"
+
+    @property
+    def is_sweep(self) -> bool:
+        """Is it several runs, which have directories of their own beside it?"""
+        return self.sweep.is_file()
+
+    def member(self, number: int) -> Run:
+        """The run of a sweep with that number, from one on."""
+        return Run(self.path.with_name(f"{self.id}-{number}"))
+
     def read_json(self, path: Path) -> dict[str, JsonValue]:
         """A JSON record of this run, or {} when it is missing or unreadable."""
         try:
@@ -171,7 +185,7 @@ class RunStore:
             yield from (Run(self.folder / name) for name in names)
 
     def find(self, wanted: str, *, least: int = 1) -> Run:
-        """The run called `last`, or the one whose id is, begins or ends with `wanted`.
+        """The run called `last`, or the one whose id is, begins or ends with `wanted`; a sweep before its members.
 
         `least` characters: any id begins with the empty name that an unset variable gives.
         """
@@ -185,9 +199,10 @@ class RunStore:
                 f"no runs in {self.folder}", remedy="start one: radeon-stack run train-llama --preset demo"
             )
         if wanted == "last":
-            return runs[-1]
+            return self.sweep_of(runs[-1]) or runs[-1]
         exact = [run for run in runs if run.id == wanted]
         found = exact or [run for run in runs if run.id.startswith(wanted) or run.id.endswith(wanted)]
+        found = [run for run in found if self.sweep_of(run) not in found]
         if len(found) == 1:
             return found[0]
         if found:
@@ -197,9 +212,22 @@ class RunStore:
         hint = f"did you mean '{near[0]}'?" if near else "see: radeon-stack runs list"
         raise UsageError(f"no run '{wanted}' in {self.folder}", remedy=hint)
 
+    def sweep_of(self, run: Run) -> Run | None:
+        """The sweep that a run is a member of, by its name."""
+        match = _MEMBER.match(run.id)
+        sweep = Run(run.path.with_name(match[1])) if match else None
+        return sweep if sweep and sweep.is_sweep else None
+
     def remove(self, run: Run) -> None:
         """Delete a run directory with everything in it."""
         shutil.rmtree(run.path)
+
+
+def require_one(run: Run, where: str) -> None:
+    """UsageError for a sweep, where a run alone will do."""
+    if run.is_sweep:
+        remedy = f"name one of its members: {run.member(1).id}"
+        raise UsageError(f"{run.id} is a sweep of several runs", where=where, remedy=remedy)
 
 
 def cannot_write(folder: Path, error: OSError) -> MachineError:

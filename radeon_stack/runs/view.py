@@ -17,6 +17,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -31,6 +32,7 @@ from radeon_stack.text import even_unheard, one_line, print_line, printable
 
 PLAIN_EVERY_SECONDS = 2.0
 WIDE = 110  # columns of a terminal in which bars, all times and a step's figures have room
+BELOW = 2  # lines of a terminal that are left free below bars
 CTRL_C = 3  # and those left free beside the bars: `^C`, echoed by the terminal, would break a full line in two
 ANSWER = 200  # characters of an answer
 COLOURS = {"works": "green", "missing": "dim", "not asked": "dim"}  # of an answer; what is bad is red
@@ -117,19 +119,32 @@ def count_text(count: float) -> str:
     return f"{count / unit:.3g} {name}".rstrip()
 
 
-class _Bars(Progress):
-    """Laid out for the terminal's width at each refresh: figures are whole, and notes have what these leave."""
+class Bars(Progress):
+    """Laid out for the terminal's width at each refresh: figures are whole, and notes have what these leave.
 
-    def __init__(self, console: Console) -> None:
+    `wide` and `narrow`: columns of a name. `tall`: more bars than the terminal has lines are shown from the first on
+    that has not ended.
+    """
+
+    def __init__(self, console: Console, *, wide: int = 22, narrow: int = 14, tall: bool = False) -> None:
         self._terminal = console  # laid out once before Progress has its own
-        self._wide = _columns(name=22, bar=28, elapsed=True)
-        self._narrow = _columns(name=14, bar=8, elapsed=False)
+        self._wide = _columns(name=wide, bar=28, elapsed=True)
+        self._narrow = _columns(name=narrow, bar=8, elapsed=False)
+        self._tall = tall
         super().__init__(console=console, expand=True)
 
     def get_renderables(self) -> Iterator[RenderableType]:
         width = self._terminal.width
         self.columns = self._wide if width >= WIDE else self._narrow
-        yield Constrain(self.make_tasks_table(self.tasks), width - CTRL_C)
+        yield Constrain(self.make_tasks_table(self._shown()), width - CTRL_C)
+
+    def _shown(self) -> list[Task]:
+        tasks, room = self.tasks, max(1, self._terminal.height - BELOW)
+        if not self._tall or len(tasks) <= room:
+            return tasks
+        first = next((at for at, task in enumerate(tasks) if task.stop_time is None), 0)
+        first = min(first, len(tasks) - room)
+        return tasks[first : first + room]
 
 
 def _columns(*, name: int, bar: int, elapsed: bool) -> tuple[ProgressColumn, ...]:
@@ -149,7 +164,7 @@ class BarView:
 
     def __init__(self, stream: TextIO) -> None:
         self._console = Console(file=stream, highlight=False)
-        self._progress = _Bars(self._console)
+        self._progress = Bars(self._console)
         self._tasks: dict[str, TaskID] = {}
         self._phase = ""
 
@@ -224,14 +239,15 @@ class LineView:
             self._stream.flush()
 
     def __call__(self, event: ev.Event) -> None:
-        line = self._line(event)
+        line = self.line(event)
         if line:
             print(line, file=self._stream, flush=True)
 
     def say(self, text: str) -> None:
         print_line(text, sys.stderr)
 
-    def _line(self, event: ev.Event) -> str:
+    def line(self, event: ev.Event) -> str:
+        """What is told of an event; "" for nothing."""
         if isinstance(event, ev.Progress):
             return self._progress_line(event)
         if isinstance(event, ev.Metric):
