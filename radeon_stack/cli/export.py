@@ -14,7 +14,7 @@ from radeon_stack.catalog.load import read
 from radeon_stack.cli.run import drafted_from, not_empty, plan_options, require_environment
 from radeon_stack.errors import Exit, UsageError
 from radeon_stack.launch.endpoint import write_key
-from radeon_stack.launch.exports import FORMS
+from radeon_stack.launch.exports import EXECUTABLE, FORMS
 from radeon_stack.launch.launcher import config_record
 from radeon_stack.runs.handover import PARTS, gathered, hand_over
 from radeon_stack.runs.sources import find_source
@@ -54,6 +54,7 @@ def export(
       radeon-stack export train-llama --preset demo --as shell -o ./mine && ./mine/run.sh
       radeon-stack export train-llama --preset demo --as compose -o ./mine && docker compose -f mine/compose.yaml up
       radeon-stack export train-llama --preset demo --as quadlet --dry-run
+      radeon-stack export train-llama --preset demo --as sbatch --nodes 2 --time 1h -o ./mine && sbatch mine/job.sh
     """
     if to is not None:
         if recipe is not None or form is not None or options["source"] is None:
@@ -65,6 +66,8 @@ def export(
     folder = Path(output or f"{called}-{form}").absolute()
     if not dry_run:
         _require_new(folder, "--output")
+    if form == "sbatch" and options["engine"] is None:
+        options["engine"] = "slurm"
     render, name = FORMS[form]
     name = name.format(name=called)
     store = RunStore(home())
@@ -81,7 +84,7 @@ def export(
         write_key(folder)
     atomic.write_text(folder / "config.json", json.dumps(config_record(drafted.effective), indent=2) + "\n")
     atomic.write_text(folder / name, text)
-    if form == "shell":
+    if form in EXECUTABLE:
         (folder / name).chmod(0o755)
     click.echo(json.dumps({"file": str(folder / name)}) if as_json else str(folder / name))
     return Exit.OK

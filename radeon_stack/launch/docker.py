@@ -13,7 +13,7 @@ from radeon_stack.errors import ImageError, MachineError, StackError
 from radeon_stack.host.engines import address, client
 from radeon_stack.host.facts import KEEP_GROUPS_ANNOTATION
 from radeon_stack.launch.access import KEEP_GROUPS
-from radeon_stack.launch.engine import Handle, secret_values
+from radeon_stack.launch.engine import Handle, noted_beginning, secret_values
 from radeon_stack.launch.plan import LaunchPlan, Mount
 
 if TYPE_CHECKING:
@@ -56,6 +56,9 @@ class DockerEngine:
             for chunk in container.logs(stream=True, follow=True):
                 log.write(chunk)
                 log.flush()
+
+    def log_begins(self, handle: Handle) -> int:
+        return noted_beginning(handle)
 
     def alive(self, handle: Handle) -> bool:
         container = self._find(handle)

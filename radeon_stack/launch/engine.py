@@ -33,6 +33,9 @@ class Engine(Protocol):
     def logs(self, handle: Handle) -> None:
         """See to it that all it prints is in the run's `log.txt`; returns when the workload has ended."""
 
+    def log_begins(self, handle: Handle) -> int:
+        """Where in `log.txt` what this attempt prints begins, in bytes: earlier attempts' is before."""
+
     def alive(self, handle: Handle) -> bool:
         """Is it still there? False too when nothing is known of it any more."""
 
@@ -59,6 +62,12 @@ def engine_named(name: str) -> Engine:
     if name not in engines:
         raise UsageError(f"no engine '{name}'; allowed: {', '.join(engines)}")
     return engines[name]()
+
+
+def noted_beginning(handle: Handle) -> int:
+    """`log_begins` of a handle that has it."""
+    begins = handle.get("log_begins", 0)
+    return begins if isinstance(begins, int) else 0
 
 
 def secret_values(plan: LaunchPlan) -> dict[str, str]:

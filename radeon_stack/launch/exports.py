@@ -1,4 +1,4 @@
-"""A LaunchPlan as files that run without us: a shell script, a compose file, a quadlet for systemd."""
+"""A LaunchPlan as files that run without us: a shell script, a compose file, a quadlet for systemd, a Slurm job."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from radeon_stack.errors import UsageError
 from radeon_stack.launch.docker import container_name, is_cdi, run_command
 from radeon_stack.launch.plan import LaunchPlan, Mount
+from radeon_stack.launch.sbatch import script
 
 PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
 WORDS = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")  # of YAML 1.1: not text unless quoted
@@ -18,6 +19,7 @@ WORDS = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")  # of YAML
 
 def shell(plan: LaunchPlan) -> str:
     """A bash script; secrets are taken from its environment."""
+    _require_here(plan)
     lines = ["#!/usr/bin/env bash", "set -euo pipefail", f"# {_about(plan)}"]
     lines += [f': "${{{name}:?export {name} first}}"' for name in plan.secrets]
     command = run_command(plan) if plan.image else ["env", *_local(plan), *plan.command]
@@ -109,7 +111,13 @@ def quadlet(plan: LaunchPlan) -> str:
     return "\n".join([*lines, "", "[Service]", "Restart=no", "TimeoutStopSec=" + str(plan.stop_seconds), *secrets, ""])
 
 
-FORMS = {"shell": (shell, "run.sh"), "compose": (compose, "compose.yaml"), "quadlet": (quadlet, "{name}.container")}
+FORMS = {
+    "shell": (shell, "run.sh"),
+    "compose": (compose, "compose.yaml"),
+    "quadlet": (quadlet, "{name}.container"),
+    "sbatch": (script, "job.sh"),
+}
+EXECUTABLE = ("shell", "sbatch")
 
 
 def _about(plan: LaunchPlan) -> str:
@@ -120,7 +128,13 @@ def _about(plan: LaunchPlan) -> str:
     return f"{recipe}, written by radeon-stack export; {alone}"
 
 
+def _require_here(plan: LaunchPlan) -> None:
+    if plan.job is not None:
+        raise UsageError("this run is a cluster's", where="--as", remedy="--as sbatch, or leave --engine slurm out")
+
+
 def _require_image(plan: LaunchPlan) -> None:
+    _require_here(plan)
     if plan.image is None:
         raise UsageError("this run has no container", where="--as", remedy="--engine docker, or --as shell")
 

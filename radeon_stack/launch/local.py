@@ -11,7 +11,7 @@ from pathlib import Path
 
 from radeon_stack.errors import MachineError
 from radeon_stack.host.processes import Process
-from radeon_stack.launch.engine import Handle, secret_values
+from radeon_stack.launch.engine import Handle, noted_beginning, secret_values
 from radeon_stack.launch.plan import LaunchPlan
 
 POLL_SECONDS = 0.05
@@ -59,6 +59,9 @@ class LocalEngine:
             child.wait()
         while self.alive(handle):
             time.sleep(POLL_SECONDS)
+
+    def log_begins(self, handle: Handle) -> int:
+        return noted_beginning(handle)
 
     def alive(self, handle: Handle) -> bool:
         process = _process(handle)

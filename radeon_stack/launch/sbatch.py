@@ -17,6 +17,7 @@ from radeon_stack.launch.plan import Job, LaunchPlan
 FOLDER = "slurm"  # of the run directory: the script, and what it notes
 SCRIPT = f"{FOLDER}/job.sh"
 ENDED = f"{FOLDER}/ended"
+LOG_BEGINS = f"{FOLDER}/log-begins"
 MARGIN_SECONDS = 60  # Slurm may send the signal so much earlier than it is told to: sbatch(1), --signal
 IN_VAIN = 3  # beginnings without a new checkpoint after which it is not begun again
 MEBI = 1 << 20
@@ -173,6 +174,7 @@ export RADEON_STACK_ATTEMPT=$attempt
 mkdir -p "$notes"
 printf '%s\\n' "$attempt" >"$notes/attempt.$attempt" && mv "$notes/attempt.$attempt" "$notes/attempt" || exit 1
 rm -f "$notes/ended"
+stat -c %s "$run/log.txt" >"$notes/log-begins" 2>/dev/null
 newest() { [ "$(cat "$notes/attempt")" = "$attempt" ]; }
 saved() { ls "$run/artifacts/checkpoints" 2>/dev/null; }
 saved_before=$(saved)

@@ -11,9 +11,9 @@ from pydantic import JsonValue
 from radeon_stack import atomic
 from radeon_stack.errors import MachineError
 from radeon_stack.host import slurm
-from radeon_stack.launch.engine import Handle, secret_values
+from radeon_stack.launch.engine import Handle, noted_beginning, secret_values
 from radeon_stack.launch.plan import LaunchPlan
-from radeon_stack.launch.sbatch import ENDED, SCRIPT, script
+from radeon_stack.launch.sbatch import ENDED, LOG_BEGINS, SCRIPT, script
 
 LOOK_SECONDS = 0.2  # at the run's own folder
 ASK_SECONDS = (2.0, 15.0)  # the controller: soon at first, then as often as clusters like it
@@ -43,6 +43,12 @@ class SlurmEngine:
                         return
                 asked, pause = time.monotonic(), min(2 * pause, ASK_SECONDS[1])
             time.sleep(LOOK_SECONDS)
+
+    def log_begins(self, handle: Handle) -> int:
+        try:  # of the newest attempt of the job
+            return int((Path(str(handle["dir"])) / LOG_BEGINS).read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            return noted_beginning(handle)
 
     def alive(self, handle: Handle) -> bool:
         return _ended(handle) is None and _going(handle)
@@ -96,7 +102,8 @@ def prepared(plan: LaunchPlan, engine: SlurmEngine) -> dict[str, JsonValue]:
     for place, text in engine.files(plan).items():
         place.parent.mkdir(exist_ok=True)
         atomic.write_text(place, text)
-    (folder / ENDED).unlink(missing_ok=True)
+    for noted in (ENDED, LOG_BEGINS):
+        (folder / noted).unlink(missing_ok=True)
     return {"dir": str(folder), "log_begins": _size(folder / "log.txt")}
 
 

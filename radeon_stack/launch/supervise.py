@@ -289,8 +289,7 @@ def _take_down(run: Run, engine: Engine) -> Outcome:
         remedy = f"free some room, then continue: radeon-stack run --resume {run.id}"
         outcome = Outcome(State.FAILED, Exit.WORKLOAD, FULL_DISK, str(run.path), remedy)
     elif outcome.state in (State.FAILED, State.LOST) and outcome.exit_code == Exit.WORKLOAD:
-        begins = status.handle.get("log_begins", 0)
-        outcome = explained(outcome, run, boot=status.boot, begins=begins if isinstance(begins, int) else 0)
+        outcome = explained(outcome, run, boot=status.boot, begins=engine.log_begins(status.handle))
     return _record(run, outcome)
 
 
