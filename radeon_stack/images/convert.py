@@ -14,12 +14,12 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from radeon_stack.errors import ImageError, UsageError
 from radeon_stack.images.references import split
+from radeon_stack.images.registry import Registry
 from radeon_stack.images.sites import SiteImage
 
 FOLDER = "images"
@@ -158,18 +158,28 @@ def loading(made: Conversion) -> str:
     return "\n".join([*lines, ""])
 
 
-def convert(made: Conversion, env: Mapping[str, str] | None = None) -> None:
-    """Make the file here and now, as a job would. ImageError when it cannot be had; what it printed has gone to stderr.
+def convert(made: Conversion) -> None:
+    """Make the file here and now, as a job would: on a login node, which reaches the registry and knows its password.
 
-    `env`: further variables, such as a registry's user and password for apptainer.
+    ImageError when it cannot be had; what the programs say has gone to stderr.
     """
-    done = subprocess.run(["sh", "-c", converting(made)], env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL)
+    env = {**os.environ, **_password(made)}
+    done = subprocess.run(["sh", "-c", converting(made)], env=env, stdin=subprocess.DEVNULL)
     if done.returncode:
         raise ImageError(
-            f"no image for {made.runtime} was made of it ({made.reference})",
+            f"no image for {made.runtime} was made of {made.reference}",
             where="--image",
             remedy="the lines above say why",
         )
+
+
+def _password(made: Conversion) -> dict[str, str]:
+    """Docker's own for the registry, for those who do not read it where it is: podman does, enroot has its netrc."""
+    if made.runtime not in ("apptainer", "singularity"):
+        return {}
+    found = Registry(split(made.reference)[0]).credentials()
+    name = f"{made.runtime.upper()}_DOCKER"
+    return {f"{name}_USERNAME": found[0], f"{name}_PASSWORD": found[1]} if found else {}
 
 
 # Of both scripts; for any `sh`. A `df` that tells nothing is no reason to stop.

@@ -155,10 +155,12 @@ def _podman(plan: LaunchPlan, image: str, forwarded: Sequence[str], storage: str
 
 
 def _podman_lost(plan: LaunchPlan) -> list[str]:
-    # conmon, which stands beside each container, ends it at a SIGTERM of its own; USR1 it leaves alone.
+    # Seen of podman 4.3.1 with a real Slurm 22.05; the second joins the namespaces of the first.
     told = "stop_seconds: where Slurm signals by cgroup (ProctrackType=proctrack/cgroup) a SIGTERM ends it at once: "
     other = "elsewhere what is killed without having heeded SIGTERM outlives its job"
-    found = [f"{told}ask it to stop by SIGUSR1 (--signal=USR1@SECONDS, scancel --signal=USR1); {other}"]
+    found = [
+        f"{told}ask it to stop by SIGUSR1 (--signal=USR1@SECONDS, scancel --signal=USR1), which a second container of yours on a node does not hear; {other}"
+    ]
     return found + (["network: the node's, for a bridge leads to no other node"] if plan.network == "bridge" else [])
 
 

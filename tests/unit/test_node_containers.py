@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radeon_stack.errors import UsageError
-from radeon_stack.images.convert import Conversion, conversion, converting, loading
+from radeon_stack.errors import ImageError, UsageError
+from radeon_stack.images.convert import Conversion, conversion, convert, converting, loading
+from radeon_stack.images.registry import Registry
 from radeon_stack.images.resolve import Image
 from radeon_stack.images.sites import SiteImage
 from radeon_stack.launch.node_containers import FORWARD, RUNTIMES, lost, words
@@ -198,3 +199,21 @@ def test_what_a_runtime_cannot_give_is_said(runtime: str, tmp_path: Path) -> Non
     assert "memory" in told
     assert ("the recipe asks for none" in told) == (runtime == "pyxis")
     assert ("cap_drop" in told) == (runtime == "pyxis")
+
+
+def test_an_image_that_cannot_be_made_here_is_told_with_the_program_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its password is in the program's environment alone."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "apptainer"
+    program.write_text('#!/bin/sh\necho "as $APPTAINER_DOCKER_USERNAME: $*" >&2\nexit 1\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(Registry, "credentials", lambda self: ("me", "hunter2"))
+    small = replace(SITE_IMAGE, download=1000)
+    with pytest.raises(ImageError, match=f"no image for apptainer was made of .*{DIGEST}"):
+        convert(conversion(small, "apptainer", tmp_path / "home"))
+    said = capfd.readouterr().err
+    assert "as me: build" in said and "apptainer made no image of" in said and "hunter2" not in said
+    assert [path.suffix for path in (tmp_path / "home" / "images").iterdir()] == [".lock"]
