@@ -157,10 +157,9 @@ def _podman(plan: LaunchPlan, image: str, forwarded: Sequence[str], storage: str
 def _podman_lost(plan: LaunchPlan) -> list[str]:
     # Seen of podman 4.3.1 with a real Slurm 22.05; the second joins the namespaces of the first.
     told = "stop_seconds: where Slurm signals by cgroup (ProctrackType=proctrack/cgroup) a SIGTERM ends it at once: "
+    ask = "ask it to stop by SIGUSR1 (--signal=USR1@SECONDS), which a second container of yours on a node does not hear"
     other = "elsewhere what is killed without having heeded SIGTERM outlives its job"
-    found = [
-        f"{told}ask it to stop by SIGUSR1 (--signal=USR1@SECONDS, scancel --signal=USR1), which a second container of yours on a node does not hear; {other}"
-    ]
+    found = [f"{told}{ask}; {other}"]
     return found + (["network: the node's, for a bridge leads to no other node"] if plan.network == "bridge" else [])
 
 
