@@ -204,7 +204,13 @@ while :; do
   code=$?
   kill -0 "$step" 2>/dev/null || break
 done
+# Begun again by the controller, which takes a node for lost that this script is on: the run is the next attempt's.
+begun_again() {
+  told=$(scontrol --oneliner show job "$SLURM_JOB_ID") || return 1
+  case $told in *"Restarts=${SLURM_RESTART_COUNT:-0} "*) return 1 ;; *" Restarts="*) return 0 ;; *) return 1 ;; esac
+}
 newest || exit 1
+[ "$code" -eq 0 ] || ! begun_again || exit 1
 """
 
 _AGAIN = f"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -35,14 +36,15 @@ class SlurmEngine:
         return {**prepared(plan, self), "job": submitted(Path(plan.run_dir) / SCRIPT)}
 
     def logs(self, handle: Handle) -> None:
-        asked, pause = time.monotonic(), ASK_SECONDS[0]
-        while _ended(handle) is None:
-            if time.monotonic() - asked > pause:
-                with suppress(slurm.ControllerError):  # the job goes on without it, and so do we
-                    if not _going(handle):
-                        return
-                asked, pause = time.monotonic(), min(2 * pause, ASK_SECONDS[1])
-            time.sleep(LOOK_SECONDS)
+        pause = ASK_SECONDS[0]
+        while True:
+            noted, deadline = _ended(handle), time.monotonic() + pause
+            with suppress(slurm.ControllerError):  # the job goes on without it, and so do we
+                if not self.alive(handle):
+                    return
+            while time.monotonic() < deadline and _ended(handle) == noted:
+                time.sleep(LOOK_SECONDS)
+            pause = min(2 * pause, ASK_SECONDS[1])
 
     def log_begins(self, handle: Handle) -> int:
         try:  # of the newest attempt of the job
@@ -51,13 +53,17 @@ class SlurmEngine:
             return noted_beginning(handle)
 
     def alive(self, handle: Handle) -> bool:
-        return _ended(handle) is None and _going(handle)
+        ended = _ended(handle)
+        job = slurm.job(_id(handle))
+        if job is None or not job.going:
+            return False
+        # What has noted its end may be an attempt that the controller has given up meanwhile.
+        return ended is None or job.pending or job.restarts > ended.restarts
 
     def wait(self, handle: Handle) -> int | None:
         self.logs(handle)
-        code = _ended(handle)
-        if code is not None:
-            return code
+        if (ended := _ended(handle)) is not None:
+            return ended.code
         job = slurm.job(_id(handle))
         if job is None:
             return None
@@ -115,17 +121,19 @@ def submitted(script: Path) -> str:
     return told
 
 
-def _going(handle: Handle) -> bool:
-    job = slurm.job(_id(handle))
-    return job is not None and job.going
+@dataclass(frozen=True)
+class _End:
+    """What an attempt has noted when it ended: which one, and its exit code."""
+
+    restarts: int
+    code: int
 
 
-def _ended(handle: Handle) -> int | None:
-    """The exit code that the newest attempt has noted."""
+def _ended(handle: Handle) -> _End | None:
     try:
-        words = (Path(str(handle["dir"])) / ENDED).read_text(encoding="ascii").split()
-        return int(words[1])
-    except (OSError, ValueError, IndexError):
+        attempt, code = (Path(str(handle["dir"])) / ENDED).read_text(encoding="ascii").split()
+        return _End(int(attempt.rpartition(".")[2]), int(code))
+    except (OSError, ValueError):
         return None
 
 

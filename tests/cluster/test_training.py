@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,17 @@ def going(on_nodes: Arguments, cli: Cli, home: Path) -> Callable[..., Run]:
         return run
 
     return begun
+
+
+@contextmanager
+def without(cluster_tool: Tool, daemon: str) -> Iterator[None]:
+    """That daemon has been killed, and is back after."""
+    assert cluster_tool("kill", "--daemon", daemon).returncode == 0
+    try:
+        yield
+    finally:
+        up = cluster_tool("up", "--daemon", daemon)
+        assert up.returncode == 0, up.stderr
 
 
 def ended(cli: Cli, run: Run, code: int = Exit.OK) -> Any:
@@ -160,13 +172,10 @@ def test_a_node_whose_daemon_is_killed_is_given_up_and_the_run_goes_on(
     going: Callable[..., Run], cli: Cli, cluster_tool: Tool, whole: dict[int, float]
 ) -> None:
     run = going()
-    assert cluster_tool("kill", "--daemon", "n2").returncode == 0
-    try:
+    with without(cluster_tool, "n2"):
         with training.held(run):  # until the controller has noticed, and ends what is on the other node
             pass
         wait_for(lambda: job(run).restarts == 1, what="that the job is queued again", seconds=PATIENCE)
-    finally:
-        assert cluster_tool("up", "--daemon", "n2").returncode == 0
     ended(cli, run)
     assert len(attempts(run)) == 2
     assert curve(run) == pytest.approx(whole, rel=1e-4)
@@ -178,14 +187,11 @@ def test_a_node_that_dies_with_all_that_is_on_it_is_noticed_and_the_run_goes_on(
     run = going()
     head = asked("scontrol", "show", "job", job_of(run)).partition("BatchHost=")[2].split()[0]
     other = "n2" if head == "n1" else "n1"
-    assert cluster_tool("kill", "--daemon", other).returncode == 0
-    for pid in processes_of(run):
-        if training.node_of(pid) == other:
-            os.kill(pid, signal.SIGKILL)
-    try:
+    with without(cluster_tool, other):
+        for pid in processes_of(run):
+            if training.node_of(pid) == other:
+                os.kill(pid, signal.SIGKILL)
         wait_for(lambda: job(run).restarts == 1, what="that the job is queued again", seconds=PATIENCE)
-    finally:
-        assert cluster_tool("up", "--daemon", other).returncode == 0
     ended(cli, run)
     resumed = attempts(run)[-1].resumed_step
     assert resumed is not None and resumed >= BETWEEN // 10 * 10, "nothing that was saved is lost"
@@ -199,13 +205,10 @@ def test_an_attempt_that_was_given_up_and_still_computes_leaves_the_run_to_the_n
     run = going(1, "train.steps=1500", until=5)
     first = processes_of(run)
     node = training.node_of(next(iter(first)))
-    assert cluster_tool("kill", "--daemon", node).returncode == 0
-    try:
+    with without(cluster_tool, node):
         wait_for(lambda: len(attempts(run)) == 2, what="the second attempt", seconds=PATIENCE)
         wait_for(lambda: not first.keys() & processes_of(run).keys(), what="the end of the first", seconds=60)
-        assert run.status() is not None and processes_of(run)
-    finally:
-        assert cluster_tool("up", "--daemon", node).returncode == 0
+        assert cli("runs", "show", run.id, "--json").json["state"] == "running"
     assert cli("runs", "stop", run.id).code == Exit.OK
     steps = taught_in_order(run)
     assert sum(after <= before for before, after in pairwise(steps)) == 1, "the two took no turns"
@@ -217,9 +220,8 @@ def test_the_controller_is_restarted_and_nobody_notices(
     attached = started(on_nodes(2))
     run = the_run(home)
     wait_for(lambda: step_reached(run, BETWEEN), what="the middle", seconds=PATIENCE)
-    assert cluster_tool("kill", "--daemon", "slurmctld").returncode == 0
-    wait_for(lambda: step_reached(run, BETWEEN + 20), what="that it trains on", seconds=PATIENCE)
-    assert cluster_tool("up", "--daemon", "slurmctld").returncode == 0
+    with without(cluster_tool, "slurmctld"):
+        wait_for(lambda: step_reached(run, BETWEEN + 20), what="that it trains on", seconds=PATIENCE)
     out, err = attached.communicate(timeout=PATIENCE)
     assert attached.returncode == Exit.OK, err
     assert json.loads(out)["state"] == "done" and len(attempts(run)) == 1

@@ -82,7 +82,11 @@ def node_of(pid: int) -> str:
 
 
 def variable(pid: int, name: str) -> str:
-    for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+    try:
+        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:  # it has ended
+        return ""
+    for entry in entries:
         if entry.startswith(f"{name}=".encode()):
             return entry.decode().partition("=")[2]
     return ""
