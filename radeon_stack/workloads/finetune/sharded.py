@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from radeon_stack.errors import UsageError
@@ -119,6 +120,27 @@ def _share_layer(layer: nn.Module, mesh: Any) -> int:
     # FSDP2's own hook comes before it: what it gathers is there by then.
     layer.register_forward_pre_hook(partial(_see, packed))
     return whole
+
+
+def average_adapters(accelerator: Any) -> None:
+    """Have accelerate give a shared-out model to DDP on GPUs too, for its adapters' gradients.
+
+    On CPUs it does; on GPUs it refuses whatever has a DTensor (1.15). Those here are frozen, and DDP is told to leave
+    them out (`ranks.leave_to_each_process`).
+    """
+    whole = accelerator.prepare_model
+
+    def prepare_model(model: Any, device_placement: bool | None = None, evaluation_mode: bool = False) -> Any:
+        if evaluation_mode or not accelerator.multi_device:
+            return whole(model, device_placement, evaluation_mode)
+        card, handler = accelerator.local_process_index, accelerator.ddp_handler
+        inner = whole(model, device_placement, evaluation_mode=True)
+        settings = handler.to_kwargs() if handler else {}
+        outer = DistributedDataParallel(inner, device_ids=[card], output_device=card, **settings)
+        outer._is_accelerate_prepared = True
+        return outer
+
+    accelerator.prepare_model = prepare_model
 
 
 def put_away(model: nn.Module) -> None:

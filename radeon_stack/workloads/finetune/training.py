@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from radeon_stack.contracts.finetune import FinetuneConfig, Train
 from radeon_stack.kernels.adapters import add_experts_lora
-from radeon_stack.workloads.finetune import ranks, unsloth_backend
+from radeon_stack.workloads.finetune import ranks, sharded, unsloth_backend
 from radeon_stack.workloads.finetune.adapter import experts_alpha, load_into, lora_config
 from radeon_stack.workloads.finetune.base import DTYPES
 from radeon_stack.workloads.finetune.batches import RowsTrainer, dataset
@@ -63,6 +63,8 @@ def trainer_for(
     if config.lora.experts_rank:
         add_experts_lora(trainer.model, config.lora.experts_rank, experts_alpha(config.lora))
     ranks.leave_to_each_process(trainer.model)
+    if config.train.parallel == "sharded":
+        sharded.average_adapters(trainer.accelerator)
     if not unsloth and not config.train.offload_activations:
         trainer.add_callback(Recompute(job, config.speed))
     # In this order: a loss is told before it is judged.
