@@ -98,6 +98,7 @@ def _issue(issue: Issue) -> list[str]:
     met += list(issue.components.items())
     where = "; ".join(f"{name} {wanted}" for name, wanted in met if wanted) or "all"
     more = f"; {issue.least_gpus} GPUs and more" if issue.least_gpus > 1 else ""
+    more += f"; {issue.least_nodes} nodes and more" if issue.least_nodes > 1 else ""
     lines = [f'## <a id="{issue.id.lower()}"></a>{issue.id}: {issue.title}', "", f"Met by: {where}{more}. ", ""]
     lines += [f"{issue.symptom}. Then: {issue.consequence}.", ""]
     if issue.env:

@@ -25,7 +25,9 @@ Link = Annotated[str, Field(pattern=r"^https://[A-Za-z0-9./#_-]+$")]
 
 
 class Issue(Table):
-    """One fault. What a range leaves open is met by every version; `least_gpus` is how many a run has to use."""
+    """One fault. What a range leaves open is met by every version; `least_gpus` is how many a run has to use, over at
+    least `least_nodes` machines.
+    """
 
     id: Id
     title: str = Field(min_length=1)
@@ -34,6 +36,7 @@ class Issue(Table):
     kernel: Range = ""
     components: dict[str, Range] = Field({}, description="packages of the image, by name")
     least_gpus: int = Field(1, ge=0)
+    least_nodes: int = Field(1, ge=1)
     integrated: bool = Field(False, description="only where an integrated GPU is beside a card")
     symptom: str = Field(min_length=1)
     consequence: str = Field(min_length=1)
@@ -61,6 +64,8 @@ class Setup:
     kernel: str = ""
     components: Mapping[str, str] | None = None
     integrated: bool = False
+    nodes: int = 1
+    """Machines that the GPUs are in."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,9 @@ def mitigations(setup: Setup, without: tuple[str, ...] = ()) -> tuple[Mitigation
 def _met(issue: Issue, setup: Setup) -> bool:
     if issue.gfx and not setup.gfx & set(issue.gfx):
         return False
-    if setup.gpus < issue.least_gpus or (issue.integrated and not setup.integrated):
+    if setup.gpus < issue.least_gpus or setup.nodes < issue.least_nodes:
+        return False
+    if issue.integrated and not setup.integrated:
         return False
     told = [(issue.rocm, setup.rocm), (issue.kernel, setup.kernel)]
     told += [(wanted, (setup.components or {}).get(name, "")) for name, wanted in issue.components.items()]

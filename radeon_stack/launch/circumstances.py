@@ -177,6 +177,7 @@ def setup(machine: Machine, selection: Selection, choice: Choice, nodes: int = 1
         kernel=machine.kernel,
         components={"torch": torch},
         integrated=any(gpu.integrated for gpu in machine.gpus) and not all(gpu.integrated for gpu in machine.gpus),
+        nodes=nodes,
     )
 
 

@@ -533,6 +533,24 @@ def test_an_issue_is_met_by_its_ranges_and_nothing_is_claimed_without_a_link() -
         mitigations(new, ("RS-KI-999",))
 
 
+@pytest.mark.parametrize(
+    ("gfx", "rocm", "met"),
+    [
+        ("gfx1201", "7.2.4", {"RS-KI-030", "RS-KI-031", "RS-KI-033"}),
+        ("gfx1201", "7.14", {"RS-KI-030", "RS-KI-033"}),
+        ("gfx1151", "7.2.4", {"RS-KI-030", "RS-KI-031", "RS-KI-032"}),
+        ("gfx1151", "7.12", {"RS-KI-030"}),
+    ],
+)
+def test_a_fault_between_nodes_is_met_by_a_job_of_several_and_not_by_one_machine(
+    gfx: str, rocm: str, met: set[str]
+) -> None:
+    of_nodes = tuple(issue for issue in load_issues() if issue.least_nodes > 1)
+    job = Setup(frozenset({gfx}), 2, rocm=rocm, nodes=2)
+    assert {issue.id for issue in met_by(job, of_nodes)} == met
+    assert not met_by(replace(job, nodes=1), of_nodes)
+
+
 @pytest.mark.parametrize(("rocm", "met"), [("7.14", True), ("7.14.0", True), ("7.14.1", False), ("7.1.1", False)])
 def test_a_fault_of_7_14_0_is_one_of_the_images_that_are_named_7_14(rocm: str, met: bool) -> None:
     assert "7.14" in {platform.rocm for platform in load_platforms().values()}

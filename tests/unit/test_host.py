@@ -86,6 +86,15 @@ def planned(effective: Effective, tree: Sysroot, asked: str | None, engine: Engi
     return plan(effective, here, run_id="r", run_dir=tree.root, cache=tree.root / "cache")
 
 
+def test_known_issues_are_looked_up_for_the_gpus_and_machines_of_all_nodes(trees: dict[str, Sysroot]) -> None:
+    machine = probe(trees["three-r9700"])
+    chosen = select(machine.gpus, "all", least=1, most=8)
+    choice = Choice("slurm", None, "asked for")
+    alone, job = setup(machine, chosen, choice), setup(machine, chosen, choice, nodes=4)
+    assert (alone.gpus, alone.nodes) == (3, 1)
+    assert (job.gpus, job.nodes) == (12, 4)
+
+
 def access_lines(effective: Effective, tree: Sysroot) -> list[str]:
     lines = []
     machine = probe(tree)
