@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import kernels_page
+import scaling_page
 import speed_page
 import training_page
 
@@ -33,6 +34,7 @@ def main() -> int:
         ("kernels.md", kernels_page.page()),
         ("kernel-speed.md", speed_page.page()),
         ("training-speed.md", training_page.page()),
+        ("scaling.md", scaling_page.page()),
     ):
         page = ROOT / "docs" / name
         if not check:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
+from importlib import import_module
 from itertools import pairwise
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -106,3 +110,40 @@ def test_bytes_are_those_of_the_models() -> None:
 def test_the_record_is_what_the_arithmetic_gives() -> None:
     kept = json.loads((ROOT / "benchmarks" / "scaling_nodes.json").read_text(encoding="utf-8"))
     assert kept == json.loads(json.dumps(record())), "python benchmarks/scaling.py --arithmetic"
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(sys, "path", [str(ROOT / "tools"), *sys.path])
+    return import_module("scaling_page")
+
+
+def test_the_page_says_that_nothing_was_measured_yet(written: ModuleType) -> None:
+    assert "Not measured yet" in "\n".join(written.two_processes(None))
+
+
+def test_the_page_tells_what_was_measured(written: ModuleType) -> None:
+    seconds = {"p20": 1.0, "p80": 3.0, "timed": 11, "passes": 1}
+    measured: dict[str, Any] = {
+        "date": "2026-11-29",
+        "commit": "0123456789",
+        "machine": {"cpu": "a processor", "cores": 2, "python": "3.11"},
+        **dict.fromkeys(("torch", "transformers", "peft", "trl", "bitsandbytes"), "1.0"),
+        "model": "a model",
+        "rows_a_pass": 2,
+        "tokens_a_row": 64,
+        "runs": {
+            "one": {"processes": 1, "parallel": "auto", "seconds": 2.0, **seconds},
+            "two, data": {"processes": 2, "parallel": "data", "seconds": 2.5, **seconds},
+        },
+        "scaling": [
+            {"scaling": "strong", "parallel": "data", "speed_up": 1.6, "loss_off": 0.0004},
+            {"scaling": "weak", "parallel": "data", "efficiency": 0.8},
+        ],
+        "gloo": {"gradients": {"bytes": 40_000_000, "times_a_step": 1, "seconds": 0.25}},
+    }
+    page = "\n".join(written.two_processes(measured))
+    assert "a processor, 2026-11-29, commit 0123456" in page
+    assert "two are 1.60 times as fast as one; no loss further than 0.04 %" in page
+    assert "each of two has 80% of the speed of one alone" in page
+    assert "| gradients | 1 | 40.00 | 250.0 | 0.250 | 10% |" in page
