@@ -15,7 +15,7 @@ from radeon_stack.text import one_line
 # Slurm's commands wait MessageTimeout (10 s by default) for a controller, and try the next one of those there are.
 SECONDS = 40.0
 WHERE = "--engine slurm"
-GONE = ("Invalid job id", "Job/step already completing or completed", "No such process")
+GONE = ("Invalid job id", "not found", "Job/step already completing or completed", "No such process")
 # Of JOB STATE CODES in squeue(1): those in which something of the job is or will be on a node.
 GOING = frozenset(
     (
@@ -88,7 +88,8 @@ def asked(command: Sequence[str], seconds: float = SECONDS, variables: Mapping[s
         raise MachineError(f"cannot start {command[0]}: {error.strerror}", where=WHERE) from error
     if done.returncode == 0:
         return done.stdout
-    said = one_line(" ".join(done.stderr.split()) or f"it ended with {done.returncode}", 300)
+    # Of a task of an array that was called off, scontrol says on stdout that it is not there.
+    said = one_line(" ".join((done.stderr.strip() or done.stdout).split()) or f"it ended with {done.returncode}", 300)
     if any(words in said for words in GONE):
         raise UnknownJobError(said, where=WHERE)
     if "Unable to contact slurm controller" in said or "Connection refused" in said or "timed out" in said.lower():

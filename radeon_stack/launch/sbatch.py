@@ -16,6 +16,7 @@ from radeon_stack.launch.plan import Job, LaunchPlan
 
 FOLDER = "slurm"  # of the run directory: the script, and what it notes
 SCRIPT = f"{FOLDER}/job.sh"
+ATTEMPT = f"{FOLDER}/attempt"
 ENDED = f"{FOLDER}/ended"
 LOG_BEGINS = f"{FOLDER}/log-begins"
 MARGIN_SECONDS = 60  # Slurm may send the signal so much earlier than it is told to: sbatch(1), --signal

@@ -14,7 +14,7 @@ from radeon_stack.errors import MachineError
 from radeon_stack.host import slurm
 from radeon_stack.launch.engine import Handle, noted_beginning, secret_values
 from radeon_stack.launch.plan import LaunchPlan
-from radeon_stack.launch.sbatch import ENDED, LOG_BEGINS, SCRIPT, script
+from radeon_stack.launch.sbatch import ATTEMPT, ENDED, LOG_BEGINS, SCRIPT, script
 
 LOOK_SECONDS = 0.2  # at the run's own folder
 ASK_SECONDS = (2.0, 15.0)  # the controller: soon at first, then as often as clusters like it
@@ -65,8 +65,8 @@ class SlurmEngine:
         if (ended := _ended(handle)) is not None:
             return ended.code
         job = slurm.job(_id(handle))
-        if job is None:
-            return None
+        if job is None:  # what was called off before it began is forgotten at once
+            return None if (Path(str(handle["dir"])) / ATTEMPT).exists() else CANCELLED
         if job.state in ("CANCELLED", "DEADLINE", "TIMEOUT"):
             return CANCELLED
         if job.state in ("NODE_FAIL", "BOOT_FAIL"):

@@ -62,6 +62,7 @@ def test_a_sweep_that_is_stopped_saves_what_goes_on_and_begins_no_more(
     wait_for(lambda: step_reached(first, 10), what="step 10", seconds=PATIENCE)
     stopped = cli("runs", "stop", sweep.id)
     assert stopped.code == Exit.OK, stopped.err
+    assert not any(going(run) for run in members_of(sweep))
     out, err = attached.communicate(timeout=PATIENCE)
     assert attached.returncode == Exit.INTERRUPTED, err
     assert [member["state"] for member in json.loads(out)["members"]] == ["stopped"] * 4
