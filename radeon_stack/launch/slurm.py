@@ -75,17 +75,22 @@ class SlurmEngine:
 
     def stop(self, handle: Handle, *, force: bool = False) -> None:
         name = _id(handle)
-        with suppress(slurm.UnknownJobError):
-            job = slurm.job(name)
-            if job is None or not job.going:
-                return
+        job = slurm.job(name)
+        if job is None or not job.going:
+            return
+        try:
+            if force and not job.pending:
+                slurm.asked(["scancel", "--full", "--signal=KILL", name])
             if force or job.pending:
-                if force and not job.pending:
-                    slurm.asked(["scancel", "--full", "--signal=KILL", name])
                 slurm.asked(["scancel", name])
             else:
                 # The script asks its processes; scancel alone would leave them KillWait to save, 30 s by default.
                 slurm.asked(["scancel", "--batch", "--signal=USR2", name])
+        except slurm.ControllerError:
+            raise
+        except MachineError:  # it has ended meanwhile: scancel says that in many ways, and in some by its code alone
+            if _going(name):
+                raise
 
     def render(self, plan: LaunchPlan) -> list[str]:
         return ["sbatch", str(Path(plan.run_dir) / SCRIPT)]
@@ -135,6 +140,11 @@ def _ended(handle: Handle) -> _End | None:
         return _End(int(attempt.rpartition(".")[2]), int(code))
     except (OSError, ValueError):
         return None
+
+
+def _going(name: str) -> bool:
+    job = slurm.job(name)
+    return job is not None and job.going
 
 
 def _id(handle: Handle) -> str:
