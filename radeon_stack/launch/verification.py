@@ -52,6 +52,7 @@ def verification_plan(image: Any, machine: Machine, sysroot: Sysroot, *, on_gpu:
         "choices": ((), "a verification chooses nothing"),
         "parallel": ("none", "there is nothing to share"),
         "processes": (1, "one is enough"),
+        "job": (None, "this machine alone"),
         "command": ((*command, "--on-gpu") if on_gpu else command, "the image's own verification"),
         "env": (tuple(sorted(env.items())), "no hub without a network; and what known issues ask for, as in a run"),
         "unset": ((), "nothing has to be hidden"),
