@@ -46,19 +46,22 @@ ALONE := tests/engine/test_docker.py
 # Of the work's tests, so many that both sides end together; the kernels' go with the others.
 MOVED := tests/work/test_bench.py
 test: setup  ## every test this machine can run
-	@$(MAKE) --no-print-directory --jobs=2 test-unit test-work
+	@$(MAKE) --no-print-directory --jobs=3 test-unit test-work test-cluster
 	@$(BIN)/python -m pytest $(ALONE)
 
-.PHONY: test-unit test-work
+.PHONY: test-unit test-work test-cluster
 test-unit:
 	@$(BIN)/python -m pytest tests/unit
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(MOVED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/engine --ignore=$(ALONE)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster
 
 test-work:
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/work $(addprefix --ignore=,$(MOVED))
+
+# A cluster waits more than it computes: for nodes that are missed, and jobs that are queued again.
+test-cluster:
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster
 
 # Beyond `test`, which skips them by name where that environment is not there: llama.cpp is compiled once for it.
 .PHONY: test-export

@@ -95,13 +95,14 @@ def start(root: Path, gpus: int = 0) -> int:
     configuration(root).write_text(configured(root, gpus), encoding="utf-8")
     (root / "gres.conf").write_text("".join(gpu_lines(root, gpus)), encoding="utf-8")
     if not running(root, "munged"):
+        (root / "munge.socket").unlink(missing_ok=True)  # of one that was killed
         launch(root, "munged")
     if not await_(lambda: (root / "munge.socket").exists()):
         return fail(f"munged did not start; see {root}/munged.log")
     for daemon in ("slurmctld", *NODES):
         if not running(root, daemon):
             launch(root, daemon)
-    if not await_(lambda: states(root) == {"idle": len(NODES)}):
+    if not await_(lambda: is_up(states(root))):
         return fail(f"the nodes did not come up ({states(root)}); see {root}/slurmctld.log and {root}/n1.log")
     print(configuration(root))
     return 0
@@ -245,6 +246,11 @@ def states(root: Path) -> dict[str, int]:
     for state in done.stdout.split():
         found[state] = found.get(state, 0) + 1
     return found
+
+
+def is_up(found: dict[str, int]) -> bool:
+    """Do all nodes take jobs? One that was stopped may have left some."""
+    return sum(found.get(state, 0) for state in ("idle", "mix", "alloc")) == len(NODES)
 
 
 def jobs(root: Path) -> list[str]:

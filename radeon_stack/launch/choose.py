@@ -101,7 +101,8 @@ def choose_for_nodes(
         site = site_image(reference, registries, Wanted(kind, gfx))
     except ImageError as error:
         if wanted:
-            raise
+            remedy = f"name one: --image HOST/NAME:TAG, or take the Python that the nodes share: --container {VENV}"
+            raise ImageError(error.what, where=error.where, remedy=remedy) from error
         return replace(_local(effective, selection, error.what, home), runtime_why=f"no container: {error.what}")
     return Choice("slurm", site.image, site.image.why, site=site, runtime=runtime.name, runtime_why=runtime.why)
 
