@@ -1,4 +1,5 @@
-"""docs/scaling.md: two processes measured (benchmarks/scaling_cpu.json), 64 nodes worked out (scaling_nodes.json)."""
+"""docs/scaling.md: two processes (benchmarks/scaling_cpu.json) and two cards (several_gpus_h200.json) measured, 64 nodes
+worked out (scaling_nodes.json)."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def page() -> str:
     measured = BENCHMARKS / "scaling_cpu.json"
     found = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else None
     nodes = json.loads((BENCHMARKS / "scaling_nodes.json").read_text(encoding="utf-8"))
-    return "\n".join([HEAD, *two_processes(found), *many_nodes(nodes)])
+    cards = json.loads((BENCHMARKS / "several_gpus_h200.json").read_text(encoding="utf-8"))
+    return "\n".join([HEAD, *two_processes(found), *two_cards(cards), *many_nodes(nodes)])
 
 
 def two_processes(record: Row | None) -> Iterator[str]:
@@ -69,6 +71,29 @@ def two_processes(record: Row | None) -> Iterator[str]:
     yield from _found(record["scaling"])
     if "gloo" in record:
         yield from _sent(record["gloo"], record["runs"])
+
+
+def two_cards(record: Row) -> Iterator[str]:
+    """One card, two, and two as if each were on a node of its own."""
+    yield f"## Two {record['card']}s: {record['date']}, commit {record['commit'][:7]}\n"
+    yield f"`benchmarks/several_gpus.py`: {record['model']}, {record['rows']} rows of {record['tokens']} tokens a step in"
+    yield "all, so this is strong scaling. *On two nodes*: a process each, started as a cluster's job starts it on its"
+    versions = ", ".join(f"{name} {record[name]}" for name in ("torch", "transformers", "trl", "bitsandbytes"))
+    yield f"nodes, and NCCL {record['nccl']} over TCP of the same machine alone (no P2P, no shared memory). {versions}.\n"
+    alone = record["measured"][0]
+    rows = [
+        (
+            "one card" if one["gpus"] == 1 else f"{one['gpus']} cards" + ", on two nodes" * (one["nodes"] > 1),
+            "" if one["gpus"] == 1 else one["parallel"],
+            f"{one['step_seconds']:.3f}",
+            f"{alone['step_seconds'] / one['step_seconds']:.2f}",
+            f"{one['peak_memory_bytes'] / 2**30:.2f}",
+            f"{max(abs(a / b - 1) for a, b in zip(one['losses'], alone['losses'], strict=True)):.2%}",
+        )
+        for one in record["measured"]
+    ]
+    yield markdown_table(("", "", "s/step", "times faster", "GiB a card", "losses apart"), rows)
+    yield ""
 
 
 def _found(scaling: list[Row]) -> Iterator[str]:
