@@ -1,5 +1,5 @@
-"""docs/scaling.md: two processes (benchmarks/scaling_cpu.json) and two cards (several_gpus_h200.json) measured, 64 nodes
-worked out (scaling_nodes.json)."""
+"""docs/scaling.md: two processes (benchmarks/scaling_cpu.json) and two cards (several_gpus_h200.json) measured, and 64
+nodes worked out (scaling_nodes.json)."""
 
 from __future__ import annotations
 
@@ -76,10 +76,11 @@ def two_processes(record: Row | None) -> Iterator[str]:
 def two_cards(record: Row) -> Iterator[str]:
     """One card, two, and two as if each were on a node of its own."""
     yield f"## Two {record['card']}s: {record['date']}, commit {record['commit'][:7]}\n"
-    yield f"`benchmarks/several_gpus.py`: {record['model']}, {record['rows']} rows of {record['tokens']} tokens a step in"
-    yield "all, so this is strong scaling. *On two nodes*: a process each, started as a cluster's job starts it on its"
+    yield f"`benchmarks/several_gpus.py`: {record['model']}, {record['rows']} rows of {record['tokens']} tokens a step"
+    yield "in all, so this is strong scaling. *On two nodes*: a process each, started as a cluster's job starts it on its"
     versions = ", ".join(f"{name} {record[name]}" for name in ("torch", "transformers", "trl", "bitsandbytes"))
-    yield f"nodes, and NCCL {record['nccl']} over TCP of the same machine alone (no P2P, no shared memory). {versions}.\n"
+    yield f"nodes, and NCCL {record['nccl']} over TCP of the same machine alone (no P2P, no shared memory)."
+    yield f"{versions}.\n"
     alone = record["measured"][0]
     rows = [
         (
