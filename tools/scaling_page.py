@@ -77,7 +77,7 @@ def two_cards(record: Row) -> Iterator[str]:
     """One card, two, and two as if each were on a node of its own."""
     yield f"## Two {record['card']}s: {record['date']}, commit {record['commit'][:7]}\n"
     yield f"`benchmarks/several_gpus.py`: {record['model']}, {record['rows']} rows of {record['tokens']} tokens a step"
-    yield "in all, so this is strong scaling. *On two nodes*: a process each, started as a cluster's job starts it on its"
+    yield "in all: strong scaling. *On two nodes*: a process each, started as a cluster's job starts it on its"
     versions = ", ".join(f"{name} {record[name]}" for name in ("torch", "transformers", "trl", "bitsandbytes"))
     yield f"nodes, and NCCL {record['nccl']} over TCP of the same machine alone (no P2P, no shared memory)."
     yield f"{versions}.\n"
