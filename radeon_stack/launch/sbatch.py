@@ -19,7 +19,7 @@ SCRIPT = f"{FOLDER}/job.sh"
 ATTEMPT = f"{FOLDER}/attempt"
 ENDED = f"{FOLDER}/ended"
 LOG_BEGINS = f"{FOLDER}/log-begins"
-MARGIN_SECONDS = 60  # Slurm may send the signal so much earlier than it is told to: sbatch(1), --signal
+MARGIN_SECONDS = 60  # Slurm sends the signal up to so much off what it is told: sbatch(1), --signal
 IN_VAIN = 3  # beginnings without a new checkpoint after which it is not begun again
 MEBI = 1 << 20
 # What the script itself is about: an option of the user's own would undo it.

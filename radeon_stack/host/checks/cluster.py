@@ -10,6 +10,7 @@ from radeon_stack.host.cluster_facts import COMMANDS, ClusterFacts
 
 SAVING_SECONDS = 120
 """What a run is given to save itself before it is killed: `launch.planner` has it for every engine."""
+TOLD_SECONDS = SAVING_SECONDS + 60  # launch.sbatch: Slurm may be a minute late with the signal
 LEAST_SLURM = "20.11"  # its commands' output is what host.cluster reads; tried with 22.05
 SHORT_MINUTES = 30
 MOST_TOLD = 4
@@ -132,7 +133,7 @@ def saving(facts: ClusterFacts) -> Finding:
         )
     if one.max_minutes is not None and one.max_minutes < SHORT_MINUTES:
         return warn(f"{one.name} ends jobs after {one.max_minutes} min: a long run is many jobs, each of them queued")
-    return ok(f"KillWait {wait} s, GraceTime {one.grace} s; {SAVING_SECONDS} s are asked for before a time limit")
+    return ok(f"KillWait {wait} s, GraceTime {one.grace} s; a run is told {TOLD_SECONDS} s before its time is up")
 
 
 def tracking(facts: ClusterFacts) -> Finding:
