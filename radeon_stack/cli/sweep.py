@@ -96,6 +96,7 @@ def drafted_members(store: RunStore, wanted: Sequence[Point], options: Mapping[s
             drafts.append(draft(effective, here, store, sweep.member(number)))
             why = why or here.choice.why
     require_alike(drafts)
+    require_one_job(drafts)
     record = Sweep(
         keys=tuple(wanted[0]),
         members=tuple(
@@ -149,6 +150,14 @@ def require_alike(drafts: Sequence[Draft]) -> None:
     if len(engines) > 1:
         raise UsageError(
             f"its members would have different engines: {', '.join(engines)}", where=OPTION, remedy="choose: --engine"
+        )
+
+
+def require_one_job(drafts: Sequence[Draft]) -> None:
+    """UsageError for members that cannot be tasks of one job array: they ask a cluster for different things."""
+    if drafts[0].plan.job is not None and len({(one.plan.job, one.plan.memory) for one in drafts}) > 1:
+        raise UsageError(
+            "its members ask the cluster for different things", where=OPTION, remedy="sweep that key with runs apart"
         )
 
 

@@ -20,7 +20,7 @@ GONE = ("Invalid job id", "not found", "Job/step already completing or completed
 GOING = frozenset(
     (
         *("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"),
-        *("RESIZING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD", "PREEMPTED"),
+        *("RESIZING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"),
     )
 )
 # Of a job's variables, should we be in one: what says which cluster, and on whose account.
@@ -78,6 +78,7 @@ def asked(command: Sequence[str], seconds: float = SECONDS, variables: Mapping[s
             errors="replace",
             timeout=seconds,
             stdin=subprocess.DEVNULL,
+            start_new_session=True,  # a terminal's Ctrl-C is for us,
             env=variables,
         )
     except subprocess.TimeoutExpired as error:
@@ -126,5 +127,7 @@ def parse_job(text: str) -> Job | None:
 
 
 def environment() -> dict[str, str]:
-    """This process's variables without those of a job that we may be in: Slurm's commands take them for options."""
-    return {name: text for name, text in os.environ.items() if not name.startswith("SLURM_") or name in KEPT_VARIABLES}
+    """This process's variables without those that Slurm's commands take for options: a job's that we may be in, and
+    sbatch's, which would count for more than what a script asks for."""
+    ours = ("SLURM_", "SBATCH_")
+    return {name: text for name, text in os.environ.items() if not name.startswith(ours) or name in KEPT_VARIABLES}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -113,15 +114,18 @@ def on_cluster(
     if not sysroot.live:
         raise UsageError("a cluster is asked itself", where="--sysroot", remedy="leave it out")
     wanted = effective.recipe.resources.gpus
-    count = wanted.usual if asked.cluster.gpus is None else asked.cluster.gpus
+    job_wanted = asked.cluster.or_by(os.environ)
+    count = wanted.usual if job_wanted.gpus is None else job_wanted.gpus
     there = cluster()
-    partition = partition_named(there, asked.cluster.partition)
-    node = node_of(home, there, partition, count, say=say)
+    partition = partition_named(there, job_wanted.partition)
+    more = (*([f"--account={job_wanted.account}"] if job_wanted.account else []), *job_wanted.more)
+    # One GPU tells what the others are, and is free sooner than all.
+    node = node_of(home, there, partition, min(count, 1), say=say, options=more)
     with opened(str(node.machine)) as place:
         machine = look(place)
     machine = replace(machine, memory=min(machine.memory, partition.memory or machine.memory))
     selection = select(machine.gpus, None, least=max(wanted.min, count), most=min(count, wanted.max))
-    choice = choose_for_nodes(effective, selection, node.record, asked.cluster.container, asked.image, home)
+    choice = choose_for_nodes(effective, selection, node.record, job_wanted.container, asked.image, home)
     _require_same_gfx(selection, choice)
     choice = replace(choice, engine="slurm", why=_where(there.name, partition.name, choice))
     if choice.image is None and not node.record.torch:
@@ -131,7 +135,7 @@ def on_cluster(
             remedy="make setup on a file system that all nodes see",
         )
     cpus = node.record.all_cpus * count // max(len(machine.gpus), 1) if count else node.record.all_cpus
-    job, fields = job_for(effective, asked.cluster, len(selection.gpus), max(cpus, 1), asked.after)
+    job, fields = job_for(effective, job_wanted, len(selection.gpus), max(cpus, 1), asked.after)
     if choice.site is not None:
         job = replace(
             job,

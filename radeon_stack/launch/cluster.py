@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from radeon_stack.catalog.load import Effective
 from radeon_stack.contracts.finetune import FinetuneConfig
@@ -12,7 +13,8 @@ from radeon_stack.errors import UsageError
 from radeon_stack.host.runtimes import VENV
 from radeon_stack.launch.confinement import Reasoned
 from radeon_stack.launch.plan import Job, LaunchPlan
-from radeon_stack.runs.store import Run, RunStore
+from radeon_stack.launch.supervise import settle
+from radeon_stack.runs.store import RunStore, State
 
 MOST_NODES = 128
 CPUS_A_PROCESS = 16  # data loading and tokenising take no more; a whole node of 128 is left to others
@@ -36,6 +38,11 @@ class Wanted:
     requeue: bool | None = None
     container: str | None = None
     more: tuple[str, ...] = ()
+
+    def or_by(self, environ: Mapping[str, str]) -> Wanted:
+        """With what is not said as sbatch's variables say it: they would not be seen from a script."""
+        partition = self.partition or environ.get("SBATCH_PARTITION") or None
+        return replace(self, partition=partition, account=self.account or environ.get("SBATCH_ACCOUNT") or None)
 
     def or_as(self, before: LaunchPlan) -> Wanted:
         """With what is not said as it was in an earlier plan; what the run waited for has been."""
@@ -79,15 +86,17 @@ def dependency(text: str | None, store: RunStore) -> str | None:
     if text is None or AFTER.fullmatch(text):
         return text
     run = store.find(text)
-    return f"afterok:{_job_of(run)}"
-
-
-def _job_of(run: Run) -> str:
     status = run.status()
     job = str(status.handle.get("job", "")) if status else ""
     if not job:
         raise UsageError(f"{run.id} is no job of a cluster", where="--after", remedy="a run with --engine slurm")
-    return job
+    outcome = settle(run)
+    if outcome.state is State.DONE:  # its controller forgets such a job in minutes
+        return None
+    if outcome.state is not State.RUNNING:
+        what = f"{run.id} has {outcome.state}: nothing will ever come after it"
+        raise UsageError(what, where="--after", remedy=outcome.remedy or "leave it out")
+    return f"afterok:{job}"
 
 
 def processes_of(effective: Effective, gpus: int) -> int:

@@ -13,7 +13,7 @@ from radeon_stack.errors import ImageError, MachineError, StackError
 from radeon_stack.host.engines import address, client
 from radeon_stack.host.facts import KEEP_GROUPS_ANNOTATION
 from radeon_stack.launch.access import KEEP_GROUPS
-from radeon_stack.launch.engine import Handle, noted_beginning, secret_values
+from radeon_stack.launch.engine import Beginning, Handle, noted_beginning, secret_values
 from radeon_stack.launch.plan import LaunchPlan, Mount
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class DockerEngine:
                 log.write(chunk)
                 log.flush()
 
-    def log_begins(self, handle: Handle) -> int:
+    def begins(self, handle: Handle) -> Beginning:
         return noted_beginning(handle)
 
     def alive(self, handle: Handle) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +14,14 @@ from radeon_stack.errors import UsageError
 from radeon_stack.launch.plan import LaunchPlan
 
 Handle = Mapping[str, JsonValue]  # written to status.json, so that another process can take over
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Bytes of `log.txt` and `events.jsonl` that are earlier attempts'."""
+
+    log: int = 0
+    events: int = 0
 
 
 class Engine(Protocol):
@@ -33,8 +42,8 @@ class Engine(Protocol):
     def logs(self, handle: Handle) -> None:
         """See to it that all it prints is in the run's `log.txt`; returns when the workload has ended."""
 
-    def log_begins(self, handle: Handle) -> int:
-        """Where in `log.txt` what this attempt prints begins, in bytes: earlier attempts' is before."""
+    def begins(self, handle: Handle) -> Beginning:
+        """Where this attempt's part of the run's log and events begins."""
 
     def alive(self, handle: Handle) -> bool:
         """Is it still there? False too when nothing is known of it any more."""
@@ -64,10 +73,10 @@ def engine_named(name: str) -> Engine:
     return engines[name]()
 
 
-def noted_beginning(handle: Handle) -> int:
-    """`log_begins` of a handle that has it."""
-    begins = handle.get("log_begins", 0)
-    return begins if isinstance(begins, int) else 0
+def noted_beginning(handle: Handle) -> Beginning:
+    """As a handle has it: `log_begins`, and `events_begin`, which is put there by whoever starts a run."""
+    log, events = handle.get("log_begins", 0), handle.get("events_begin", 0)
+    return Beginning(log if isinstance(log, int) else 0, events if isinstance(events, int) else 0)
 
 
 def secret_values(plan: LaunchPlan) -> dict[str, str]:

@@ -162,11 +162,19 @@ def paste_lines(drafted: Draft, store: RunStore) -> list[str]:
         shlex.join(["touch", str(run.events)]),
         *([key_line(run.path)] if drafted.plan.ports else []),
         *(
-            f"{shlex.join(['mkdir', '-p', str(place.parent)])}; cat >{shlex.quote(str(place))} <<'END'\n{text}END"
+            f"{shlex.join(['mkdir', '-p', str(place.parent)])}; {_heredoc(place, text)}"
             for place, text in engine.files(drafted.plan).items()
         ),
         shlex.join(engine.render(drafted.plan)),
     ]
+
+
+def _heredoc(place: Path, text: str) -> str:
+    """Shell that writes a text, which may have such documents in it, to a file."""
+    end = "WHOLE"
+    while end in text.splitlines():
+        end += "_"
+    return f"cat >{shlex.quote(str(place))} <<'{end}'\n{text}{end}"
 
 
 def detach(run: Run, plan: LaunchPlan) -> None:

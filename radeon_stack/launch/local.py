@@ -11,7 +11,7 @@ from pathlib import Path
 
 from radeon_stack.errors import MachineError
 from radeon_stack.host.processes import Process
-from radeon_stack.launch.engine import Handle, noted_beginning, secret_values
+from radeon_stack.launch.engine import Beginning, Handle, noted_beginning, secret_values
 from radeon_stack.launch.plan import LaunchPlan
 
 POLL_SECONDS = 0.05
@@ -60,7 +60,7 @@ class LocalEngine:
         while self.alive(handle):
             time.sleep(POLL_SECONDS)
 
-    def log_begins(self, handle: Handle) -> int:
+    def begins(self, handle: Handle) -> Beginning:
         return noted_beginning(handle)
 
     def alive(self, handle: Handle) -> bool:

@@ -123,7 +123,7 @@ class LaunchPlan:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> LaunchPlan:
         """The plan that `as_record` gave. KeyError or TypeError for anything else."""
-        fields = record["fields"]
+        fields = {"job": {"value": None, "reason": "made before there were clusters"}, **record["fields"]}
         values = {name: fields[name]["value"] for name in cls.field_names()}
         for name, value in values.items():
             if isinstance(value, list):

@@ -18,16 +18,19 @@ FOLDER = "slurm"  # of the run directory: the script, and what it notes
 SCRIPT = f"{FOLDER}/job.sh"
 ATTEMPT = f"{FOLDER}/attempt"
 ENDED = f"{FOLDER}/ended"
-LOG_BEGINS = f"{FOLDER}/log-begins"
+BEGINS = f"{FOLDER}/begins"
+IN_VAIN_NOTE = f"{FOLDER}/in-vain"
 MARGIN_SECONDS = 60  # Slurm sends the signal up to so much off what it is told: sbatch(1), --signal
 IN_VAIN = 3  # beginnings without a new checkpoint after which it is not begun again
 MEBI = 1 << 20
 # What the script itself is about: an option of the user's own would undo it.
-OURS = re.compile(
-    r"--(array|chdir|comment|error|export|input|job-name|kill-on-invalid-dep|no-requeue|nodes|ntasks\S*|open-mode|output|"
-    r"parsable|requeue|signal|test-only|wait|wrap|gpus\S*|partition|account|time|dependency|mem|cpus-per-task)(=|$)"
+OURS = (
+    *("array", "chdir", "comment", "error", "export", "export-file", "input", "job-name", "kill-on-invalid-dep"),
+    *("no-requeue", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "parsable", "requeue", "signal"),
+    *("test-only", "wait", "wrap", "gpus", "gpus-per-node", "gpus-per-task", "partition", "account", "time"),
+    *("dependency", "mem", "cpus-per-task"),
 )
-OPTION = re.compile(r"--[a-z][a-z0-9-]*(=[ -~]+)?")
+OPTION = re.compile(r"--([a-z][a-z0-9-]*)(=[!-~]+)?")  # a blank would begin another one
 
 
 def script(plan: LaunchPlan) -> str:
@@ -45,13 +48,11 @@ def script(plan: LaunchPlan) -> str:
             *(f': "${{{name}:?export {name} before sbatch}}"' for name in plan.secrets),
             *(() if plan.image else _environment(plan)),
             _BEGINNING,
+            _AGAIN if job.requeue else _NOT_AGAIN,
             *(_image(plan, job) if plan.image else ()),
-            "work() {",
-            f'  exec {_folded(work(plan, job))} \\\n    "${{again[@]}}"',
-            "}",
-            _WORK,
-            _AGAIN if job.requeue else "",
-            _END,
+            f'part {_folded(work(plan, job))} \\\n  "${{again[@]}}"',
+            "leave",
+            "",
         ]
     ).replace("\n\n\n", "\n\n")
 
@@ -66,7 +67,7 @@ def array(folder: Path, members: Sequence[LaunchPlan], most: int | None = None) 
     return "\n".join(
         [
             "#!/bin/bash",
-            f"#SBATCH --job-name=radeon-stack-{folder.name}",
+            f"#SBATCH --job-name={job_name(folder.name)}",
             f"#SBATCH --array=0-{len(members) - 1}{limit}",
             f"#SBATCH --output={_pattern(folder / FOLDER)}/task-%a.txt",
             *(f"#SBATCH {option}" for option in options_alike(first)),
@@ -79,10 +80,15 @@ def array(folder: Path, members: Sequence[LaunchPlan], most: int | None = None) 
     )
 
 
+def job_name(run: str) -> str:
+    """What the job of a run, or sweep, of that id is called."""
+    return f"radeon-stack-{run}"
+
+
 def options(plan: LaunchPlan) -> list[str]:
     """What is asked of Slurm, each as an option of sbatch(1)."""
     return [
-        f"--job-name=radeon-stack-{plan.run_id}",
+        f"--job-name={job_name(plan.run_id)}",
         f"--output={_pattern(Path(plan.run_dir))}/log.txt",
         *options_alike(plan),
     ]
@@ -92,7 +98,8 @@ def options_alike(plan: LaunchPlan) -> list[str]:
     """Those that say nothing of which run it is."""
     job = _job(plan)
     for option in job.more:
-        if not OPTION.fullmatch(option) or OURS.match(option):
+        found = OPTION.fullmatch(option)
+        if found is None or any(name.startswith(found[1]) for name in OURS):  # Slurm takes beginnings of its words
             raise UsageError(f"'{option}' is not for you to set here", where="--sbatch", remedy="--sbatch=--qos=high")
     lead = plan.stop_seconds + MARGIN_SECONDS
     if job.minutes is not None and job.minutes * 60 <= lead:
@@ -110,7 +117,7 @@ def options_alike(plan: LaunchPlan) -> list[str]:
         *([f"--partition={_word(job.partition, '--partition')}"] if job.partition else []),
         *([f"--account={_word(job.account, '--account')}"] if job.account else []),
         *([f"--time={job.minutes}"] if job.minutes is not None else []),
-        *([f"--dependency={_word(job.after, '--after')}"] if job.after else []),
+        *([f"--dependency={_word(job.after, '--after')}", "--kill-on-invalid-dep=yes"] if job.after else []),
         "--chdir=/",
         "--open-mode=append",
         "--export=ALL",
@@ -150,16 +157,10 @@ def _environment(plan: LaunchPlan) -> list[str]:
 def _image(plan: LaunchPlan, job: Job) -> list[str]:
     """Have the image's file made, once for the site; and where each node has images of its own, put it there."""
     made = _conversion(plan, job)
-    lines = [
-        "image=$(cat <<'END'",
-        converting(made).rstrip("\n"),
-        "END",
-        ")",
-        'sh -c "$image" </dev/null || give_up $?',
-    ]
+    lines = ["image=$(cat <<'END'", converting(made).rstrip("\n"), "END", ")", 'part sh -c "$image"']
     if load := loading(made):
         lines += ["image=$(cat <<'END'", load.rstrip("\n"), "END", ")"]
-        lines.append(f'srun --nodes={job.nodes} --ntasks-per-node=1 sh -c "$image" </dev/null || give_up $?')
+        lines.append(f'part srun --nodes={job.nodes} --ntasks-per-node=1 sh -c "$image"')
     return [*lines, ""]
 
 
@@ -169,27 +170,22 @@ def _conversion(plan: LaunchPlan, job: Job) -> Conversion:
 
 
 _BEGINNING = """
+id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+id=${id:-$SLURM_JOB_ID}
 # The newest attempt is the run's: one on a node that was given up sees here that it is not, and leaves it alone.
 attempt=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 export RADEON_STACK_ATTEMPT=$attempt
 mkdir -p "$notes"
 printf '%s\\n' "$attempt" >"$notes/attempt.$attempt" && mv "$notes/attempt.$attempt" "$notes/attempt" || exit 1
 rm -f "$notes/ended"
-stat -c %s "$run/log.txt" >"$notes/log-begins" 2>/dev/null
-newest() { [ "$(cat "$notes/attempt")" = "$attempt" ]; }
+echo "$(stat -c %s "$run/log.txt" || echo 0) $(stat -c %s "$run/events.jsonl" || echo 0)" >"$notes/begins" 2>/dev/null
+again=()
+if [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then rm -f "$notes/in-vain"; else again=(--resume); fi
 saved() { ls "$run/artifacts/checkpoints" 2>/dev/null; }
 saved_before=$(saved)
-give_up() {
-  printf '%s %s\\n' "$attempt" "$1" >"$notes/ended.new" && mv "$notes/ended.new" "$notes/ended"
-  exit "$1"
-}
-again=()
-[ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || again=(--resume)
-"""
 
-_WORK = """
 # USR1: the time is nearly up. USR2: somebody stops the run. TERM: scancel, which tells the processes itself.
-stopping= step=
+stopping= step= code=0
 ask() {
   stopping=$1
   [ -n "$step" ] && (while kill -USR1 "$step" 2>/dev/null; do sleep 5; done) &
@@ -197,54 +193,78 @@ ask() {
 trap 'ask time' USR1
 trap 'ask stop' USR2
 trap 'stopping=${stopping:-cancelled}' TERM
-work &
-step=$!
-[ -z "$stopping" ] || ask "$stopping"
-while :; do
-  wait "$step"
-  code=$?
-  kill -0 "$step" 2>/dev/null || break
-done
-# Begun again by the controller, which takes a node for lost that this script is on: the run is the next attempt's.
-begun_again() {
-  told=$(scontrol --oneliner show job "$SLURM_JOB_ID") || return 1
-  case $told in *"Restarts=${SLURM_RESTART_COUNT:-0} "*) return 1 ;; *" Restarts="*) return 0 ;; *) return 1 ;; esac
+
+# A signal ends a `wait`, not what is waited for; its exit code may be had by another one.
+part() {
+  "$@" </dev/null &
+  step=$!
+  [ -z "$stopping" ] || ask "$stopping"
+  while :; do
+    wait "$step"
+    code=$?
+    [ "$code" -gt 128 ] || break
+    kill -0 "$step" 2>/dev/null && continue
+    wait "$step" 2>/dev/null
+    last=$?
+    [ "$last" -eq 127 ] || code=$last
+    break
+  done
+  [ "$code" -eq 0 ] || leave
 }
-newest || exit 1
-[ "$code" -eq 0 ] || ! begun_again || exit 1
+
+end() {
+  printf '%s %s\\n' "$attempt" "$code" >"$notes/ended.new" && mv "$notes/ended.new" "$notes/ended"
+  exit "$code"
+}
+"""
+
+_NOT_AGAIN = """
+leave() {
+  [ "$(cat "$notes/attempt")" = "$attempt" ] || exit 1
+  end
+}
 """
 
 _AGAIN = f"""
+about_the_job() {{ scontrol --oneliner show job "$id" 2>/dev/null; }}
+# Begun again by the controller, which takes a node for lost that this script is on: the run is the next attempt's.
+begun_again() {{
+  case $(about_the_job) in
+    *" Restarts=${{SLURM_RESTART_COUNT:-0}} "*) return 1 ;;
+    *" Restarts="*) return 0 ;;
+  esac
+  return 1
+}}
+preempted() {{ about_the_job | grep -q 'PreemptTime=[0-9]'; }}
 lost_a_node() {{
   [ "$SLURM_JOB_NUM_NODES" -gt 1 ] && ! timeout 60 \\
     srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=1 true
 }}
-preempted() {{ scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'; }}
-why=
-if [ "$code" -ne 0 ]; then
+# In place of an end: what was ended before its time is queued again.
+leave() {{
+  [ "$(cat "$notes/attempt")" = "$attempt" ] || exit 1
+  [ "$code" -ne 0 ] || end
+  ! begun_again || exit 1
+  why=
   case $stopping in
     time) why='its time was up' ;;
     '') if preempted; then why='others came first'; elif lost_a_node; then why='a node does not answer'; fi ;;
   esac
-fi
-if [ -n "$why" ]; then
+  [ -n "$why" ] || end
   vain=0
   [ "$(saved)" != "$saved_before" ] || vain=$(($(cat "$notes/in-vain" 2>/dev/null || echo 0) + 1))
   echo "$vain" >"$notes/in-vain"
   if [ "$vain" -ge {IN_VAIN} ]; then
     echo "radeon-stack: $why, {IN_VAIN} times without a new checkpoint: not begun again" >&2
-  else
-    echo "radeon-stack: $why: it is queued again, and goes on from its last checkpoint" >&2
-    for pause in 0 5 30 60 120 300; do
-      sleep "$pause"
-      scontrol requeue "$SLURM_JOB_ID" && exit 0
-    done
+    end
   fi
-fi
-"""
-
-_END = """
-give_up "$code"
+  echo "radeon-stack: $why: it is queued again, and goes on from its last checkpoint" >&2
+  for pause in 0 5 30 60 120 300; do
+    sleep "$pause"
+    scontrol requeue "$id" && exit 0
+  done
+  end
+}}
 """
 
 

@@ -12,9 +12,9 @@ from pydantic import JsonValue
 from radeon_stack import atomic
 from radeon_stack.errors import MachineError
 from radeon_stack.host import slurm
-from radeon_stack.launch.engine import Handle, noted_beginning, secret_values
+from radeon_stack.launch.engine import Beginning, Handle, noted_beginning, secret_values
 from radeon_stack.launch.plan import LaunchPlan
-from radeon_stack.launch.sbatch import ATTEMPT, ENDED, LOG_BEGINS, SCRIPT, script
+from radeon_stack.launch.sbatch import ATTEMPT, BEGINS, ENDED, IN_VAIN_NOTE, SCRIPT, job_name, script
 
 LOOK_SECONDS = 0.2  # at the run's own folder
 ASK_SECONDS = (2.0, 15.0)  # the controller: soon at first, then as often as clusters like it
@@ -33,22 +33,23 @@ class SlurmEngine:
 
     def start(self, plan: LaunchPlan) -> Handle:
         secret_values(plan)  # that they are set; the job has our environment
-        return {**prepared(plan, self), "job": submitted(Path(plan.run_dir) / SCRIPT)}
+        return {**prepared(plan, self), "job": submitted(Path(plan.run_dir) / SCRIPT, plan.run_id)}
 
     def logs(self, handle: Handle) -> None:
         pause = ASK_SECONDS[0]
         while True:
             noted, deadline = _ended(handle), time.monotonic() + pause
-            with suppress(slurm.ControllerError):  # the job goes on without it, and so do we
+            with suppress(MachineError):  # nobody answers, or not what was asked: the job goes on, and so do we
                 if not self.alive(handle):
                     return
             while time.monotonic() < deadline and _ended(handle) == noted:
                 time.sleep(LOOK_SECONDS)
             pause = min(2 * pause, ASK_SECONDS[1])
 
-    def log_begins(self, handle: Handle) -> int:
+    def begins(self, handle: Handle) -> Beginning:
         try:  # of the newest attempt of the job
-            return int((Path(str(handle["dir"])) / LOG_BEGINS).read_text(encoding="ascii"))
+            log, events = (Path(str(handle["dir"])) / BEGINS).read_text(encoding="ascii").split()
+            return Beginning(int(log), int(events))
         except (OSError, ValueError):
             return noted_beginning(handle)
 
@@ -67,8 +68,8 @@ class SlurmEngine:
         job = slurm.job(_id(handle))
         if job is None:  # what was called off before it began is forgotten at once
             return None if (Path(str(handle["dir"])) / ATTEMPT).exists() else CANCELLED
-        if job.state in ("CANCELLED", "DEADLINE", "TIMEOUT"):
-            return CANCELLED
+        if job.state in ("CANCELLED", "DEADLINE", "TIMEOUT", "PREEMPTED"):
+            return KILLED if (Path(str(handle["dir"])) / ATTEMPT).exists() else CANCELLED
         if job.state in ("NODE_FAIL", "BOOT_FAIL"):
             return None
         return KILLED if job.state == "OUT_OF_MEMORY" else job.exit_code
@@ -113,17 +114,24 @@ def prepared(plan: LaunchPlan, engine: SlurmEngine) -> dict[str, JsonValue]:
     for place, text in engine.files(plan).items():
         place.parent.mkdir(exist_ok=True)
         atomic.write_text(place, text)
-    for noted in (ENDED, LOG_BEGINS):
+    for noted in (ATTEMPT, ENDED, BEGINS, IN_VAIN_NOTE):
         (folder / noted).unlink(missing_ok=True)
     return {"dir": str(folder), "log_begins": _size(folder / "log.txt")}
 
 
-def submitted(script: Path) -> str:
-    """The id of the job that a script has become."""
-    told = slurm.asked(["sbatch", "--parsable", str(script)], variables=slurm.environment()).strip().partition(";")[0]
-    if not slurm.ID.fullmatch(told):
-        raise MachineError(f"sbatch gave no job: {told[:100]!r}", where=slurm.WHERE)
-    return told
+def submitted(script: Path, run: str) -> str:
+    """The id of the job that a script, of a run or sweep of that id, has become."""
+    try:
+        told = slurm.asked(["sbatch", "--parsable", str(script)], variables=slurm.environment())
+    except slurm.ControllerError:
+        # It may have taken the job, and only its answer be lost: then that is the run's, and no other is.
+        told = slurm.asked(["squeue", "--noheader", f"--name={job_name(run)}", "--format=%F"])
+        if not told.strip():
+            raise
+    name = told.strip().splitlines()[0].partition(";")[0].strip()
+    if not slurm.ID.fullmatch(name):
+        raise MachineError(f"sbatch gave no job: {name[:100]!r}", where=slurm.WHERE)
+    return name
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class JobArray:
         handles = {plan.run_id: prepared(plan, engine) for plan in plans}
         script.parent.mkdir(exist_ok=True)
         atomic.write_text(script, text)
-        job = submitted(script)
+        job = submitted(script, sweep.id)
         write_begun(
             sweep, {plan.run_id: {**handles[plan.run_id], "job": f"{job}_{task}"} for task, plan in enumerate(plans)}
         )

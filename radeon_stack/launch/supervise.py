@@ -23,11 +23,12 @@ from radeon_stack.launch.leases import lease_folder, leased
 from radeon_stack.launch.plan import LaunchPlan
 from radeon_stack.launch.probing import keep_answers
 from radeon_stack.launch.watching import POLL_SECONDS, Audience, Pump, Speaker, Standing, Watcher
-from radeon_stack.runs.events import EventReader, read_events
+from radeon_stack.runs.events import EventReader
 from radeon_stack.runs.outcome import Outcome, closed, judge, recorded
 from radeon_stack.runs.report import write as write_report
 from radeon_stack.runs.store import Run, State, Status, cannot_write
 
+ELSEWHERE = "a cluster's node"  # in place of a boot: no reboot of this machine is waited for after a fault
 STARTING_SECONDS = 600  # in which a run that another machine starts has its engine's answer
 FULL_DISK_BYTES = 16 << 20
 FULL_DISK = "the disk is full"
@@ -54,8 +55,11 @@ def carry_out(run: Run, plan: LaunchPlan, watch: Watcher, say: Speaker) -> Outco
                 return _record(run, CALLED_OFF)
             handle = _start(run, status, plan, engine)
             reader = EventReader(run.events, offset=begins)
-            _watch_to_the_end(engine, handle, reader, audience, interrupts, plan, Standing(run, audience.say))
-            return _settle(run, engine)
+            while True:
+                _watch_to_the_end(engine, handle, reader, audience, interrupts, plan, Standing(run, audience.say))
+                outcome = _settle(run, engine)
+                if not engine.keeps or outcome.state is not State.RUNNING:
+                    return outcome
 
 
 def hand_over(run: Run, plan: LaunchPlan) -> None:
@@ -122,7 +126,7 @@ def stop(run: Run, *, seconds: float, force: bool = False) -> Outcome:
                 engine_named(status.engine).stop(status.handle, force=force or late)
                 workload_asked = True
                 deadline = float("inf") if late else deadline
-        elif status.keeper and not keeper_asked:
+        elif status.keeper and not keeper_asked and status.host in ("", here()):
             with suppress(ProcessLookupError):
                 os.kill(status.keeper["pid"], signal.SIGTERM)
             keeper_asked = True  # once: a second signal would be the wish to end it without saving
@@ -192,7 +196,8 @@ def _leased(run: Run, plan: LaunchPlan) -> Iterator[None]:
 
 def _start(run: Run, status: Status, plan: LaunchPlan, engine: Engine) -> Handle:
     try:
-        handle = engine.start(plan)
+        told = run.events.stat().st_size if run.events.exists() else 0
+        handle = {**engine.start(plan), "events_begin": told}
     except StackError as error:
         _record(run, refused(error, run))
         raise
@@ -218,7 +223,7 @@ def _begun(run: Run) -> Status:
             recipe=status.recipe,
             preset=status.preset,
             engine=status.engine,
-            boot=boot_id(Sysroot()),
+            boot=ELSEWHERE if engine_named(status.engine).keeps else boot_id(Sysroot()),
             started=time.time(),
             keeper=dataclasses.asdict(Process.current()),
             host=here(),
@@ -284,12 +289,14 @@ def _take_down(run: Run, engine: Engine) -> Outcome:
     code = engine.wait(status.handle)
     recipe = run.read_json(run.config).get("recipe")
     expect = recipe.get("expect") if isinstance(recipe, dict) else None
-    outcome = judge(code, read_events(run.events), expect if isinstance(expect, dict) else {}, run=run.id)
+    begins = engine.begins(status.handle)
+    told = list(EventReader(run.events, offset=begins.events).finish())
+    outcome = judge(code, told, expect if isinstance(expect, dict) else {}, run=run.id)
     if _for_want_of_room(run, outcome):
         remedy = f"free some room, then continue: radeon-stack run --resume {run.id}"
         outcome = Outcome(State.FAILED, Exit.WORKLOAD, FULL_DISK, str(run.path), remedy)
     elif outcome.state in (State.FAILED, State.LOST) and outcome.exit_code == Exit.WORKLOAD:
-        outcome = explained(outcome, run, boot=status.boot, begins=engine.log_begins(status.handle))
+        outcome = explained(outcome, run, boot=status.boot, begins=begins.log)
     return _record(run, outcome)
 
 

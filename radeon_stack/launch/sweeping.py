@@ -15,7 +15,7 @@ from radeon_stack.host.processes import Process
 from radeon_stack.launch.engine import Handle, engine_named
 from radeon_stack.launch.interrupts import interrupted
 from radeon_stack.launch.launcher import Draft, begun_by_another, read_plan, write_records
-from radeon_stack.launch.supervise import FULL, FULL_DISK, UNSTARTED, Pace, call_off, carry_out, settle, stop
+from radeon_stack.launch.supervise import ELSEWHERE, FULL, FULL_DISK, UNSTARTED, Pace, call_off, carry_out, settle, stop
 from radeon_stack.runs.events import Event, EventReader
 from radeon_stack.runs.outcome import Outcome, closed, recorded
 from radeon_stack.runs.store import Run, RunStore, State, Status, cannot_write
@@ -130,7 +130,10 @@ def write_begun(sweep: Run, handles: Mapping[str, Handle]) -> None:
             if status.state.ended:
                 engine_named(status.engine).stop(handles[run.id], force=True)
                 continue
-            going = {"state": State.RUNNING, "launcher": None, "handle": dict(handles[run.id]), "started": time.time()}
+            told = run.events.stat().st_size if run.events.exists() else 0
+            handle = {**handles[run.id], "events_begin": told}
+            going: dict[str, object] = {"state": State.RUNNING, "launcher": None, "handle": handle, "boot": ELSEWHERE}
+            going["started"] = time.time()
             run.write_status(status.model_copy(update=going))
     with sweep.changing():
         status = sweep.status()

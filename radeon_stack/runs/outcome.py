@@ -11,7 +11,8 @@ from radeon_stack.runs.events import Error, Event, Result, Stopped
 from radeon_stack.runs.store import Diagnosis, State, Status
 
 FORCED = (137, -9)  # SIGKILL, as docker and as subprocess tell it
-TERMINATED = (143, -15, 130, -2)  # SIGTERM or SIGINT before the workload could take note of it
+# SIGTERM, SIGINT, or on a cluster SIGUSR1, before the workload could take note of it
+TERMINATED = (143, -15, 130, -2, 138)
 # What to do when an expectation does not hold, where it is not about training.
 REMEDIES = {
     "wrong": "see the report for which; do not use it on this card",

@@ -120,13 +120,13 @@ class Job:
 
     def taken_over(self) -> bool:
         """Has a cluster begun this run again elsewhere? A node that it has given up may go on computing."""
-        if not self.rank.launch:
+        if not self.rank.attempt:
             return False
         try:
             newest = (self.arguments.run / ATTEMPT_FILE).read_text(encoding="ascii").strip()
         except (OSError, ValueError):  # not on a cluster, or its file system does not answer
             return False
-        return newest != self.rank.launch
+        return newest != self.rank.attempt
 
     def require_own(self) -> None:
         """TakenOverError where this attempt is not the run's newest any more."""

@@ -23,6 +23,7 @@ from radeon_stack.workloads.ranks import ATTEMPT, end_with_the_launcher
 
 # Below the ports that Linux gives out by itself (32768 and up): one a job, so that jobs on one node do not meet.
 FIRST_PORT, PORTS = 15000, 10000
+LOOPBACK, LOOPBACK_NAME = "127.0.0.1", "lo"
 SIOCGIFADDR = 0x8915  # linux/sockios.h
 # How long the first waits for the last: nodes of a large job start minutes apart, each reads torch from a shared disk.
 JOIN_SECONDS = 1800
@@ -52,7 +53,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
     known = parser.parse_args(argv)
     end_with_the_launcher()
     several = known.nodes * known.processes > 1
-    place = place_of(environ) if several else None
+    place = place_of(environ, known.nodes) if several else None
     return carried_out(
         command(place, known.nodes, known.processes, known.work, environ),
         seen(environ) | (variables(place, known.processes, environ) if place else {}),
@@ -66,10 +67,12 @@ def seen(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: text for name, text in environ.items() if ours is None or name not in OTHER_VISIBLE}
 
 
-def place_of(environ: Mapping[str, str]) -> Place:
+def place_of(environ: Mapping[str, str], nodes: int) -> Place:
     """As Slurm tells it: srun(1), OUTPUT ENVIRONMENT VARIABLES. The address is the one that leads to the first node."""
-    head = environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
     port = FIRST_PORT + int(environ.get("SLURM_JOB_ID", "0")) % PORTS
+    if nodes == 1:  # whose container may have no other network
+        return Place(0, LOOPBACK, port, LOOPBACK, LOOPBACK_NAME)
+    head = environ.get("SLURM_LAUNCH_NODE_IPADDR", LOOPBACK)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((head, port))  # sends nothing
         address = str(probe.getsockname()[0])

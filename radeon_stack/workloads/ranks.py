@@ -22,7 +22,7 @@ class Rank:
     """One process of `count`; `local` is its number on this machine, which is its card's, of `beside` in all.
 
     `launch` is the same of all that were started together, and another the next time: a cluster's attempt, else
-    torchrun's own.
+    torchrun's own. `attempt` is the cluster's alone.
     """
 
     number: int = 0
@@ -30,6 +30,7 @@ class Rank:
     count: int = 1
     launch: str = ""
     beside: int = 1
+    attempt: str = ""
 
     @property
     def first(self) -> bool:
@@ -47,15 +48,15 @@ ATTEMPT = "RADEON_STACK_ATTEMPT"  # what a cluster's job calls this attempt of i
 
 def rank(environ: Mapping[str, str] = os.environ) -> Rank:
     """As torchrun's variables tell it; what makes no sense counts as being alone."""
-    launch = environ.get(ATTEMPT, "")
+    attempt = environ.get(ATTEMPT, "")
     try:
         number, local, count = (int(environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
         beside = int(environ.get("LOCAL_WORLD_SIZE", count))
-        found = Rank(number, local, count, launch or environ.get("TORCHELASTIC_RUN_ID", ""), beside)
+        found = Rank(number, local, count, attempt or environ.get("TORCHELASTIC_RUN_ID", ""), beside, attempt)
     except (KeyError, ValueError):
-        return Rank(launch=launch)
+        return Rank(launch=attempt, attempt=attempt)
     sensible = 0 <= found.local <= found.number < found.count <= MOST and found.local < found.beside <= found.count
-    return found if sensible else Rank(launch=launch)
+    return found if sensible else Rank(launch=attempt, attempt=attempt)
 
 
 def end_with_the_launcher() -> None:
