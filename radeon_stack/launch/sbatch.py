@@ -170,22 +170,19 @@ def _conversion(plan: LaunchPlan, job: Job) -> Conversion:
 
 
 _BEGINNING = """
-id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-id=${id:-$SLURM_JOB_ID}
 # The newest attempt is the run's: one on a node that was given up sees here that it is not, and leaves it alone.
 attempt=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 export RADEON_STACK_ATTEMPT=$attempt
 mkdir -p "$notes"
 printf '%s\\n' "$attempt" >"$notes/attempt.$attempt" && mv "$notes/attempt.$attempt" "$notes/attempt" || exit 1
 rm -f "$notes/ended"
-echo "$(stat -c %s "$run/log.txt" || echo 0) $(stat -c %s "$run/events.jsonl" || echo 0)" >"$notes/begins" 2>/dev/null
+size() { stat -c %s "$1" 2>/dev/null || echo 0; }
+echo "$(size "$run/log.txt") $(size "$run/events.jsonl")" >"$notes/begins"
 again=()
 if [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then rm -f "$notes/in-vain"; else again=(--resume); fi
-saved() { ls "$run/artifacts/checkpoints" 2>/dev/null; }
-saved_before=$(saved)
 
 # USR1: the time is nearly up. USR2: somebody stops the run. TERM: scancel, which tells the processes itself.
-stopping= step= code=0
+stopping='' step='' code=0
 ask() {
   stopping=$1
   [ -n "$step" ] && (while kill -USR1 "$step" 2>/dev/null; do sleep 5; done) &
@@ -226,6 +223,11 @@ leave() {
 """
 
 _AGAIN = f"""
+# Of an array this task alone: the bare id of one of them is that of all.
+id=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
+id=${{id:-$SLURM_JOB_ID}}
+saved() {{ ls "$run/artifacts/checkpoints" 2>/dev/null; }}
+saved_before=$(saved)
 about_the_job() {{ scontrol --oneliner show job "$id" 2>/dev/null; }}
 # Begun again by the controller, which takes a node for lost that this script is on: the run is the next attempt's.
 begun_again() {{
