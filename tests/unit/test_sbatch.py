@@ -47,12 +47,9 @@ def job_plan(tmp_path: Path, **fields: object) -> LaunchPlan:
 
 
 def in_a_container(tmp_path: Path, runtime: str) -> LaunchPlan:
-    more = {
-        "images": "/shared/home",
-        "download": SITE_IMAGE.download,
-        "storage": STORAGE if runtime == "podman" else "",
-    }
-    return site_plan(tmp_path, runtime, engine="slurm", job=replace(JOB, **more), command=("/opt/venv/bin/python",))
+    storage = STORAGE if runtime == "podman" else ""
+    job = replace(JOB, images="/shared/home", download=SITE_IMAGE.download, storage=storage)
+    return site_plan(tmp_path, runtime, engine="slurm", job=job, command=("/opt/venv/bin/python",))
 
 
 @pytest.mark.parametrize("form", ["venv", "no-requeue", "podman", "apptainer", "array"])
