@@ -32,7 +32,7 @@ def test_the_cluster_is_what_its_controller_says() -> None:
     main, urgent = found.partitions
     assert (main.name, main.default, main.up, main.nodes, main.max_minutes) == ("main", True, True, 2, None)
     assert main.cpus == os.cpu_count() and main.memory > 1 << 30 and main.gres == () and main.gpus == 0
-    assert (main.preempt, main.grace, urgent.preempt) == ("REQUEUE", 20, "OFF")
+    assert (main.preempt, main.grace, urgent.preempt) == ("REQUEUE", 60, "OFF")
 
 
 def test_a_node_tells_what_it_is(home: Path, main: tuple[Cluster, Partition]) -> None:
