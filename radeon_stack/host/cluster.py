@@ -195,7 +195,7 @@ def minutes(text: str) -> int | None:
     """Slurm's `days-hours:minutes:seconds`, `minutes:seconds` or `minutes`, rounded down; None: no limit."""
     days, dash, rest = text.rpartition("-")
     parts = rest.split(":")
-    if not all(part.isdigit() and len(part) < 10 for part in (*parts, days or "0")):
+    if not all(part.isdecimal() and len(part) < 10 for part in (*parts, days or "0")):
         return None
     numbers = [int(part) for part in parts]
     if dash:  # days-hours, days-hours:minutes, days-hours:minutes:seconds

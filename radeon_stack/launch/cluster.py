@@ -10,17 +10,18 @@ from radeon_stack.catalog.load import Effective
 from radeon_stack.contracts.finetune import FinetuneConfig
 from radeon_stack.contracts.sections import Listens
 from radeon_stack.errors import UsageError
+from radeon_stack.host.cluster import minutes as in_slurms_words
 from radeon_stack.host.runtimes import VENV
 from radeon_stack.launch.confinement import Reasoned
 from radeon_stack.launch.plan import Job, LaunchPlan
 from radeon_stack.launch.supervise import settle
 from radeon_stack.runs.store import RunStore, State
+from radeon_stack.text import one_line
 
 MOST_NODES = 128
 CPUS_A_PROCESS = 16  # data loading and tokenising take no more; a whole node of 128 is left to others
-# `[days-]hours:minutes:seconds` and its short forms, as sbatch takes them; or 90m, 4h, 2d.
-CLOCK = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d\d))?(?::(\d\d))?")
-SHORT = re.compile(r"(\d+)([mhd])")
+SHORT = re.compile(r"([0-9]{1,9})([mhd])")
+LONGEST = 366 * 1440  # minutes
 UNITS = {"m": 1, "h": 60, "d": 1440}
 AFTER = re.compile(r"(after|afterany|afterok|afternotok|aftercorr|singleton)(:[0-9_:+]+)?")
 
@@ -63,21 +64,11 @@ class Wanted:
 
 
 def minutes(text: str) -> int:
-    """`90m`, `4h`, `2d`, or Slurm's own forms: minutes, hours:minutes, days-hours. UsageError for anything else."""
-    if short := SHORT.fullmatch(text):
-        found = int(short[1]) * UNITS[short[2]]
-    elif clock := CLOCK.fullmatch(text):
-        days, first, second, third = (int(part) if part else None for part in clock.groups())
-        if days is not None:
-            found = days * 1440 + (first or 0) * 60 + (second or 0)
-        elif third is not None:
-            found = (first or 0) * 60 + (second or 0)
-        else:  # minutes, or minutes:seconds
-            found = first or 0
-    else:
-        found = 0
-    if not 0 < found <= 1440 * 366:
-        raise UsageError(f"'{text}' is no time", where="--time", remedy="--time 4h, 90m, 2d or 1-12:00:00")
+    """`90m`, `4h`, `2d`, or Slurm's own forms: minutes, hours:minutes:seconds, days-hours. UsageError for any other."""
+    short = SHORT.fullmatch(text)
+    found = int(short[1]) * UNITS[short[2]] if short else in_slurms_words(text) or 0
+    if not 0 < found <= LONGEST:
+        raise UsageError(f"'{one_line(text)}' is no time", where="--time", remedy="--time 4h, 90m, 2d or 1-12:00:00")
     return found
 
 
@@ -104,14 +95,6 @@ def processes_of(effective: Effective, gpus: int) -> int:
     if gpus:
         return gpus
     return (effective.config.train.processes or 1) if isinstance(effective.config, FinetuneConfig) else 1
-
-
-IMAGE_FIELDS = {
-    "images": "where its image is kept, once for the site",
-    "download": "bytes of the image's layers",
-    "plain": "whether its registry speaks without TLS",
-    "storage": "podman's folder on a node's own disk",
-}
 
 
 def job_for(effective: Effective, wanted: Wanted, gpus: int, cpus: int, after: str | None) -> tuple[Job, Reasoned]:
@@ -143,5 +126,4 @@ def job_for(effective: Effective, wanted: Wanted, gpus: int, cpus: int, after: s
         ),
         "more": (wanted.more, "asked for" if wanted.more else "nothing more is asked"),
     }
-    job = Job(**{name: value for name, (value, _) in fields.items()})
-    return job, fields
+    return Job(**{name: value for name, (value, _) in fields.items()}), fields
