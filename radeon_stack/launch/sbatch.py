@@ -57,18 +57,17 @@ def script(plan: LaunchPlan) -> str:
     ).replace("\n\n\n", "\n\n")
 
 
-def array(folder: Path, members: Sequence[LaunchPlan], most: int | None = None) -> str:
-    """One job for several runs alike: each task carries out the script of its own run. `most` of them at a time."""
+def array(folder: Path, members: Sequence[LaunchPlan]) -> str:
+    """One job for several runs alike: each task carries out the script of its own run."""
     first = members[0]
     if any(options_alike(member) != options_alike(first) for member in members):
         raise UsageError("its runs ask the cluster for different things", where="--sweep")
     runs = " ".join(shlex.quote(member.run_dir) for member in members)
-    limit = f"%{most}" if most else ""
     return "\n".join(
         [
             "#!/bin/bash",
             f"#SBATCH --job-name={job_name(folder.name)}",
-            f"#SBATCH --array=0-{len(members) - 1}{limit}",
+            f"#SBATCH --array=0-{len(members) - 1}",
             f"#SBATCH --output={_pattern(folder / FOLDER)}/task-%a.txt",
             *(f"#SBATCH {option}" for option in options_alike(first)),
             f"# {len(members)} runs of {_name(first)}, written by radeon-stack",
